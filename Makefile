@@ -1,0 +1,54 @@
+# make demo    train on real handwritten digits and draw some (minutes, two cores)
+# make test    lint and the whole test suite
+# make clean   forget the demo's results; the environment in .venv stays
+
+PYTHON ?= python3
+PY := .venv/bin/python
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+# the demo's model: 1.2 million parameters
+DIGITS := --image_size 16 --image_channels 1 --class_cond True --num_classes 10 \
+	--num_channels 32 --channel_mult 1,2,2 --num_res_blocks 1 --attention_resolutions 8 \
+	--learn_sigma True --noise_schedule cosine
+WEIGHTS := demo/run/ema_0.998_001500.pt
+SAMPLES := demo/samples/samples_500x16x16x1.npz
+
+.PHONY: demo test lint benchmark-digits clean
+
+demo: demo/digits.png
+	@echo "The model's handwriting, a row for each digit: $(CURDIR)/demo/digits.png"
+
+demo/digits.png: $(SAMPLES)
+	$(PY) scripts/sample_grid.py $(SAMPLES) $@
+
+$(SAMPLES): $(WEIGHTS)
+	OPENAI_LOGDIR=demo/samples $(PY) scripts/image_sample.py $(DIGITS) --model_path $(WEIGHTS) \
+		--num_samples 500 --batch_size 100 --timestep_respacing 50 --seed 0
+
+$(WEIGHTS): demo/digits
+	OPENAI_LOGDIR=demo/run $(PY) scripts/image_train.py $(DIGITS) --data_dir demo/digits \
+		--batch_size 64 --lr 1e-3 --ema_rate 0.998 --max_steps 1500 --save_interval 500 --log_interval 100 --seed 0
+
+demo/digits: .venv/demo
+	$(PY) scripts/prepare_digits.py $@
+
+benchmark-digits: $(SAMPLES)
+	$(PY) benchmarks/digits.py $(SAMPLES) demo/digits
+
+test: lint
+	$(PY) -m pytest --cov --cov-report=term --cov-fail-under=90
+
+lint: .venv/test
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+# .venv/NAME marks that the extra NAME is installed
+.venv/demo .venv/test: setup.py constraints.txt | .venv/bin/python
+	$(PIP) --editable ".[$(@F)]"
+	touch $@
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+clean:
+	rm -rf demo

@@ -1,0 +1,1 @@
+"""Improved denoising diffusion probabilistic models (arXiv 2102.09672)."""

@@ -1,0 +1,163 @@
+"""
+What a run leaves on disk, and how it comes back.
+
+A checkpoint is a set of files with one step in their names:
+
+    model000010.pt        the network's state dict
+    ema_0.9999_000010.pt  the same, averaged, one for each EMA rate
+    opt000010.pt          the optimizer's state dict
+    state000010.pt        what else a run needs to go on as if it had never stopped
+
+The first three are what the original writes. The fourth is written last, so it stands for a
+complete set.
+"""
+
+import contextlib
+import functools
+import io
+import os
+
+import blobfile as bf
+import numpy as np
+import torch as th
+
+from . import dist_util
+from .errors import InputError
+
+
+def model_filename(step):
+    return f"model{step:06d}.pt"
+
+
+def ema_filename(rate, step):
+    return f"ema_{rate}_{step:06d}.pt"
+
+
+def optimizer_filename(step):
+    return f"opt{step:06d}.pt"
+
+
+def state_filename(step):
+    return f"state{step:06d}.pt"
+
+
+def parse_resume_step_from_filename(filename):
+    """The step in a name such as path/to/model000100.pt; 0 if it has none."""
+    digits = bf.basename(filename).split("model")[-1].split(".")[0]
+    return int(digits) if digits.isdecimal() else 0
+
+
+def find_ema_checkpoint(main_checkpoint, step, rate):
+    """The path of the EMA file beside a model file, None if there is none."""
+    return _beside(main_checkpoint, ema_filename(rate, step))
+
+
+def find_optimizer_checkpoint(main_checkpoint, step):
+    """The path of the optimizer's file beside a model file, None if there is none."""
+    return _beside(main_checkpoint, optimizer_filename(step))
+
+
+def find_state_checkpoint(main_checkpoint, step):
+    """The path of the run's state beside a model file, None if there is none (a run of the original)."""
+    return _beside(main_checkpoint, state_filename(step))
+
+
+def _beside(main_checkpoint, name):
+    if not main_checkpoint:
+        return None
+    path = bf.join(bf.dirname(main_checkpoint), name)
+    return path if bf.exists(path) else None
+
+
+def save_set(directory, step, *, model, emas, optimizer, state):
+    """
+    Write one checkpoint. Contents are what torch.save takes, state dicts and plain values.
+
+    :param emas: {rate: state dict}.
+    :return: the path of the model's file.
+    :raises InputError: if a file cannot be written; what was there before is untouched.
+    """
+    contents = {model_filename(step): model}
+    contents.update({ema_filename(rate, step): params for rate, params in emas.items()})
+    contents[optimizer_filename(step)] = optimizer
+    contents[state_filename(step)] = state
+    write_files(directory, {name: functools.partial(th.save, value) for name, value in contents.items()})
+    return bf.join(directory, model_filename(step))
+
+
+def write_files(directory, writers):
+    """
+    Write files so that a crash leaves each whole or absent, and a failure changes none.
+
+    All are written under temporary names and flushed to the disk first, then renamed in order. Where
+    they replace older ones, the last of them goes first and comes last: it stands for the set.
+
+    :param writers: {file name: function that writes to the binary file it is given}.
+    :raises InputError: if one cannot be written.
+    """
+    staged = {}  # final path -> temporary path, or a buffer for what is not on a local disk
+    try:
+        for name, write in writers.items():
+            path = bf.join(directory, name)
+            if _is_remote(path):
+                staged[path] = io.BytesIO()
+                write(staged[path])
+                continue
+            staged[path] = path + ".tmp"
+            with open(staged[path], "wb") as f:
+                write(f)
+                f.flush()
+                os.fsync(f.fileno())
+    except BaseException as e:
+        for temporary in staged.values():
+            if isinstance(temporary, str):
+                with contextlib.suppress(OSError):
+                    os.remove(temporary)
+        if isinstance(e, (OSError, RuntimeError)):  # torch.save turns a full disk into a RuntimeError
+            raise InputError(f"{path}: cannot be written ({str(e).splitlines()[0]})") from e
+        raise
+
+    if len(staged) > 1 and bf.exists(path):
+        bf.remove(path)
+    for path, temporary in staged.items():
+        if isinstance(temporary, str):
+            os.replace(temporary, path)
+        else:
+            with bf.BlobFile(path, "wb") as f:
+                f.write(temporary.getbuffer())
+    if not _is_remote(directory):
+        _flush_directory(directory)
+
+
+def _is_remote(path):
+    return "://" in path
+
+
+def _flush_directory(directory):
+    """Make renames in a folder survive a power cut."""
+    fd = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def rng_state():
+    """The global random generators of torch (this rank's device too) and numpy, as tensors and plain values."""
+    name, keys, position, has_gauss, cached = np.random.get_state()
+    state = {
+        "torch": th.get_rng_state(),
+        "numpy": [name, th.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
+    }
+    if th.cuda.is_available():
+        state["cuda"] = th.cuda.get_rng_state(dist_util.dev())
+    return state
+
+
+def set_rng_state(state):
+    """Undo what has been drawn since rng_state() gave `state`."""
+    th.set_rng_state(state["torch"])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    if "cuda" in state and th.cuda.is_available():
+        th.cuda.set_rng_state(state["cuda"], dist_util.dev())

@@ -1,0 +1,17 @@
+"""The one exception a user should ever see."""
+
+
+class InputError(ValueError):
+    """
+    What the user gave (a flag, a file, a value) cannot work.
+
+    str() is one line that names it and says what would be right; scripts print
+    that line and leave with status 2 (script_util.run).
+    """
+
+
+class TrainingError(RuntimeError):
+    """
+    Training cannot go on (the network yields NaN). str() is one line that says at which step, on which
+    rank, and which checkpoint is the last good one; scripts print it and leave with status 1.
+    """

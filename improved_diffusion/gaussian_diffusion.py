@@ -1,0 +1,590 @@
+"""
+Gaussian diffusion: the forward process q, the learned reverse process p, and what is minimised.
+
+Denoising diffusion (Ho et al. 2020, arXiv 2006.11239) with the learned variances, hybrid
+loss and cosine schedule of Nichol & Dhariwal 2021 (arXiv 2102.09672, "the paper" below)
+and the deterministic sampler of Song et al. 2020 (DDIM, arXiv 2010.02502).
+
+Conventions. Data is [N, C, ...] with any number of trailing axes, in [-1, 1]. Timesteps t
+are integer tensors [N] in 0..T-1; t = 0 is the least noisy, so the paper's x_t is index
+t - 1 here, and x_start is its x_0. Schedules are float64 numpy arrays of length T.
+A model is called as model(x_t, t, **model_kwargs) and gives [N, C, ...], or [N, 2C, ...]
+where it learns the variance too.
+"""
+
+import enum
+import math
+import weakref
+
+import numpy as np
+import torch as th
+
+from .losses import discretized_gaussian_log_likelihood, normal_kl
+from .nn import mean_flat
+
+
+def get_named_beta_schedule(schedule_name, num_diffusion_timesteps):
+    """
+    The variances beta of a schedule's steps.
+
+    "linear" is Ho et al.'s 1e-4 ... 0.02 for 1000 steps, scaled so that other step counts end
+    equally noisy. "cosine" is the paper's equation 17.
+
+    :return: float64 array [num_diffusion_timesteps].
+    :raises NotImplementedError: for another name.
+    """
+    if schedule_name == "linear":
+        scale = 1000 / num_diffusion_timesteps
+        return np.linspace(scale * 0.0001, scale * 0.02, num_diffusion_timesteps, dtype=np.float64)
+    if schedule_name == "cosine":
+        return betas_for_alpha_bar(num_diffusion_timesteps, lambda s: math.cos((s + 0.008) / 1.008 * math.pi / 2) ** 2)
+    raise NotImplementedError(f"unknown beta schedule {schedule_name!r}: there are linear and cosine")
+
+
+def betas_for_alpha_bar(num_diffusion_timesteps, alpha_bar, max_beta=0.999):
+    """
+    Betas whose running product of 1 - beta follows a given curve.
+
+    :param alpha_bar: maps the fraction 0...1 of the process that has passed to the product there.
+    :param max_beta: upper bound, below 1 to keep the last steps from being singular.
+    :return: float64 array [num_diffusion_timesteps].
+    """
+    n = num_diffusion_timesteps
+    return np.array([min(1 - alpha_bar((i + 1) / n) / alpha_bar(i / n), max_beta) for i in range(n)])
+
+
+class ModelMeanType(enum.Enum):
+    """What the model's output stands for."""
+
+    PREVIOUS_X = enum.auto()  # x_{t-1}, the posterior's mean
+    START_X = enum.auto()  # x_0
+    EPSILON = enum.auto()  # the noise in x_t
+
+
+class ModelVarType(enum.Enum):
+    """
+    The variance of p(x_{t-1} | x_t).
+
+    LEARNED_RANGE lets the model interpolate, in the log domain, between the two
+    fixed choices (the paper's equation 15).
+    """
+
+    LEARNED = enum.auto()
+    FIXED_SMALL = enum.auto()  # the posterior's variance
+    FIXED_LARGE = enum.auto()  # beta
+    LEARNED_RANGE = enum.auto()
+
+
+class LossType(enum.Enum):
+    """What training minimises."""
+
+    MSE = enum.auto()  # simple loss, and the variational bound for a learned variance
+    RESCALED_MSE = enum.auto()  # the same with the bound scaled by T / 1000 (lambda of the hybrid loss)
+    KL = enum.auto()  # the variational bound's term at t
+    RESCALED_KL = enum.auto()  # the same times T: an estimate of the whole bound
+
+    def is_vb(self):
+        """Whether this is the variational bound."""
+        return self in (LossType.KL, LossType.RESCALED_KL)
+
+
+class GaussianDiffusion:
+    """
+    Training and sampling for one noise schedule.
+
+    Its tables (betas, alphas_cumprod, posterior_variance, ...) are float64 numpy arrays [T].
+    To change one, assign a new array; a GPU keeps a copy of what it has used.
+
+    :param betas: [T] in (0, 1], the variance of each step.
+    :param model_mean_type: a ModelMeanType.
+    :param model_var_type: a ModelVarType.
+    :param loss_type: a LossType.
+    :param rescale_timesteps: give the model fractional timesteps in 0...1000 whatever T is.
+    :raises ValueError: if betas is not a one-dimensional array in (0, 1].
+    """
+
+    def __init__(self, *, betas, model_mean_type, model_var_type, loss_type, rescale_timesteps=False):
+        self.model_mean_type = model_mean_type
+        self.model_var_type = model_var_type
+        self.loss_type = loss_type
+        self.rescale_timesteps = rescale_timesteps
+
+        self.betas = betas = np.array(betas, dtype=np.float64)
+        if betas.ndim != 1 or not len(betas) or not ((betas > 0) & (betas <= 1)).all():
+            raise ValueError(f"betas must be a one-dimensional array of values in (0, 1], not {betas}")
+        self.num_timesteps = len(betas)
+
+        alphas = 1.0 - betas
+        self.alphas_cumprod = np.cumprod(alphas)
+        self.alphas_cumprod_prev = np.append(1.0, self.alphas_cumprod[:-1])
+        self.alphas_cumprod_next = np.append(self.alphas_cumprod[1:], 0.0)
+
+        # q(x_t | x_0)
+        self.sqrt_alphas_cumprod = np.sqrt(self.alphas_cumprod)
+        self.sqrt_one_minus_alphas_cumprod = np.sqrt(1.0 - self.alphas_cumprod)
+        self.log_one_minus_alphas_cumprod = np.log(1.0 - self.alphas_cumprod)
+        self.sqrt_recip_alphas_cumprod = np.sqrt(1.0 / self.alphas_cumprod)
+        self.sqrt_recipm1_alphas_cumprod = np.sqrt(1.0 / self.alphas_cumprod - 1)
+
+        # q(x_{t-1} | x_t, x_0), the paper's equations 10 to 12
+        rest = 1.0 - self.alphas_cumprod
+        self.posterior_variance = betas * (1.0 - self.alphas_cumprod_prev) / rest
+        # the first step's posterior has variance 0: its logarithm borrows the second step's
+        # variance, and beta where the chain has one step only
+        first = self.posterior_variance[1] if self.num_timesteps > 1 else betas[0]
+        self.posterior_log_variance_clipped = np.log(np.append(first, self.posterior_variance[1:]))
+        self.posterior_mean_coef1 = betas * np.sqrt(self.alphas_cumprod_prev) / rest
+        self.posterior_mean_coef2 = (1.0 - self.alphas_cumprod_prev) * np.sqrt(alphas) / rest
+
+        # the two ends of the learned range, and FIXED_LARGE, whose first step is the posterior's
+        self._log_betas = np.log(betas)
+        self._large_variance = np.append(first, betas[1:])
+        self._large_log_variance = np.log(self._large_variance)
+
+    # ---------------------------------------------------------------- q: data to noise
+
+    def q_mean_variance(self, x_start, t):
+        """
+        Mean, variance and log-variance of q(x_t | x_0), the paper's equation 8.
+
+        :return: three tensors of x_start's shape.
+        """
+        mean = _extract_into_tensor(self.sqrt_alphas_cumprod, t, x_start.shape) * x_start
+        variance = _extract_into_tensor(1.0 - self.alphas_cumprod, t, x_start.shape)
+        log_variance = _extract_into_tensor(self.log_one_minus_alphas_cumprod, t, x_start.shape)
+        return mean, variance, log_variance
+
+    def q_sample(self, x_start, t, noise=None):
+        """
+        Draw x_t from q(x_t | x_0), the paper's equation 9.
+
+        :param noise: standard normal, x_start's shape; drawn if None.
+        :return: x_t, x_start's shape.
+        """
+        if noise is None:
+            noise = th.randn_like(x_start)
+        return (
+            _extract_into_tensor(self.sqrt_alphas_cumprod, t, x_start.shape) * x_start
+            + _extract_into_tensor(self.sqrt_one_minus_alphas_cumprod, t, x_start.shape) * noise
+        )
+
+    def q_posterior_mean_variance(self, x_start, x_t, t):
+        """
+        Mean, variance and log-variance of q(x_{t-1} | x_t, x_0), the paper's equations 10 to 12.
+
+        The log-variance is clipped: see posterior_log_variance_clipped.
+
+        :return: three tensors of x_t's shape.
+        """
+        mean = self._posterior_mean(x_start, x_t, t)
+        variance = _extract_into_tensor(self.posterior_variance, t, x_t.shape)
+        log_variance = _extract_into_tensor(self.posterior_log_variance_clipped, t, x_t.shape)
+        return mean, variance, log_variance
+
+    def _posterior_mean(self, x_start, x_t, t):
+        return (
+            _extract_into_tensor(self.posterior_mean_coef1, t, x_t.shape) * x_start
+            + _extract_into_tensor(self.posterior_mean_coef2, t, x_t.shape) * x_t
+        )
+
+    # ---------------------------------------------------------------- p: noise to data
+
+    def p_mean_variance(self, model, x, t, clip_denoised=True, denoised_fn=None, model_kwargs=None):
+        """
+        The model's p(x_{t-1} | x_t), and the x_0 it implies.
+
+        :param x: x_t, [N, C, ...].
+        :param clip_denoised: clamp the implied x_0 to [-1, 1].
+        :param denoised_fn: applied to the implied x_0, before clamping.
+        :param model_kwargs: further keyword arguments of the model.
+        :return: a dict of "mean", "variance", "log_variance" and "pred_xstart", all x's shape.
+        :raises ValueError: if t or the model's output has the wrong shape.
+        """
+        if t.shape != x.shape[:1]:
+            raise ValueError(f"t must have shape {tuple(x.shape[:1])}, one timestep a sample, not {tuple(t.shape)}")
+        output = model(x, self._scale_timesteps(t), **(model_kwargs or {}))
+        output, variance, log_variance = self._p_variance(output, x, t)
+
+        if self.model_mean_type == ModelMeanType.PREVIOUS_X:
+            pred_xstart = self._predict_xstart_from_xprev(x_t=x, t=t, xprev=output)
+        elif self.model_mean_type == ModelMeanType.EPSILON:
+            pred_xstart = self._predict_xstart_from_eps(x_t=x, t=t, eps=output)
+        else:
+            pred_xstart = output
+        if denoised_fn is not None:
+            pred_xstart = denoised_fn(pred_xstart)
+        if clip_denoised:
+            pred_xstart = pred_xstart.clamp(-1, 1)
+
+        if self.model_mean_type == ModelMeanType.PREVIOUS_X:
+            mean = output
+        else:
+            mean = self._posterior_mean(pred_xstart, x, t)
+        return {"mean": mean, "variance": variance, "log_variance": log_variance, "pred_xstart": pred_xstart}
+
+    def _p_variance(self, output, x, t):
+        """(what the model says of the mean, variance, log-variance), each of x's shape."""
+        wanted = (x.shape[0], x.shape[1] * (2 if self._learns_variance() else 1), *x.shape[2:])
+        if output.shape != wanted:
+            raise ValueError(f"the model's output must have shape {wanted}, not {tuple(output.shape)}")
+        if self.model_var_type == ModelVarType.FIXED_LARGE:
+            variance, log_variance = self._large_variance, self._large_log_variance
+        elif self.model_var_type == ModelVarType.FIXED_SMALL:
+            variance, log_variance = self.posterior_variance, self.posterior_log_variance_clipped
+        else:
+            output, log_variance = output.chunk(2, dim=1)
+            if self.model_var_type == ModelVarType.LEARNED_RANGE:
+                low = _extract_into_tensor(self.posterior_log_variance_clipped, t, x.shape)
+                high = _extract_into_tensor(self._log_betas, t, x.shape)
+                v = (log_variance + 1) / 2  # the output is in about [-1, 1]
+                log_variance = v * high + (1 - v) * low  # equation 15
+            return output, th.exp(log_variance), log_variance
+        return (
+            output,
+            _extract_into_tensor(variance, t, x.shape),
+            _extract_into_tensor(log_variance, t, x.shape),
+        )
+
+    def _learns_variance(self):
+        return self.model_var_type in (ModelVarType.LEARNED, ModelVarType.LEARNED_RANGE)
+
+    def _predict_xstart_from_eps(self, x_t, t, eps):
+        return (
+            _extract_into_tensor(self.sqrt_recip_alphas_cumprod, t, x_t.shape) * x_t
+            - _extract_into_tensor(self.sqrt_recipm1_alphas_cumprod, t, x_t.shape) * eps
+        )
+
+    def _predict_xstart_from_xprev(self, x_t, t, xprev):
+        # the posterior mean solved for x_0
+        return (xprev - _extract_into_tensor(self.posterior_mean_coef2, t, x_t.shape) * x_t) / _extract_into_tensor(
+            self.posterior_mean_coef1, t, x_t.shape
+        )
+
+    def _predict_eps_from_xstart(self, x_t, t, pred_xstart):
+        return (
+            _extract_into_tensor(self.sqrt_recip_alphas_cumprod, t, x_t.shape) * x_t - pred_xstart
+        ) / _extract_into_tensor(self.sqrt_recipm1_alphas_cumprod, t, x_t.shape)
+
+    def _scale_timesteps(self, t):
+        if self.rescale_timesteps:
+            return t.float() * (1000.0 / self.num_timesteps)
+        return t
+
+    def p_sample(self, model, x, t, clip_denoised=True, denoised_fn=None, model_kwargs=None):
+        """
+        One ancestral step: draw x_{t-1} from p(x_{t-1} | x_t). No noise is added at t = 0.
+
+        Parameters as of p_mean_variance().
+
+        :return: a dict of "sample" and "pred_xstart", x's shape.
+        """
+        out = self.p_mean_variance(
+            model, x, t, clip_denoised=clip_denoised, denoised_fn=denoised_fn, model_kwargs=model_kwargs
+        )
+        noise = th.randn_like(x)
+        sample = out["mean"] + _unless_first(t, x) * th.exp(0.5 * out["log_variance"]) * noise
+        return {"sample": sample, "pred_xstart": out["pred_xstart"]}
+
+    def p_sample_loop(
+        self,
+        model,
+        shape,
+        noise=None,
+        clip_denoised=True,
+        denoised_fn=None,
+        model_kwargs=None,
+        device=None,
+        progress=False,
+    ):
+        """
+        Samples by the whole ancestral chain.
+
+        :param shape: of the samples, (N, C, ...).
+        :param noise: where the chain starts; standard normal if None.
+        :param device: where to sample; the model's if None.
+        :param progress: show a tqdm bar.
+        :return: tensor of `shape`.
+        """
+        return _last_sample(
+            self.p_sample_loop_progressive(
+                model,
+                shape,
+                noise=noise,
+                clip_denoised=clip_denoised,
+                denoised_fn=denoised_fn,
+                model_kwargs=model_kwargs,
+                device=device,
+                progress=progress,
+            )
+        )
+
+    def p_sample_loop_progressive(
+        self,
+        model,
+        shape,
+        noise=None,
+        clip_denoised=True,
+        denoised_fn=None,
+        model_kwargs=None,
+        device=None,
+        progress=False,
+    ):
+        """Yield what p_sample() returns at each step of p_sample_loop(), noisiest first."""
+        yield from self._sample_loop(
+            self.p_sample,
+            model,
+            shape,
+            noise,
+            device,
+            progress,
+            clip_denoised=clip_denoised,
+            denoised_fn=denoised_fn,
+            model_kwargs=model_kwargs,
+        )
+
+    def _sample_loop(self, step, model, shape, noise, device, progress, **step_kwargs):
+        if device is None:
+            device = next(model.parameters()).device
+        x = th.randn(*shape, device=device) if noise is None else noise
+        indices = reversed(range(self.num_timesteps))
+        if progress:
+            from tqdm.auto import tqdm
+
+            indices = tqdm(indices, total=self.num_timesteps, desc="sampling", unit="step")
+        for i in indices:
+            t = th.full((shape[0],), i, device=device, dtype=th.long)
+            with th.no_grad():
+                out = step(model, x, t, **step_kwargs)
+            yield out
+            x = out["sample"]
+
+    # ---------------------------------------------------------------- DDIM
+
+    def ddim_sample(self, model, x, t, clip_denoised=True, denoised_fn=None, model_kwargs=None, eta=0.0):
+        """
+        One DDIM step from x_t to x_{t-1} (Song et al. 2020, equation 12).
+
+        :param eta: 0 is deterministic, 1 as noisy as the ancestral step.
+        :return: a dict of "sample" and "pred_xstart", x's shape.
+        """
+        out = self.p_mean_variance(
+            model, x, t, clip_denoised=clip_denoised, denoised_fn=denoised_fn, model_kwargs=model_kwargs
+        )
+        # from the processed x_0, so that clamping it changes the direction too
+        eps = self._predict_eps_from_xstart(x, t, out["pred_xstart"])
+        alpha_bar = _extract_into_tensor(self.alphas_cumprod, t, x.shape)
+        alpha_bar_prev = _extract_into_tensor(self.alphas_cumprod_prev, t, x.shape)
+        sigma = eta * th.sqrt((1 - alpha_bar_prev) / (1 - alpha_bar)) * th.sqrt(1 - alpha_bar / alpha_bar_prev)
+        noise = th.randn_like(x)
+        mean = out["pred_xstart"] * th.sqrt(alpha_bar_prev) + th.sqrt(1 - alpha_bar_prev - sigma**2) * eps
+        return {"sample": mean + _unless_first(t, x) * sigma * noise, "pred_xstart": out["pred_xstart"]}
+
+    def ddim_reverse_sample(self, model, x, t, clip_denoised=True, denoised_fn=None, model_kwargs=None, eta=0.0):
+        """
+        One step of the deterministic DDIM chain run backwards, from x_t to x_{t+1}: data to latent.
+
+        :param eta: must be 0, since only the deterministic chain has an inverse.
+        :return: a dict of "sample" and "pred_xstart", x's shape.
+        :raises ValueError: if eta is not 0.
+        """
+        if eta != 0.0:
+            raise ValueError(f"eta={eta}: only the deterministic chain, eta=0, can be run backwards")
+        out = self.p_mean_variance(
+            model, x, t, clip_denoised=clip_denoised, denoised_fn=denoised_fn, model_kwargs=model_kwargs
+        )
+        eps = self._predict_eps_from_xstart(x, t, out["pred_xstart"])
+        alpha_bar_next = _extract_into_tensor(self.alphas_cumprod_next, t, x.shape)
+        sample = out["pred_xstart"] * th.sqrt(alpha_bar_next) + th.sqrt(1 - alpha_bar_next) * eps
+        return {"sample": sample, "pred_xstart": out["pred_xstart"]}
+
+    def ddim_sample_loop(
+        self,
+        model,
+        shape,
+        noise=None,
+        clip_denoised=True,
+        denoised_fn=None,
+        model_kwargs=None,
+        device=None,
+        progress=False,
+        eta=0.0,
+    ):
+        """Samples by the whole DDIM chain; parameters as of p_sample_loop() and ddim_sample()."""
+        return _last_sample(
+            self.ddim_sample_loop_progressive(
+                model,
+                shape,
+                noise=noise,
+                clip_denoised=clip_denoised,
+                denoised_fn=denoised_fn,
+                model_kwargs=model_kwargs,
+                device=device,
+                progress=progress,
+                eta=eta,
+            )
+        )
+
+    def ddim_sample_loop_progressive(
+        self,
+        model,
+        shape,
+        noise=None,
+        clip_denoised=True,
+        denoised_fn=None,
+        model_kwargs=None,
+        device=None,
+        progress=False,
+        eta=0.0,
+    ):
+        """Yield what ddim_sample() returns at each step of ddim_sample_loop(), noisiest first."""
+        yield from self._sample_loop(
+            self.ddim_sample,
+            model,
+            shape,
+            noise,
+            device,
+            progress,
+            clip_denoised=clip_denoised,
+            denoised_fn=denoised_fn,
+            model_kwargs=model_kwargs,
+            eta=eta,
+        )
+
+    # ---------------------------------------------------------------- what is minimised
+
+    def training_losses(self, model, x_start, t, model_kwargs=None, noise=None):
+        """
+        The loss of each sample at its timestep.
+
+        :param x_start: [N, C, ...] in [-1, 1].
+        :param t: [N] timesteps.
+        :param noise: standard normal, x_start's shape; drawn if None.
+        :return: a dict of tensors [N]: "loss", and its parts "mse" and "vb" where it has them.
+        """
+        if noise is None:
+            noise = th.randn_like(x_start)
+        x_t = self.q_sample(x_start, t, noise=noise)
+
+        if self.loss_type.is_vb():
+            loss = self._vb_terms_bpd(model, x_start, x_t, t, clip_denoised=False, model_kwargs=model_kwargs)["output"]
+            if self.loss_type == LossType.RESCALED_KL:
+                loss = loss * self.num_timesteps
+            return {"loss": loss}
+
+        output = model(x_t, self._scale_timesteps(t), **(model_kwargs or {}))
+        terms = {}
+        if self._learns_variance():
+            # L_vb teaches the variance only: the mean inside it is held fixed (the paper, section 3.1)
+            mean_output, var_output = output.chunk(2, dim=1)
+            frozen = th.cat([mean_output.detach(), var_output], dim=1)
+            terms["vb"] = self._vb_terms_bpd(lambda *_, **__: frozen, x_start, x_t, t, clip_denoised=False)["output"]
+            if self.loss_type == LossType.RESCALED_MSE:
+                terms["vb"] = terms["vb"] * (self.num_timesteps / 1000.0)
+            output = mean_output
+
+        if self.model_mean_type == ModelMeanType.EPSILON:
+            target = noise
+        elif self.model_mean_type == ModelMeanType.START_X:
+            target = x_start
+        else:
+            target = self._posterior_mean(x_start, x_t, t)
+        if output.shape != target.shape:
+            raise ValueError(f"the model's output must have shape {tuple(target.shape)}, not {tuple(output.shape)}")
+        terms["mse"] = mean_flat((target - output) ** 2)
+        terms["loss"] = terms["mse"] + terms["vb"] if "vb" in terms else terms["mse"]
+        return terms
+
+    def _vb_terms_bpd(self, model, x_start, x_t, t, clip_denoised=True, model_kwargs=None):
+        """
+        The variational bound's term at t, in bits per dimension: KL(q || p), and at t = 0
+        the decoder's negative log-likelihood (the paper's equations 4 to 7).
+
+        :return: a dict of "output" [N] and "pred_xstart", x_t's shape.
+        """
+        true_mean, _, true_log_variance = self.q_posterior_mean_variance(x_start, x_t, t)
+        out = self.p_mean_variance(model, x_t, t, clip_denoised=clip_denoised, model_kwargs=model_kwargs)
+        kl = normal_kl(true_mean, true_log_variance, out["mean"], out["log_variance"])
+        decoder_nll = -discretized_gaussian_log_likelihood(
+            x_start, means=out["mean"], log_scales=0.5 * out["log_variance"]
+        )
+        nats = th.where(t == 0, mean_flat(decoder_nll), mean_flat(kl))
+        return {"output": nats / math.log(2.0), "pred_xstart": out["pred_xstart"]}
+
+    def _prior_bpd(self, x_start):
+        """KL(q(x_T | x_0) || N(0, 1)) in bits per dimension, [N]: what no model can change."""
+        t = th.full((x_start.shape[0],), self.num_timesteps - 1, device=x_start.device, dtype=th.long)
+        mean, _, log_variance = self.q_mean_variance(x_start, t)
+        return mean_flat(normal_kl(mean, log_variance, 0.0, 0.0)) / math.log(2.0)
+
+    def calc_bpd_loop(self, model, x_start, clip_denoised=True, model_kwargs=None):
+        """
+        The whole variational bound on -log2 p(x_0), and related terms, one noise draw a timestep.
+
+        :param x_start: [N, C, ...] in [-1, 1].
+        :return: a dict of "total_bpd" [N], "prior_bpd" [N], "vb" [N, T] (bits per dimension of each
+                 term), "xstart_mse" [N, T] and "mse" [N, T] (squared errors of the implied x_0 and
+                 noise). The first column belongs to the noisiest timestep, T - 1, the last to 0.
+        """
+        vb, xstart_mse, mse = [], [], []
+        for i in reversed(range(self.num_timesteps)):
+            t = th.full((x_start.shape[0],), i, device=x_start.device, dtype=th.long)
+            noise = th.randn_like(x_start)
+            x_t = self.q_sample(x_start, t, noise=noise)
+            with th.no_grad():
+                out = self._vb_terms_bpd(model, x_start, x_t, t, clip_denoised=clip_denoised, model_kwargs=model_kwargs)
+            eps = self._predict_eps_from_xstart(x_t, t, out["pred_xstart"])
+            vb.append(out["output"])
+            xstart_mse.append(mean_flat((out["pred_xstart"] - x_start) ** 2))
+            mse.append(mean_flat((eps - noise) ** 2))
+
+        vb, xstart_mse, mse = (th.stack(terms, dim=1) for terms in (vb, xstart_mse, mse))
+        prior_bpd = self._prior_bpd(x_start)
+        return {
+            "total_bpd": vb.sum(dim=1) + prior_bpd,
+            "prior_bpd": prior_bpd,
+            "vb": vb,
+            "xstart_mse": xstart_mse,
+            "mse": mse,
+        }
+
+
+def _last_sample(steps):
+    for out in steps:
+        final = out["sample"]
+    return final
+
+
+def _unless_first(t, x):
+    """1 where t > 0, 0 where t = 0, shaped to multiply x."""
+    return (t != 0).to(x.dtype).view(-1, *[1] * (x.dim() - 1))
+
+
+def _extract_into_tensor(arr, timesteps, broadcast_shape):
+    """
+    The entries of a table at the timesteps, as float32.
+
+    :param arr: numpy array [T].
+    :param timesteps: integer tensor [N], whose device the result has.
+    :param broadcast_shape: (N, ...).
+    :return: tensor of broadcast_shape (a view that repeats one value a sample).
+    """
+    values = _table_on(timesteps.device, arr)[timesteps].float()
+    return values.view(-1, *[1] * (len(broadcast_shape) - 1)).expand(broadcast_shape)
+
+
+_gpu_tables = {}  # (id of the array, device) -> its copy there, for as long as the array lives
+
+
+def _table_on(device, arr):
+    """
+    `arr` as a tensor on `device`. The CPU shares the array's memory; another device keeps a copy,
+    so that no step of a loop waits for a transfer.
+    """
+    if device.type == "cpu":
+        return th.from_numpy(arr)
+    key = id(arr), device
+    if key not in _gpu_tables:
+        table = th.from_numpy(arr)
+        _gpu_tables[key] = (table.float() if table.is_floating_point() else table).to(device)
+        weakref.finalize(arr, _gpu_tables.pop, key, None)
+    return _gpu_tables[key]

@@ -1,0 +1,116 @@
+"""A diffusion process with fewer steps, cut out of a longer one (the paper, section 4)."""
+
+import numpy as np
+
+from .errors import InputError
+from .gaussian_diffusion import GaussianDiffusion, _table_on
+
+
+def space_timesteps(num_timesteps, section_counts):
+    """
+    Choose the timesteps of a longer process that a shorter one keeps.
+
+    :param num_timesteps: steps of the longer process.
+    :param section_counts: a list of counts, or a string of them with commas: the process is cut
+        into that many sections of equal length, and each keeps its count of steps, evenly spread
+        with both its ends. "ddimN" keeps N steps at a whole-number stride, as the DDIM paper does.
+    :return: a set of timesteps.
+    :raises InputError: (a ValueError) if there are no such N steps.
+    """
+    if isinstance(section_counts, str):
+        if section_counts.startswith("ddim"):
+            return _ddim_timesteps(num_timesteps, _whole_number(section_counts, section_counts[len("ddim") :]))
+        section_counts = [_whole_number(section_counts, s) for s in section_counts.split(",")]
+
+    size, longer = divmod(num_timesteps, len(section_counts))  # the first sections take what is left over
+    steps, start = set(), 0
+    for i, count in enumerate(section_counts):
+        length = size + (1 if i < longer else 0)
+        if not 0 <= count <= length:
+            raise InputError(
+                f"timestep_respacing {','.join(map(str, section_counts))}: section {i + 1} of "
+                f"{len(section_counts)} is {length} of the {num_timesteps} steps long and cannot keep {count}; "
+                f"give at most {length}"
+            )
+        stride = (length - 1) / (count - 1) if count > 1 else 1
+        # a running sum, rounded: the positions published models were sampled at depend on it
+        position = 0.0
+        for _ in range(count):
+            steps.add(start + round(position))
+            position += stride
+        start += length
+    if not steps:
+        raise InputError("timestep_respacing keeps no step at all; give 1 or more")
+    return steps
+
+
+def _ddim_timesteps(num_timesteps, count):
+    possible = {len(range(0, num_timesteps, stride)): stride for stride in range(num_timesteps, 0, -1)}
+    if count not in possible:
+        nearest = min(possible, key=lambda n: (abs(n - count), n))
+        raise InputError(
+            f"timestep_respacing ddim{count}: no whole-number stride through {num_timesteps} steps visits "
+            f"{count} of them; the nearest that works is ddim{nearest}"
+        )
+    return set(range(0, num_timesteps, possible[count]))
+
+
+def _whole_number(whole, text):
+    try:
+        return int(text)
+    except ValueError:
+        raise InputError(
+            f"timestep_respacing {whole!r}: give step counts such as 250 or 10,15,20, or ddimN such as ddim50"
+        ) from None
+
+
+class SpacedDiffusion(GaussianDiffusion):
+    """
+    The process that visits only some timesteps of a longer one, with the same marginals there.
+
+    Its own timesteps are 0..len(use_timesteps)-1; the model still sees the longer process's.
+
+    :param use_timesteps: timesteps of the longer process to keep.
+    :param kwargs: parameters of the longer process's GaussianDiffusion.
+    """
+
+    def __init__(self, use_timesteps, **kwargs):
+        self.use_timesteps = set(use_timesteps)
+        self.original_num_steps = len(kwargs["betas"])
+        self.timestep_map = sorted(t for t in self.use_timesteps if 0 <= t < self.original_num_steps)
+        self._map_table = np.array(self.timestep_map)
+
+        # beta between two kept steps, from the products of alpha at both
+        alphas_cumprod = GaussianDiffusion(**kwargs).alphas_cumprod[self.timestep_map]
+        kwargs["betas"] = 1 - alphas_cumprod / np.append(1.0, alphas_cumprod[:-1])
+        super().__init__(**kwargs)
+
+    def p_mean_variance(self, model, *args, **kwargs):
+        return super().p_mean_variance(self._wrap_model(model), *args, **kwargs)
+
+    def training_losses(self, model, *args, **kwargs):
+        return super().training_losses(self._wrap_model(model), *args, **kwargs)
+
+    def _wrap_model(self, model):
+        if isinstance(model, _WrappedModel):
+            return model
+        return _WrappedModel(model, self._map_table, self.rescale_timesteps, self.original_num_steps)
+
+    def _scale_timesteps(self, t):
+        return t  # the wrapped model scales, by the longer process's length
+
+
+class _WrappedModel:
+    """A model of the longer process, called with timesteps of the shorter one."""
+
+    def __init__(self, model, timestep_map, rescale_timesteps, original_num_steps):
+        self.model = model
+        self.timestep_map = np.asarray(timestep_map)
+        self.rescale_timesteps = rescale_timesteps
+        self.original_num_steps = original_num_steps
+
+    def __call__(self, x, ts, **kwargs):
+        ts = _table_on(ts.device, self.timestep_map)[ts]
+        if self.rescale_timesteps:
+            ts = ts.float() * (1000.0 / self.original_num_steps)
+        return self.model(x, ts, **kwargs)

@@ -1,0 +1,118 @@
+"""Many samples over many ranks, and the files they end in."""
+
+import blobfile as bf
+import numpy as np
+import torch as th
+
+from . import dist_util, logger
+from .checkpoint_util import write_files
+from .errors import InputError
+
+
+def generate(diffusion, model, *, shape, num_samples, batch_size, conditions, use_ddim=False, clip_denoised=True):
+    """
+    Draw samples batch by batch, the ranks side by side; all ranks call it.
+
+    :param shape: of one sample, (C, H, W).
+    :param batch_size: samples at once on each rank.
+    :param conditions: maps a range of sample numbers to the model's keyword arguments for them;
+                       "y" among those are labels.
+    :return: (uint8 array [num_samples, H, W, C], int64 array [num_samples] or None) in the order of
+             the sample numbers on rank 0, (None, None) on the others.
+    """
+    sample_fn = diffusion.ddim_sample_loop if use_ddim else diffusion.p_sample_loop
+    images, labels = [], []
+    for first in range(0, num_samples, batch_size * dist_util.world_size()):
+        start = min(first + batch_size * dist_util.rank(), num_samples)
+        mine = range(start, min(start + batch_size, num_samples))
+        kwargs = conditions(mine)
+        if len(mine):
+            sample = sample_fn(
+                model,
+                (len(mine), *shape),
+                clip_denoised=clip_denoised,
+                model_kwargs=kwargs,
+                device=dist_util.dev(),
+            )
+        else:
+            sample = th.zeros(0, *shape, device=dist_util.dev())
+        gathered = dist_util.all_gather(to_uint8(sample))
+        gathered_labels = dist_util.all_gather(kwargs["y"]) if "y" in kwargs else None
+        if dist_util.rank() == 0:
+            images.append(gathered.cpu().numpy())
+            if gathered_labels is not None:
+                labels.append(gathered_labels.cpu().numpy())
+        logger.log(f"created {min(first + batch_size * dist_util.world_size(), num_samples)} samples")
+    if dist_util.rank() > 0:
+        return None, None
+    return np.concatenate(images), np.concatenate(labels) if labels else None
+
+
+def to_uint8(x):
+    """[N, C, H, W] in [-1, 1] -> uint8 [N, H, W, C]."""
+    return ((x + 1) * 127.5).clamp(0, 255).to(th.uint8).permute(0, 2, 3, 1).contiguous()
+
+
+def save_samples(images, labels=None):
+    """
+    Write samples to samples_NxHxWxC.npz in the log directory: arr_0 the images, arr_1 the labels, if any.
+
+    :return: the path.
+    """
+    arrays = [images] if labels is None else [images, labels]
+    return save_arrays(f"samples_{'x'.join(map(str, images.shape))}.npz", *arrays)
+
+
+def save_arrays(name, *arrays):
+    """Write arrays to a file of the log directory, as arr_0, arr_1, ...; return its path."""
+    write_files(logger.get_dir(), {name: lambda f: np.savez(f, *arrays)})
+    return bf.join(logger.get_dir(), name)
+
+
+def load_base_samples(path, *, size, channels, num_classes=None):
+    """
+    Images for a super-resolution model to enlarge, from a file such as save_samples() writes.
+
+    :param size: height and width that the model expects.
+    :param num_classes: for a class-conditional model, how many labels it knows.
+    :return: (uint8 array [N, size, size, channels], int64 array [N], or None without num_classes).
+    :raises InputError: if the file is missing, or is anything else.
+    """
+    arrays = read_npz(path, flag="base_samples")
+    if "arr_0" not in arrays:
+        raise InputError(f"base_samples {path} has no arr_0, the images (it has {', '.join(arrays) or 'nothing'})")
+    images = arrays["arr_0"]
+    if images.dtype != np.uint8 or images.ndim != 4 or not len(images) or images.shape[1:] != (size, size, channels):
+        raise InputError(
+            f"base_samples {path}: arr_0 is {images.dtype} of shape {images.shape}; small_size {size} and "
+            f"image_channels {channels} want uint8 of shape (N, {size}, {size}, {channels})"
+        )
+    if num_classes is None:
+        return images, None
+    labels = arrays.get("arr_1")
+    if labels is None or labels.shape != images.shape[:1]:
+        raise InputError(f"base_samples {path} has no label for each image in arr_1, which class_cond needs")
+    if labels.min() < 0 or labels.max() >= num_classes:
+        raise InputError(
+            f"base_samples {path}: arr_1 has labels from {labels.min()} to {labels.max()}, "
+            f"num_classes {num_classes} allows 0 to {num_classes - 1}"
+        )
+    return images, labels.astype(np.int64)
+
+
+def read_npz(path, flag):
+    """
+    All arrays of an npz file, as a dict.
+
+    :param flag: what the path was given as, for messages.
+    :raises InputError: if it is missing or not such a file.
+    """
+    if not path:
+        raise InputError(f"{flag} is not given: name an npz file that image_sample.py wrote")
+    if not bf.exists(path) or bf.isdir(path):
+        raise InputError(f"{flag} {path}: there is no such file")
+    try:
+        with bf.BlobFile(path, "rb") as f, np.load(f, allow_pickle=False) as arrays:
+            return dict(arrays)
+    except Exception as e:  # a damaged zip archive raises anything
+        raise InputError(f"{flag} {path}: not an npz file of numbers ({e})") from None

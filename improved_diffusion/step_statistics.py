@@ -1,0 +1,67 @@
+"""What the steps between two rows of the log amount to."""
+
+import torch as th
+
+from . import dist_util
+
+
+class StepStatistics:
+    """
+    Means of what the steps yield, kept on the device so that no step waits for it.
+
+    Each entry is a table of (sum, count) rows.
+    """
+
+    def __init__(self):
+        self._tables = {}
+
+    def add(self, key, value):
+        """Take in a scalar tensor."""
+        value = value.detach().double()
+        self._accumulate(key, th.stack([value, th.ones_like(value)])[None])
+
+    def add_losses(self, diffusion, ts, losses):
+        """
+        Take in losses by sample: their mean over the batch, and over those samples in each quarter of
+        the timesteps.
+
+        :param ts: [N] timesteps.
+        :param losses: {name: [N]}.
+        """
+        quartile = 4 * ts // diffusion.num_timesteps
+        for key, values in losses.items():
+            values = values.detach().double()
+            rows = th.stack([values, th.ones_like(values)], dim=1)  # (N, 2)
+            quartiles = rows.new_zeros(4, 2).index_add_(0, quartile, rows)
+            overall = th.stack([values.mean(), rows[0, 1]])  # a step counts once, whatever its batch
+            self._accumulate(key, th.cat([overall[None], quartiles]))
+
+    def _accumulate(self, key, rows):
+        if key in self._tables:
+            self._tables[key] += rows
+        else:
+            self._tables[key] = rows
+
+    def read(self, over_ranks=True):
+        """
+        Wait for the device and read the means.
+
+        :param over_ranks: over all ranks (all of them call it), not this one alone.
+        :return: {key: (mean, count)}, with key_q0 to key_q3 for the quarters of the timesteps seen.
+        """
+        if not self._tables:
+            return {}
+        rows = th.cat(list(self._tables.values()))
+        rows = (dist_util.all_reduce_sum(rows) if over_ranks else rows).tolist()
+        names = []
+        for key, table in self._tables.items():
+            names += [key] + [f"{key}_q{i}" for i in range(len(table) - 1)]
+        return {name: (total / count, count) for name, (total, count) in zip(names, rows, strict=True) if count}
+
+    def state_dict(self):
+        """What has been taken in, for load_state_dict(); tensors only."""
+        return {key: table.cpu() for key, table in self._tables.items()}
+
+    def load_state_dict(self, state):
+        """Continue from what state_dict() gave."""
+        self._tables = {key: table.to(dist_util.dev()) for key, table in state.items()}

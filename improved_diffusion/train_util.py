@@ -1,0 +1,445 @@
+"""
+The training loop: what is computed in which order, and when it is logged and saved.
+
+One step, for a batch x_0 and timesteps t drawn by the schedule sampler:
+
+    loss = mean(weights(t) * training_losses(x_0, t))     in microbatches, to save memory
+    AdamW on the float32 parameters                       unless a float16 gradient overflowed
+    ema <- rate * ema + (1 - rate) * parameters           for each rate
+"""
+
+import contextlib
+import copy
+import math
+import os
+
+import torch as th
+from torch.nn.parallel.distributed import DistributedDataParallel as DDP
+from torch.optim import AdamW
+
+from . import dist_util, logger
+from .checkpoint_util import (
+    find_ema_checkpoint,
+    find_optimizer_checkpoint,
+    find_state_checkpoint,
+    parse_resume_step_from_filename,
+    rng_state,
+    save_set,
+    set_rng_state,
+)
+from .errors import InputError, TrainingError
+from .fp16_util import (
+    make_master_params,
+    master_params_to_model_params,
+    model_grads_to_master_grads,
+    unflatten_master_params,
+    zero_grad,
+)
+from .nn import update_ema
+from .resample import LossAwareSampler, UniformSampler
+from .step_statistics import StepStatistics
+
+# In float16 the loss is multiplied by 2^lg_loss_scale, lest small gradients vanish. The scale grows
+# slowly, is halved whenever a gradient overflows, and begins high enough to find its place quickly.
+INITIAL_LOG_LOSS_SCALE = 20.0
+# So many overflows in a row no scale explains: the network itself yields NaN.
+MAX_OVERFLOWS_IN_A_ROW = 20
+
+
+class TrainLoop:
+    """
+    :param model: the network, on dist_util.dev().
+    :param diffusion: the GaussianDiffusion to train it for.
+    :param data: an iterator of (x_start [N, C, ...], dict of conditions); one with state_dict() and
+                 load_state_dict() is continued where it was when a run resumes.
+    :param batch_size: samples a step, on each rank.
+    :param microbatch: samples that go through the network at once; -1 for all. Changes memory only.
+    :param lr: learning rate of AdamW; it falls to 0 over lr_anneal_steps, if set.
+    :param ema_rate: one rate, or a string of several with commas.
+    :param log_interval: steps between rows of the log.
+    :param save_interval: steps between checkpoints.
+    :param resume_checkpoint: a model file to continue from, or "". With the state file beside it, the
+                              run goes on as if it had not stopped; without, as the original would.
+    :param use_fp16: compute the network's torso in float16, with a dynamic loss scale.
+    :param fp16_scale_growth: growth of the loss scale's log2 a step.
+    :param schedule_sampler: which timesteps to train on; uniform if None.
+    :param weight_decay: of AdamW.
+    :param lr_anneal_steps: stop after this many steps, 0 for never.
+    :param max_steps: the same without touching the learning rate.
+    :raises InputError: if the checkpoint cannot be read or does not belong to this model.
+    """
+
+    def __init__(
+        self,
+        *,
+        model,
+        diffusion,
+        data,
+        batch_size,
+        microbatch,
+        lr,
+        ema_rate,
+        log_interval,
+        save_interval,
+        resume_checkpoint,
+        use_fp16=False,
+        fp16_scale_growth=1e-3,
+        schedule_sampler=None,
+        weight_decay=0.0,
+        lr_anneal_steps=0,
+        max_steps=0,
+    ):
+        self.model = model
+        self.diffusion = diffusion
+        self.data = data
+        self.batch_size = batch_size
+        self.microbatch = microbatch if microbatch > 0 else batch_size
+        self.lr = lr
+        self.ema_rate = [float(rate) for rate in str(ema_rate).split(",")]
+        self.log_interval = log_interval
+        self.save_interval = save_interval
+        self.resume_checkpoint = resume_checkpoint
+        self.use_fp16 = use_fp16
+        self.fp16_scale_growth = fp16_scale_growth
+        self.schedule_sampler = schedule_sampler or UniformSampler(diffusion)
+        self.weight_decay = weight_decay
+        self.lr_anneal_steps = lr_anneal_steps
+        self.max_steps = max_steps
+
+        # Steps are counted from resume_step where a run of the original is resumed, which is also how it
+        # counted. With a state file, step itself goes on, and resume_step stays 0.
+        self.step = 0
+        self.resume_step = 0
+        self.global_batch = self.batch_size * dist_util.world_size()
+        self.lg_loss_scale = INITIAL_LOG_LOSS_SCALE
+        self._updates = 0  # steps done since the run's very beginning
+        self._saved_updates = None  # the same when the last checkpoint was written
+        self._last_checkpoint = None
+        self._overflows_in_a_row = 0
+        self._statistics = StepStatistics()
+
+        self.model_params = list(self.model.parameters())
+        self.master_params = self.model_params
+        main_checkpoint = find_resume_checkpoint() or self.resume_checkpoint
+        if main_checkpoint:
+            self._load_parameters(main_checkpoint)
+        dist_util.sync_params(self.model_params)
+        if self.use_fp16:
+            self._setup_fp16()
+        self.opt = AdamW(self.master_params, lr=self.lr, weight_decay=self.weight_decay)
+        self.ema_params = [copy.deepcopy(self.master_params) for _ in self.ema_rate]
+        if main_checkpoint:
+            self._load_the_rest(main_checkpoint)
+
+        self.use_ddp = dist_util.world_size() > 1
+        self.ddp_model = self.model
+        if self.use_ddp:
+            self.ddp_model = DDP(
+                self.model,
+                device_ids=[dist_util.dev()] if th.cuda.is_available() else None,
+                broadcast_buffers=False,
+                bucket_cap_mb=128,
+            )
+
+    # ---------------------------------------------------------------- resuming
+
+    def _load_parameters(self, main_checkpoint):
+        self.resume_step = parse_resume_step_from_filename(main_checkpoint)
+        logger.log(f"loading model from checkpoint: {main_checkpoint}...")
+        params = dist_util.load_state_dict(main_checkpoint, map_location=dist_util.dev())
+        try:
+            self.model.load_state_dict(params)
+        except RuntimeError as e:
+            raise InputError(f"{main_checkpoint} does not fit the model: {str(e).splitlines()[1].strip()}") from None
+        self._last_checkpoint = main_checkpoint
+
+    def _load_the_rest(self, main_checkpoint):
+        for i, rate in enumerate(self.ema_rate):
+            path = find_ema_checkpoint(main_checkpoint, self.resume_step, rate)
+            if path:
+                logger.log(f"loading EMA from checkpoint: {path}...")
+                params = dist_util.load_state_dict(path, map_location=dist_util.dev())
+                self.ema_params[i] = self._state_dict_to_master_params(params)
+            else:
+                logger.log(f"there is no checkpoint of EMA {rate}: it begins at the model's parameters")
+        self._load_optimizer(find_optimizer_checkpoint(main_checkpoint, self.resume_step))
+        self._updates = self.resume_step
+        state_checkpoint = find_state_checkpoint(main_checkpoint, self.resume_step)
+        if state_checkpoint:
+            self._load_state(dist_util.load_state_dict(state_checkpoint, map_location="cpu"))
+        self._saved_updates = self._updates
+
+    def _load_optimizer(self, path):
+        if not path:
+            logger.log("there is no checkpoint of the optimizer: it begins anew")
+            return
+        logger.log(f"loading optimizer state from checkpoint: {path}")
+        try:
+            self.opt.load_state_dict(dist_util.load_state_dict(path, map_location=dist_util.dev()))
+        except ValueError:
+            raise InputError(
+                f"{path} does not fit the model; a run with use_fp16 {not self.use_fp16} would have written it so"
+            ) from None
+        for group in self.opt.param_groups:
+            for name, value in {"lr": self.lr, "weight_decay": self.weight_decay}.items():
+                if group[name] != value and not (name == "lr" and self.lr_anneal_steps):
+                    logger.log(f"{name} is {value} from here on, and was {group[name]} in the checkpoint")
+                group[name] = value
+
+    def _load_state(self, state):
+        self.step, self.resume_step = state["updates"], 0
+        self._updates = state["updates"]
+        self.lg_loss_scale = state["lg_loss_scale"]
+        self._overflows_in_a_row = state["overflows_in_a_row"]
+        for part, name in ((self.schedule_sampler, "schedule_sampler"), (self.data, "data")):
+            if state[name] is None or not hasattr(part, "load_state_dict"):
+                continue
+            try:
+                part.load_state_dict(state[name])
+            except (ValueError, KeyError) as e:
+                logger.warn(f"the {name.replace('_', ' ')} cannot continue where it was: {e}")
+        if len(state["rng"]) == dist_util.world_size():
+            set_rng_state(state["rng"][dist_util.rank()])
+            self._statistics.load_state_dict(state["statistics"][dist_util.rank()])
+        else:
+            logger.warn(
+                f"the checkpoint is of {len(state['rng'])} ranks, now there are {dist_util.world_size()}: "
+                "random numbers do not continue"
+            )
+        logger.get_current().drop_from("step", self.step)  # rows that will be written again
+
+    def _state(self):
+        return {
+            "updates": self._updates,
+            "lg_loss_scale": self.lg_loss_scale,
+            "overflows_in_a_row": self._overflows_in_a_row,
+            "schedule_sampler": self.schedule_sampler.state_dict(),
+            "data": self.data.state_dict() if hasattr(self.data, "state_dict") else None,
+            "rng": dist_util.all_gather_object(rng_state()),
+            "statistics": dist_util.all_gather_object(self._statistics.state_dict()),
+        }
+
+    def _setup_fp16(self):
+        self.master_params = make_master_params(self.model_params)
+        self.model.convert_to_fp16()
+
+    # ---------------------------------------------------------------- the loop
+
+    def run_loop(self):
+        """
+        Train until lr_anneal_steps or max_steps is reached; for ever if neither is set.
+
+        :raises TrainingError: if the loss or the gradients are no longer finite.
+        """
+        while not self._finished():
+            batch, cond = next(self.data)
+            self.run_step(batch, cond)
+            self._updates = self.step + self.resume_step + 1
+            if self.step % self.log_interval == 0:
+                self._log_statistics()
+                logger.dumpkvs()
+            if self.step % self.save_interval == 0 and not self._is_resumed_from_here():
+                self.save()
+                if os.environ.get("DIFFUSION_TRAINING_TEST", "") and self.step > 0:
+                    return
+            self.step += 1
+        if self._saved_updates != self._updates:
+            self.save()
+
+    def _finished(self):
+        limits = [limit for limit in (self.lr_anneal_steps, self.max_steps) if limit]
+        return bool(limits) and self.step + self.resume_step >= min(limits)
+
+    def _is_resumed_from_here(self):
+        """Whether a save now would overwrite the checkpoint of the original that this run came from."""
+        return self.step == 0 and self.resume_step > 0
+
+    def run_step(self, batch, cond):
+        """
+        One step of the optimizer.
+
+        :param batch: x_start, [N, C, ...].
+        :param cond: dict of tensors [N, ...], keyword arguments of the model.
+        """
+        self.forward_backward(batch, cond)
+        if self.use_fp16:
+            self.optimize_fp16()
+        else:
+            self.optimize_normal()
+        self.log_step()
+
+    def forward_backward(self, batch, cond):
+        """Set the gradients to those of the batch's mean weighted loss (times the loss scale in float16)."""
+        zero_grad(self.model_params)
+        device = dist_util.dev()
+        batch = batch.to(device, non_blocking=True)
+        cond = {k: v.to(device, non_blocking=True) for k, v in cond.items()}
+        t, weights = self.schedule_sampler.sample(len(batch), device)
+
+        terms = []
+        for start in range(0, len(batch), self.microbatch):
+            part = slice(start, start + self.microbatch)
+            last = part.stop >= len(batch)
+            # ranks exchange gradients once, after the last microbatch
+            with contextlib.nullcontext() if last or not self.use_ddp else self.ddp_model.no_sync():
+                losses = self.diffusion.training_losses(
+                    self.ddp_model,
+                    batch[part],
+                    t[part],
+                    model_kwargs={k: v[part] for k, v in cond.items()},
+                )
+                # a sum over the whole batch's size: a smaller last microbatch weighs less
+                loss = (losses["loss"] * weights[part]).sum() / len(batch)
+                (loss * 2**self.lg_loss_scale if self.use_fp16 else loss).backward()
+            terms.append({k: v.detach() for k, v in losses.items()})
+
+        losses = {k: th.cat([term[k] for term in terms]) for k in terms[0]}
+        if isinstance(self.schedule_sampler, LossAwareSampler):
+            self.schedule_sampler.update_with_local_losses(t, losses["loss"])
+        self._statistics.add_losses(self.diffusion, t, {k: v * weights for k, v in losses.items()})
+
+    def optimize_normal(self):
+        """Update the parameters and their averages."""
+        self._log_grad_norm()
+        self._anneal_lr()
+        self.opt.step()
+        self._update_ema()
+
+    def optimize_fp16(self):
+        """
+        Update the float32 masters, their averages and the model; if a gradient overflowed, halve the loss
+        scale instead.
+
+        :raises TrainingError: after MAX_OVERFLOWS_IN_A_ROW overflows.
+        """
+        model_grads_to_master_grads(self.model_params, self.master_params)
+        grad = self.master_params[0].grad
+        if not grad.isfinite().all():
+            self._overflow()
+            return
+        self._overflows_in_a_row = 0
+        grad.mul_(1.0 / 2**self.lg_loss_scale)
+        self._log_grad_norm()
+        self._anneal_lr()
+        self.opt.step()
+        self._update_ema()
+        master_params_to_model_params(self.model_params, self.master_params)
+        self.lg_loss_scale += self.fp16_scale_growth
+
+    def _overflow(self):
+        self._overflows_in_a_row += 1
+        if self._overflows_in_a_row == MAX_OVERFLOWS_IN_A_ROW:
+            raise self._diverged(f"float16 gradients overflowed {MAX_OVERFLOWS_IN_A_ROW} times in a row")
+        self.lg_loss_scale -= 1
+        logger.log(f"Found NaN, decreased lg_loss_scale to {self.lg_loss_scale}")
+
+    def _update_ema(self):
+        for rate, params in zip(self.ema_rate, self.ema_params, strict=True):
+            update_ema(params, self.master_params, rate=rate)
+
+    def _anneal_lr(self):
+        if not self.lr_anneal_steps:
+            return
+        frac_done = (self.step + self.resume_step) / self.lr_anneal_steps
+        for group in self.opt.param_groups:
+            group["lr"] = self.lr * (1 - frac_done)
+
+    # ---------------------------------------------------------------- logging
+
+    def _log_grad_norm(self):
+        grads = [p.grad for p in self.master_params if p.grad is not None]
+        self._statistics.add("grad_norm", th.linalg.vector_norm(th.stack(th._foreach_norm(grads))))
+
+    def log_step(self):
+        """Log how far the run is."""
+        logger.logkv("step", self.step + self.resume_step)
+        logger.logkv("samples", (self.step + self.resume_step + 1) * self.global_batch)
+        if self.use_fp16:
+            logger.logkv("lg_loss_scale", self.lg_loss_scale)
+
+    def _log_statistics(self):
+        """Give the logger the means since the last time, over all ranks."""
+        means = self._statistics.read()
+        self._check_finite(means)
+        for key, (mean, count) in means.items():
+            logger.logkv_mean(key, mean, count)
+        self._statistics = StepStatistics()
+
+    def _check_finite(self, means):
+        if self.use_fp16:
+            return  # an overflow makes a loss infinite, and optimize_fp16() deals with it
+        for key, (mean, _) in means.items():
+            if not math.isfinite(mean):
+                raise self._diverged(f"{key} is {mean}")
+
+    def _diverged(self, what):
+        last = self._last_checkpoint or "none"
+        return TrainingError(
+            f"{what} at step {self.step + self.resume_step} on rank {dist_util.rank()}; the last good checkpoint is "
+            f"{last}. A lower lr helps, or a look at the data"
+        )
+
+    # ---------------------------------------------------------------- saving
+
+    def save(self):
+        """
+        Write the model, its averages, the optimizer and the run's state; all ranks call it, rank 0 writes.
+
+        :raises TrainingError: instead of saving a model whose loss or gradients are not finite.
+        """
+        self._check_finite(self._statistics.read())
+        state = self._state()
+        if dist_util.rank() == 0:
+            logger.log("saving model...")
+            self._last_checkpoint = save_set(
+                get_blob_logdir(),
+                self.step + self.resume_step,
+                model=self._master_params_to_state_dict(self.master_params),
+                emas={
+                    rate: self._master_params_to_state_dict(params)
+                    for rate, params in zip(self.ema_rate, self.ema_params, strict=True)
+                },
+                optimizer=self.opt.state_dict(),
+                state=state,
+            )
+        self._saved_updates = self._updates
+        dist_util.barrier()
+
+    def _master_params_to_state_dict(self, master_params):
+        if self.use_fp16:
+            master_params = unflatten_master_params(self.model_params, master_params)
+        state_dict = self.model.state_dict()
+        names = [name for name, _ in self.model.named_parameters()]
+        # clones, or a view of the flat masters would put all of them into the file
+        state_dict.update({name: p.detach().clone() for name, p in zip(names, master_params, strict=True)})
+        return state_dict
+
+    def _state_dict_to_master_params(self, state_dict):
+        params = [state_dict[name] for name, _ in self.model.named_parameters()]
+        return make_master_params(params) if self.use_fp16 else params
+
+
+def log_loss_dict(diffusion, ts, losses):
+    """
+    Log the means of losses by sample, and by quarter of the timesteps under key_q0 to key_q3.
+
+    :param ts: [N] timesteps.
+    :param losses: {name: [N]}.
+    """
+    statistics = StepStatistics()
+    statistics.add_losses(diffusion, ts, losses)
+    for key, (mean, count) in statistics.read(over_ranks=False).items():
+        logger.logkv_mean(key, mean, count)
+
+
+def get_blob_logdir():
+    """Where checkpoints go: DIFFUSION_BLOB_LOGDIR, else the log directory."""
+    return os.environ.get("DIFFUSION_BLOB_LOGDIR", logger.get_dir())
+
+
+def find_resume_checkpoint():
+    """
+    A model file to continue from, found by means of one's own; None for none. To be replaced on
+    infrastructure that looks for a restarted job's checkpoints by itself.
+    """
+    return None

@@ -1,0 +1,79 @@
+"""
+Measure the likelihood of a folder's images under a trained model, as a bound in bits per dimension.
+
+Prints the total, and writes the mean of each term by timestep, noisiest first, to vb_terms.npz,
+mse_terms.npz and xstart_mse_terms.npz. Each image counts once.
+"""
+
+import torch as th
+
+from improved_diffusion import dist_util, logger
+from improved_diffusion.image_datasets import load_data_once
+from improved_diffusion.sample_util import save_arrays
+from improved_diffusion.script_util import (
+    args_to_dict,
+    create_model_and_diffusion,
+    create_parser,
+    extra_model_defaults,
+    load_weights,
+    model_and_diffusion_defaults,
+    parse_flags,
+    run,
+)
+
+MODEL_FLAGS = {**model_and_diffusion_defaults(), **extra_model_defaults()}
+TERMS = ("vb", "mse", "xstart_mse")
+
+
+def main():
+    args = parse_flags(create_argparser())
+    dist_util.setup_dist()
+    dist_util.seed_everything(args.seed)
+
+    model, diffusion = create_model_and_diffusion(**args_to_dict(args, MODEL_FLAGS))
+    load_weights(model, args.model_path)
+    model.to(dist_util.dev()).eval()
+    data = load_data_once(
+        data_dir=args.data_dir,
+        batch_size=args.batch_size,
+        image_size=args.image_size,
+        class_cond=args.class_cond,
+        image_channels=args.image_channels,
+        num_classes=args.num_classes,
+        num_workers=args.num_workers,
+        limit=args.num_samples,
+    )
+
+    logger.configure()
+    logger.log("evaluating...")
+    run_bpd_evaluation(model, diffusion, data, args.clip_denoised)
+
+
+def run_bpd_evaluation(model, diffusion, data, clip_denoised):
+    sums = dict.fromkeys(("total_bpd", *TERMS), 0.0)
+    count = 0
+    for batch, cond in data:
+        batch = batch.to(dist_util.dev())
+        cond = {k: v.to(dist_util.dev()) for k, v in cond.items()}
+        metrics = diffusion.calc_bpd_loop(model, batch, clip_denoised=clip_denoised, model_kwargs=cond)
+        for key in sums:
+            sums[key] = sums[key] + metrics[key].double().sum(dim=0)
+        count += len(batch)
+        logger.log(f"done {count} samples: bpd={sums['total_bpd'].item() / count}")
+
+    total = dist_util.all_reduce_sum(th.tensor(count, device=dist_util.dev())).item()
+    means = {key: dist_util.all_reduce_sum(value) / total for key, value in sums.items()}
+    if dist_util.rank() == 0:
+        logger.log(f"total bpd over {total} images: {means['total_bpd'].item():.4f} bits/dim")
+        for key in TERMS:
+            logger.log(f"saved {save_arrays(f'{key}_terms.npz', means[key].cpu().numpy())}")
+    dist_util.barrier()
+
+
+def create_argparser():
+    defaults = dict(data_dir="", clip_denoised=True, num_samples=1000, batch_size=1, model_path="", num_workers=1)
+    return create_parser({**defaults, **MODEL_FLAGS}, description=__doc__)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,60 @@
+"""
+Draw samples from a trained model and write them to samples_NxHxWxC.npz.
+"""
+
+import torch as th
+
+from improved_diffusion import dist_util, logger
+from improved_diffusion.sample_util import generate, save_samples
+from improved_diffusion.script_util import (
+    args_to_dict,
+    create_model_and_diffusion,
+    create_parser,
+    extra_model_defaults,
+    load_weights,
+    model_and_diffusion_defaults,
+    parse_flags,
+    run,
+)
+
+MODEL_FLAGS = {**model_and_diffusion_defaults(), **extra_model_defaults()}
+
+
+def main():
+    args = parse_flags(create_argparser())
+    dist_util.setup_dist()
+    dist_util.seed_everything(args.seed)
+
+    model, diffusion = create_model_and_diffusion(**args_to_dict(args, MODEL_FLAGS))
+    load_weights(model, args.model_path)
+    model.to(dist_util.dev()).eval()
+
+    def conditions(numbers):
+        if not args.class_cond:
+            return {}
+        return {"y": th.randint(0, args.num_classes, (len(numbers),), device=dist_util.dev())}
+
+    logger.configure()
+    logger.log("sampling...")
+    images, labels = generate(
+        diffusion,
+        model,
+        shape=(args.image_channels, args.image_size, args.image_size),
+        num_samples=args.num_samples,
+        batch_size=args.batch_size,
+        conditions=conditions,
+        use_ddim=args.use_ddim,
+        clip_denoised=args.clip_denoised,
+    )
+    if dist_util.rank() == 0:
+        logger.log(f"saved {save_samples(images, labels)}")
+    dist_util.barrier()
+
+
+def create_argparser():
+    defaults = dict(clip_denoised=True, num_samples=10000, batch_size=16, use_ddim=False, model_path="")
+    return create_parser({**defaults, **MODEL_FLAGS}, description=__doc__)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,40 @@
+"""
+Write scikit-learn's handwritten digits (1,797 real ones, 8x8 pixels, 16 grey levels) to a folder as
+16x16 greyscale PNG files, named by class: 3_00017.png is a three.
+"""
+
+import os
+
+import numpy as np
+from PIL import Image
+
+from improved_diffusion.errors import InputError
+from improved_diffusion.script_util import create_parser, run
+
+SIZE = 16
+
+
+def main():
+    args = create_argparser().parse_args()
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise InputError("scikit-learn holds the digits: pip install improved-diffusion[demo]") from None
+
+    digits = load_digits()
+    os.makedirs(args.out_dir, exist_ok=True)
+    for i, (pixels, label) in enumerate(zip(digits.images, digits.target, strict=True)):
+        image = Image.fromarray(np.round(pixels * (255 / 16)).astype(np.uint8))
+        image = image.resize((SIZE, SIZE), resample=Image.Resampling.BICUBIC)
+        image.save(os.path.join(args.out_dir, f"{label}_{i:05d}.png"))
+    print(f"wrote {len(digits.target)} images of 10 classes to {args.out_dir}")
+
+
+def create_argparser():
+    parser = create_parser({}, description=__doc__)
+    parser.add_argument("out_dir", help="folder to write to, made if need be")
+    return parser
+
+
+if __name__ == "__main__":
+    run(main)

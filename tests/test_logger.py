@@ -1,0 +1,748 @@
+"""What the logger accumulates, what its outputs write, and what a crash or a resumed run leaves in them."""
+
+import io
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+
+import numpy as np
+import pytest
+import torch as th
+
+from improved_diffusion import logger
+from improved_diffusion.logger import (
+    CSVOutputFormat,
+    HumanOutputFormat,
+    JSONOutputFormat,
+    KVWriter,
+    Logger,
+    SeqWriter,
+    TensorBoardOutputFormat,
+)
+
+LAUNCHER_VARIABLES = ["RANK", "WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID"]
+
+
+@pytest.fixture(autouse=True)
+def no_logger_yet(monkeypatch, tmp_path):
+    """Every test starts unconfigured, on rank 0, with a temporary directory; open loggers are closed."""
+    monkeypatch.setattr(Logger, "CURRENT", None)
+    monkeypatch.setattr(Logger, "DEFAULT", None)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    for name in ["OPENAI_LOGDIR", "OPENAI_LOG_FORMAT", "OPENAI_LOG_FORMAT_MPI", *LAUNCHER_VARIABLES]:
+        monkeypatch.delenv(name, raising=False)
+    yield
+    for left in {Logger.CURRENT, Logger.DEFAULT} - {None}:
+        left.close()
+
+
+class Memory(KVWriter, SeqWriter):
+    """An output that remembers."""
+
+    def __init__(self):
+        self.rows, self.lines, self.closed = [], [], False
+
+    def writekvs(self, kvs):
+        self.rows.append(dict(kvs))
+
+    def writeseq(self, seq):
+        self.lines.append(list(seq))
+
+    def close(self):
+        self.closed = True
+
+
+@pytest.fixture
+def memory():
+    """The output of a logger that is current."""
+    out = Memory()
+    Logger.CURRENT = Logger("here", [out])
+    return out
+
+
+# ---------------------------------------------------------------- accumulating and dumping
+
+
+def test_levels():
+    assert (logger.DEBUG, logger.INFO, logger.WARN, logger.ERROR, logger.DISABLED) == (10, 20, 30, 40, 50)
+
+
+def test_new_logger():
+    new = Logger("d", [], comm="c")
+    assert (new.dir, new.output_formats, new.comm, new.level) == ("d", [], "c", logger.INFO)
+    assert new.get_dir() == "d"
+    assert new.name2val["unseen"] == 0.0 and new.name2cnt["unseen"] == 0
+
+
+def test_last_value_and_running_mean(memory):
+    logger.logkv("step", 1)
+    logger.logkv("step", 2)
+    for v in (1.0, 2.0, 6.0):
+        logger.logkv_mean("loss", v)
+    logger.logkvs({"a": 3, "b": "text"})
+    assert logger.getkvs() is Logger.CURRENT.name2val
+    row = logger.dumpkvs()
+    assert row == {"step": 2, "loss": 3.0, "a": 3, "b": "text"}
+    assert memory.rows == [row]
+
+
+def test_dump_clears(memory):
+    logger.logkv_mean("loss", 100.0)
+    first = logger.dumpkvs()
+    logger.logkv_mean("loss", 2.0)
+    assert logger.dumpkvs() == {"loss": 2.0}
+    assert first == {"loss": 100.0}  # a copy: clearing did not reach it
+    assert not Logger.CURRENT.name2val and not Logger.CURRENT.name2cnt
+
+
+def test_empty_dump_writes_no_row(memory):
+    assert logger.dumpkvs() == {}
+    assert memory.rows == []
+
+
+def test_mean_weighted_by_count(memory):
+    logger.logkv_mean("loss", 1.0, count=3)
+    logger.logkv_mean("loss", 5.0)
+    Logger.CURRENT.logkv_mean("loss", 10.0, 2)
+    assert Logger.CURRENT.name2cnt["loss"] == 6
+    assert logger.dumpkvs()["loss"] == pytest.approx((3 * 1 + 5 + 2 * 10) / 6)
+
+
+def test_mean_of_nothing_adds_nothing(memory):
+    logger.logkv_mean("loss", float("nan"), count=0)
+    assert "loss" not in logger.getkvs()
+    logger.logkv_mean("loss", 2.0)
+    logger.logkv_mean("loss", float("nan"), count=0)
+    assert logger.dumpkvs() == {"loss": 2.0}
+
+
+def test_logkv_forgets_the_mean_before_it(memory):
+    logger.logkv_mean("loss", 1.0)
+    logger.logkv("loss", float("nan"))
+    logger.logkv_mean("loss", 4.0)
+    assert logger.dumpkvs() == {"loss": 4.0}
+
+
+@pytest.mark.parametrize("scalar", [np.float32(0.5), np.array(0.5), th.tensor(0.5), th.tensor([0.5])])
+def test_scalars_become_floats(memory, scalar):
+    logger.logkv("now", scalar)
+    logger.logkv_mean("mean", scalar)
+    assert type(logger.getkvs()["mean"]) is float
+    assert logger.getkvs()["now"] is scalar  # not read from its device before the dump
+    row = logger.dumpkvs()
+    assert row == {"now": 0.5, "mean": 0.5} and {type(v) for v in row.values()} == {float}
+
+
+def test_logged_tensor_is_read_at_the_dump(memory):
+    loss = th.tensor(1.0)
+    logger.logkv("now", loss)
+    logger.logkv_mean("mean", loss)
+    loss.fill_(7.0)
+    assert logger.dumpkvs() == {"now": 7.0, "mean": 1.0}
+
+
+def test_integer_scalars_become_floats_and_other_values_stay(memory):
+    logger.logkvs({"i": np.int64(3), "t": th.tensor(4), "s": np.str_("text"), "n": None, "python": 5})
+    row = logger.dumpkvs()
+    assert row == {"i": 3.0, "t": 4.0, "s": "text", "n": None, "python": 5}
+    assert [type(row[k]) for k in ("i", "t", "python")] == [float, float, int]
+
+
+def test_old_names_for_tables(memory):
+    logger.record_tabular("a", 1)
+    logger.dump_tabular()
+    assert memory.rows == [{"a": 1}]
+
+
+def test_rows_and_lines_go_where_they_belong():
+    class Rows(KVWriter):
+        rows = 0
+
+        def writekvs(self, kvs):
+            self.rows += 1
+
+    class Lines(SeqWriter):
+        lines = 0
+
+        def writeseq(self, seq):
+            self.lines += 1
+
+    rows, lines = Rows(), Lines()
+    both = Logger(None, [rows, lines])
+    both.logkv("a", 1)
+    both.dumpkvs()
+    both.log("text")
+    both.drop_from("a", 1)  # the base class has nothing to drop
+    assert (rows.rows, lines.lines) == (1, 1)
+
+
+def test_drop_from_reaches_every_output_of_rows():
+    calls = []
+
+    class Recorder(Memory):
+        def drop_from(self, key, value):
+            calls.append((key, value))
+
+    Logger("d", [Recorder(), Recorder()]).drop_from("step", 10)
+    assert calls == [("step", 10)] * 2
+
+
+# ---------------------------------------------------------------- levels
+
+
+def test_text_levels(memory):
+    logger.debug("too low")
+    logger.info("info", 3)
+    logger.warn("warn")
+    logger.error("error")
+    logger.log("log")
+    logger.log("low", level=logger.DEBUG)
+    assert memory.lines == [["info", "3"], ["warn"], ["error"], ["log"]]
+
+    memory.lines.clear()
+    logger.set_level(logger.WARN)
+    logger.info("no")
+    logger.warn("yes")
+    logger.set_level(logger.ERROR)
+    logger.log("no")
+    logger.warn("no")
+    logger.error("yes")
+    assert memory.lines == [["yes"], ["yes"]]
+
+    memory.lines.clear()
+    logger.set_level(logger.DEBUG)
+    logger.debug("now")
+    assert memory.lines == [["now"]]
+
+
+def test_disabled_writes_nothing_but_still_clears(memory):
+    logger.set_level(logger.DISABLED)
+    logger.error("no")
+    logger.logkv("a", 1)
+    assert logger.dumpkvs() == {"a": 1}
+    assert (memory.rows, memory.lines) == ([], [])
+    assert not logger.getkvs()
+
+
+def test_rows_are_written_at_any_other_level(memory):
+    logger.set_level(logger.ERROR)
+    logger.logkv("a", 1)
+    logger.dumpkvs()
+    assert memory.rows == [{"a": 1}]
+
+
+# ---------------------------------------------------------------- several ranks
+
+
+class Comm:
+    """What mpi4py's gather gives this rank when the other ranks send `others`."""
+
+    def __init__(self, rank, *others):
+        self.rank, self.others = rank, others
+
+    def gather(self, obj):
+        return [obj, *self.others] if self.rank == 0 else None
+
+
+def test_weighted_mean_over_ranks():
+    comm = Comm(0, {"loss": (5.0, 1), "only there": (2.0, 4)})
+    got = logger.mpi_weighted_mean(comm, {"loss": (1.0, 3), "only here": (7, 1)})
+    assert got == {"loss": 2.0, "only here": 7.0, "only there": 2.0}
+    assert logger.mpi_weighted_mean(Comm(1), {"loss": (1.0, 3)}) == {}
+
+
+def test_weighted_mean_warns_of_what_is_no_number():
+    comm = Comm(0, {"name": (None, 1), "loss": (3.0, 1)})
+    with pytest.warns(UserWarning) as caught:
+        got = logger.mpi_weighted_mean(comm, {"name": ("run", 1), "loss": (1.0, 1)})
+    assert got == {"loss": 2.0}
+    assert len(caught) == 2 and "'run'" in str(caught[0].message) and "name" in str(caught[1].message)
+    assert logger.mpi_weighted_mean(Comm(1), {"name": ("run", 1)}) == {}  # silently, on the other ranks
+
+
+def test_dump_over_ranks(memory):
+    logger.set_comm(Comm(0, {"loss": (9.0, 1), "step": (10, 1)}))
+    logger.logkv("step", th.tensor(10))
+    logger.logkv_mean("loss", 1.0, count=3)
+    assert logger.dumpkvs() == {"step": 10.0, "loss": 3.0}
+    assert memory.rows == [{"step": 10.0, "loss": 3.0}]
+
+    logger.set_comm(Comm(1))
+    logger.logkv("step", 10)
+    assert logger.dumpkvs() == {}
+    assert len(memory.rows) == 1 and not logger.getkvs()
+
+
+# ---------------------------------------------------------------- timing
+
+
+def test_profile_kv_adds_seconds(memory, monkeypatch):
+    clock = iter([10.0, 12.5, 20.0, 21.0, 30.0, 30.5])
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    with logger.profile_kv("io"):
+        pass
+    with logger.profile_kv("io"):
+        pass
+    with pytest.raises(KeyError), logger.profile_kv("failing"):
+        raise KeyError
+    assert logger.dumpkvs() == {"wait_io": 3.5, "wait_failing": 0.5}
+
+
+def test_profile_decorates(memory, monkeypatch):
+    clock = iter([10.0, 12.0, 20.0, 21.0])
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+
+    @logger.profile("adding")
+    def add(a, b=1):
+        "Add."
+        return a + b
+
+    assert add(2, b=3) == 5 and add(4) == 5
+    assert (add.__name__, add.__doc__) == ("add", "Add.")
+    assert logger.dumpkvs() == {"wait_adding": 3.0}
+
+
+# ---------------------------------------------------------------- the table
+
+
+def table(kvs):
+    text = io.StringIO()
+    HumanOutputFormat(text).writekvs(kvs)
+    return text.getvalue()
+
+
+def test_table():
+    assert table({"step": 2, "loss": 0.25, "extra_key_that_comes_later": 0.125}) == (
+        "-----------------------------------------\n"
+        "| extra_key_that_comes_later | 0.125    |\n"
+        "| loss                       | 0.25     |\n"
+        "| step                       | 2        |\n"
+        "-----------------------------------------\n"
+    )
+
+
+def test_table_sorts_without_case():
+    assert re.findall(r"^\| (\w+)", table({"b": 1, "C": 2, "a": 3, "D": 4}), re.M) == ["a", "b", "C", "D"]
+
+
+def test_table_values():
+    lines = table({"a": 1234.5678, "b": th.tensor(1e-7), "c": 123456, "d": "text"}).splitlines()
+    assert lines[1:-1] == ["| a | 1.23e+03 |", "| b | 1e-07    |", "| c | 123456   |", "| d | text     |"]
+
+
+def test_table_shortens():
+    lines = table({"k" * 30: "v" * 31, "l" * 31: "w" * 30}).splitlines()
+    assert lines[1] == f"| {'k' * 30} | {'v' * 27}... |"
+    assert lines[2] == f"| {'l' * 27}... | {'w' * 30} |"
+    assert lines[0] == lines[3] == "-" * len(lines[1])
+
+
+def test_table_keeps_keys_that_shorten_alike():
+    assert len(table({"k" * 40: 1, "k" * 50: 2}).splitlines()) == 4
+
+
+def test_text_file_appends_and_flushes(tmp_path):
+    for line in ("first", "second"):
+        out = HumanOutputFormat(tmp_path / "log.txt")
+        out.writeseq([line, "line"])
+        seen = (tmp_path / "log.txt").read_text()  # before close()
+        out.close()
+        assert out.file.closed
+    assert seen == "first line\nsecond line\n"
+
+
+def test_borrowed_file_stays_open():
+    text = io.StringIO()
+    out = HumanOutputFormat(text)
+    out.writeseq(["hello"])
+    out.close()
+    assert not text.closed and text.getvalue() == "hello\n"
+
+
+# ---------------------------------------------------------------- CSV
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "progress"
+
+
+def test_csv_columns(path):
+    out = CSVOutputFormat(path)
+    assert path.read_text() == ""
+    out.writekvs({"step": 1, "loss": 3.0})
+    assert path.read_text() == "loss,step\n3.0,1\n"  # on disk before close()
+    out.writekvs({"step": 2})
+    out.writekvs({"z": 0.5, "loss": 0.25, "a": th.tensor(0.125)})
+    out.writekvs({"step": 4, "a": 1.5})
+    assert path.read_text() == "loss,step,a,z\n3.0,1,,\n,2,,\n0.25,,0.125,0.5\n,4,1.5,\n"
+    assert os.listdir(path.parent) == ["progress"]  # no temporary file is left
+    out.close()
+
+
+def test_csv_quotes(path):
+    out = CSVOutputFormat(path)
+    out.writekvs({"a,b": 'say "x, y"', "c": 1})
+    assert path.read_text() == '"a,b",c\n"say ""x, y""",1\n'
+    CSVOutputFormat(path).writekvs({"a,b": 2, "d": 3})
+    assert path.read_text() == '"a,b",c,d\n"say ""x, y""",1,\n2,,3\n'
+
+
+def test_csv_rows_are_lines(path):
+    CSVOutputFormat(path).writekvs({"a": "1\n2\r3", "b": "4, 5\n6"})
+    assert path.read_bytes().count(b"\n") == 2 and b"\r" not in path.read_bytes()
+    out = CSVOutputFormat(path)
+    out.writekvs({"c": 7})
+    assert path.read_text() == 'a,b,c\n1 2 3,"4, 5 6",\n,,7\n'
+
+
+def test_csv_goes_on_with_an_existing_file(path):
+    path.write_text("step,loss\n1,0.5\n")
+    out = CSVOutputFormat(path)
+    out.writekvs({"step": 2})
+    out.writekvs({"loss": 0.25, "step": 3, "grad_norm": 1.0})
+    assert path.read_text() == "step,loss,grad_norm\n1,0.5,\n2,,\n3,0.25,1.0\n"
+
+
+@pytest.mark.parametrize(
+    "before, after",
+    [
+        ("a,b\n1,2\n3", "a,b\n1,2\n5,6\n"),
+        ("a,b\n1,2\n3,4", "a,b\n1,2\n5,6\n"),
+        ("a,b\n", "a,b\n5,6\n"),
+        ("b,x", "a,b\n5,6\n"),
+        ("", "a,b\n5,6\n"),
+        ("a,b,c\n1\n", "a,b,c\n1\n5,6,\n"),
+    ],
+)
+def test_csv_drops_a_cut_line(path, before, after):
+    path.write_text(before)
+    CSVOutputFormat(path).writekvs({"a": 5, "b": 6})
+    assert path.read_text() == after
+
+
+def test_csv_rewrite_survives_a_crash(path, monkeypatch):
+    out = CSVOutputFormat(path)
+    out.writekvs({"step": 1})
+    real, seen = os.replace, []
+
+    def crash(src, dst):
+        seen.append((os.path.dirname(src), os.fspath(dst), open_and_read(src)))
+        raise OSError("crash")
+
+    monkeypatch.setattr(os, "replace", crash)
+    for change in (lambda: out.writekvs({"step": 2, "new": 5}), lambda: out.drop_from("step", 0)):
+        with pytest.raises(OSError, match="crash"):
+            change()
+    assert path.read_text() == "step\n1\n"
+    beside, target = str(path.parent), str(path)
+    assert seen == [(beside, target, "step,new\n1,\n2,5\n"), (beside, target, "step\n")]
+
+    monkeypatch.setattr(os, "replace", real)
+    out.writekvs({"step": 3, "new": 6})  # the column that failed to come is still new
+    assert path.read_text() == "step,new\n1,\n3,6\n"
+
+
+def open_and_read(path):
+    with open(path) as f:
+        return f.read()
+
+
+def test_csv_drop_from(path):
+    path.write_text("step,loss\n9,0.5\n10,0.25\n,4\nten,5\nnan,6\n11.0,7\n2,100\n1e2,8\n10\n")
+    out = CSVOutputFormat(path)
+    out.drop_from("no such key", 0)
+    assert path.read_text().count("\n") == 10
+    out.drop_from("step", 10)
+    assert path.read_text() == "step,loss\n9,0.5\n,4\nten,5\nnan,6\n2,100\n"
+    out.writekvs({"step": 10, "loss": 1})
+    assert path.read_text().endswith("2,100\n10,1\n")
+    out.drop_from("step", -1)
+    assert path.read_text() == "step,loss\n,4\nten,5\nnan,6\n"
+
+
+def test_csv_drop_from_keeps_short_rows(path):
+    path.write_text("step,loss\n1\n2,0.5\n")
+    CSVOutputFormat(path).drop_from("loss", 0)
+    assert path.read_text() == "step,loss\n1,\n"
+
+
+def test_csv_stays_put_when_the_program_moves(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    out = CSVOutputFormat("progress.csv")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    out.writekvs({"a": 1})
+    assert (tmp_path / "progress.csv").read_text() == "a\n1\n"
+
+
+# ---------------------------------------------------------------- JSON
+
+
+def test_json_lines(path):
+    out = JSONOutputFormat(path)
+    out.writekvs({"step": 1, "loss": np.float32(0.5), "a": th.tensor(2)})
+    assert path.read_text() == '{"step": 1, "loss": 0.5, "a": 2.0}\n'  # on disk before close()
+    out.close()
+    out = JSONOutputFormat(path)
+    out.writekvs({"z": "text", "b": None, "path": path})
+    lines = path.read_text().splitlines()
+    assert len(lines) == 2
+    assert json.loads(lines[1]) == {"z": "text", "b": None, "path": str(path)}
+
+
+def test_json_drops_a_cut_line(path):
+    path.write_text('{"a": 1}\n{"a": ')
+    JSONOutputFormat(path).writekvs({"a": 3})
+    assert path.read_text() == '{"a": 1}\n{"a": 3}\n'
+
+
+def test_json_drop_from(path, monkeypatch):
+    kept = [{"step": 9}, {"loss": 50.0}, {"step": None}, {"step": "ten"}, {"step": math.nan}]
+    rows = [{"step": 10}, *kept, {"step": 11.5, "loss": 1.0}]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    path.write_text(text)
+    out = JSONOutputFormat(path)
+
+    real = os.replace
+    monkeypatch.setattr(os, "replace", lambda src, dst: (_ for _ in ()).throw(OSError("crash")))
+    with pytest.raises(OSError, match="crash"):
+        out.drop_from("step", 10)
+    assert path.read_text() == text
+
+    monkeypatch.setattr(os, "replace", real)
+    out.drop_from("step", 10)
+    assert path.read_text() == "".join(json.dumps(row) + "\n" for row in kept)
+
+
+# ---------------------------------------------------------------- TensorBoard
+
+
+def test_tensorboard(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    out = TensorBoardOutputFormat(str(tmp_path))
+    out.writekvs({"loss": 0.5})
+    out.writekvs({"loss": th.tensor(0.25), "text": "left out"})
+    out.writekvs({"loss": 0.125, "step": 100})
+    out.writekvs({"loss": 0.0625})
+    (events,) = os.listdir(tmp_path)
+    assert "tfevents" in events
+    read = EventAccumulator(str(tmp_path)).Reload()  # before close(): each row is flushed
+    out.close()
+    assert [e.step for e in read.Scalars("loss")] == [1, 2, 100, 101]
+    assert [e.value for e in read.Scalars("loss")] == [0.5, 0.25, 0.125, 0.0625]
+    assert [(e.step, e.value) for e in read.Scalars("step")] == [(100, 100.0)]
+    assert set(read.Tags()["scalars"]) == {"loss", "step"}
+
+
+def test_tensorboard_missing(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ValueError) as caught:
+        logger.configure(tmp_path, ["tensorboard"])
+    assert str(caught.value) == (
+        "OPENAI_LOG_FORMAT tensorboard needs the extra: pip install improved-diffusion[tensorboard]"
+    )
+    assert Logger.CURRENT is None
+
+
+# ---------------------------------------------------------------- configuring
+
+
+def test_format_names(tmp_path):
+    d = tmp_path / "made" / "here"
+    outs = [logger.make_output_format(name, str(d), "-x") for name in ("stdout", "log", "csv", "json")]
+    for out in outs:
+        out.close()
+    assert [type(out) for out in outs] == [
+        HumanOutputFormat,
+        HumanOutputFormat,
+        CSVOutputFormat,
+        JSONOutputFormat,
+    ]
+    assert not sys.stdout.closed
+    assert sorted(os.listdir(d)) == ["log-x.txt", "progress-x.csv", "progress-x.json"]
+
+
+def test_tensorboard_format_name(tmp_path):
+    pytest.importorskip("tensorboard")
+    logger.make_output_format("tensorboard", str(tmp_path), "-x").close()
+    assert os.listdir(tmp_path) == ["tb-x"]
+
+
+def test_unknown_format(tmp_path):
+    with pytest.raises(ValueError, match="'xml'") as caught:
+        logger.make_output_format("xml", str(tmp_path))
+    assert all(name in str(caught.value) for name in ("stdout", "log", "csv", "json", "tensorboard"))
+
+
+def test_configure_writes_the_recorded_files(tmp_path):
+    d = str(tmp_path / "a" / "b")
+    logger.configure(d, ["csv", "json", "log"], log_suffix="-s")
+    assert logger.get_dir() == d
+    logger.logkv("step", 1)
+    logger.logkv_mean("loss", 3.0)
+    logger.dumpkvs()
+    logger.log("a message", 3)
+    read = {name: (tmp_path / "a" / "b" / name).read_text() for name in os.listdir(d)}
+    assert read == {
+        "progress-s.csv": "loss,step\n3.0,1\n",
+        "progress-s.json": '{"step": 1, "loss": 3.0}\n',
+        "log-s.txt": f"Logging to {d}\n"
+        "-------------------\n"
+        "| loss | 3        |\n"
+        "| step | 1        |\n"
+        "-------------------\n"
+        "a message 3\n",
+    }
+
+
+def test_configure_without_outputs(tmp_path, capsys):
+    logger.configure(tmp_path / "d", [])
+    logger.log("nobody hears")
+    assert capsys.readouterr().out == "" and os.listdir(tmp_path / "d") == []
+
+
+def test_configure_takes_a_comm(tmp_path):
+    comm = Comm(1)
+    logger.configure(tmp_path, [], comm)
+    assert Logger.CURRENT.comm is comm
+
+
+def test_default_directory(tmp_path):
+    logger.configure(format_strs=[])
+    parent, name = os.path.split(logger.get_dir())
+    assert parent == str(tmp_path / "temporary") and os.path.isdir(logger.get_dir())
+    assert re.fullmatch(r"openai-\d{4}-\d\d-\d\d-\d\d-\d\d-\d\d-\d{6}", name)
+
+
+def test_directory_from_the_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("OPENAI_LOGDIR", "~/from_env")
+    logger.configure(format_strs=[])
+    assert logger.get_dir() == str(tmp_path / "from_env") and os.path.isdir(tmp_path / "from_env")
+    logger.configure("~/given", format_strs=[])
+    assert logger.get_dir() == str(tmp_path / "given")
+
+
+def test_default_formats(tmp_path, capsys):
+    logger.configure(tmp_path / "d")
+    assert sorted(os.listdir(tmp_path / "d")) == ["log.txt", "progress.csv"]
+    assert capsys.readouterr().out == f"Logging to {tmp_path / 'd'}\n"
+
+
+def test_formats_from_the_environment(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("OPENAI_LOG_FORMAT", "json, csv,")
+    monkeypatch.setenv("OPENAI_LOG_FORMAT_MPI", "log")
+    logger.configure(tmp_path / "d")
+    assert sorted(os.listdir(tmp_path / "d")) == ["progress.csv", "progress.json"]
+    assert capsys.readouterr().out == ""
+
+
+@pytest.fixture
+def rank_1_of_2(monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+
+
+def test_rank_from_the_environment(rank_1_of_2, monkeypatch):
+    assert logger.get_rank_without_mpi_import() == 1
+    monkeypatch.delenv("RANK")
+    assert logger.get_rank_without_mpi_import() == 0
+
+
+def test_other_ranks_log_to_their_own_files(rank_1_of_2, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("OPENAI_LOG_FORMAT", "csv")
+    logger.configure(tmp_path / "default")
+    assert os.listdir(tmp_path / "default") == ["log-rank001.txt"]
+    logger.reset()
+
+    monkeypatch.setenv("OPENAI_LOG_FORMAT_MPI", "json")
+    logger.configure(tmp_path / "env", log_suffix="-s")
+    assert os.listdir(tmp_path / "env") == ["progress-s-rank001.json"]
+    assert capsys.readouterr().out == ""
+
+
+def test_a_resumed_run_appends(tmp_path):
+    for steps in ((1, 2, 3), (2,)):
+        logger.configure(tmp_path, ["log", "csv", "json"])
+        Logger.CURRENT.drop_from("step", steps[0])
+        for step in steps:
+            logger.logkv("step", step)
+            logger.dumpkvs()
+        logger.reset()
+    assert (tmp_path / "progress.csv").read_text() == "step\n1\n2\n"
+    assert (tmp_path / "progress.json").read_text() == '{"step": 1}\n{"step": 2}\n'
+    assert (tmp_path / "log.txt").read_text().count("| step |") == 4
+
+
+# ---------------------------------------------------------------- which logger is current
+
+
+def test_default_logger_is_configured_when_needed(tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_LOGDIR", str(tmp_path))
+    monkeypatch.setenv("OPENAI_LOG_FORMAT", "log")
+    logger.log("hello")
+    assert (tmp_path / "log.txt").read_text() == f"Logging to {tmp_path}\nhello\n"
+    assert Logger.DEFAULT is Logger.CURRENT is logger.get_current()
+
+
+def test_reset_goes_back_to_the_default(monkeypatch):
+    monkeypatch.setenv("OPENAI_LOG_FORMAT", "")
+    default, out = logger.get_current(), Memory()
+    default.output_formats.append(Memory())
+    Logger.CURRENT = Logger("d", [out])
+    logger.reset()
+    assert out.closed and Logger.CURRENT is default
+    logger.reset()
+    assert not default.output_formats[0].closed  # still in use
+
+
+def test_reset_without_a_default(memory):
+    logger.reset()
+    assert memory.closed and Logger.CURRENT is None
+    logger.reset()
+    assert Logger.CURRENT is None
+
+
+def test_the_default_is_made_once(memory, tmp_path):
+    logger.reset()
+    with logger.scoped_configure(tmp_path, []):
+        logger.reset()
+        default = logger.get_current()
+    assert Logger.CURRENT is None  # as before the scope
+    assert logger.get_current() is default
+
+
+def test_scoped_configure(memory, tmp_path):
+    outer = Logger.CURRENT
+    comm = Comm(1)
+    with pytest.raises(KeyError), logger.scoped_configure(tmp_path / "inner", ["log"], comm):
+        inner = Logger.CURRENT
+        logger.log("inside")
+        assert inner is not outer and inner.comm is comm
+        raise KeyError
+    assert Logger.CURRENT is outer and not memory.closed
+    assert inner.output_formats[0].file.closed
+    assert (tmp_path / "inner" / "log.txt").read_text().endswith("inside\n")
+    logger.log("outside")
+    assert memory.lines == [["outside"]]
+
+
+def test_scope_closes_its_own_logger(memory, tmp_path):
+    with logger.scoped_configure(tmp_path, ["log"]):
+        inner = Logger.CURRENT
+        Logger.CURRENT = Logger("other", [Memory()])
+        other = Logger.CURRENT
+    assert inner.output_formats[0].file.closed and not other.output_formats[0].closed
+
+
+def test_importing_the_logger_is_light():
+    code = "import sys, improved_diffusion.logger; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
