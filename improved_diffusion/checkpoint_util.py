@@ -59,6 +59,8 @@ def find_optimizer_checkpoint(main_checkpoint, step):
 
 def find_state_checkpoint(main_checkpoint, step):
     """The path of the run's state beside a model file, None if there is none (a run of the original)."""
+    if bf.basename(main_checkpoint) != model_filename(step):
+        return None  # an average, say: the start of another run, not the rest of the one it comes from
     return _beside(main_checkpoint, state_filename(step))
 
 
@@ -103,6 +105,7 @@ def write_files(directory, writers):
                 staged[path] = io.BytesIO()
                 write(staged[path])
                 continue
+            os.makedirs(directory, exist_ok=True)
             staged[path] = path + ".tmp"
             with open(staged[path], "wb") as f:
                 write(f)
@@ -114,7 +117,8 @@ def write_files(directory, writers):
                 with contextlib.suppress(OSError):
                     os.remove(temporary)
         if isinstance(e, (OSError, RuntimeError)):  # torch.save turns a full disk into a RuntimeError
-            raise InputError(f"{path}: cannot be written ({str(e).splitlines()[0]})") from e
+            reason = str(e).partition("\n")[0]
+            raise InputError(f"{path}: cannot be written ({reason})") from e
         raise
 
     if len(staged) > 1 and bf.exists(path):

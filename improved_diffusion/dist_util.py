@@ -16,6 +16,7 @@ import os
 import pickle
 import random
 import socket
+import warnings
 
 import blobfile as bf
 import numpy as np
@@ -132,20 +133,24 @@ def load_state_dict(path, **kwargs):
                         or holds objects whose loading could run code.
     """
     try:
-        with bf.BlobFile(path, "rb") as f:
+        with bf.BlobFile(path, "rb") as f, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's, about pickles that it refuses in the next moment
             return th.load(f, **{"weights_only": True, **kwargs})
     except FileNotFoundError:
         raise InputError(f"{path}: there is no such file") from None
     except IsADirectoryError:
         raise InputError(f"{path} is a directory; give the .pt file in it") from None
+    except PermissionError:
+        raise InputError(f"{path}: no permission to read it") from None
+    except (th.OutOfMemoryError, bf.Error):
+        raise  # the file is not to blame
     except pickle.UnpicklingError as e:
-        if "Unsupported" in str(e) or "GLOBAL" in str(e):
+        if "GLOBAL" in str(e) or "unrecognized function" in str(e):
             raise InputError(
                 f"{path}: refused, since it holds more than tensors and plain values and loading it could run code"
             ) from None
         raise InputError(f"{path}: not a checkpoint (a file that torch.save wrote)") from None
-    except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, UnicodeDecodeError):
-        # torch's reader has no exception of its own for a file that is cut short or not its own
+    except Exception:  # torch's reader raises anything for a file that is cut short or not its own
         raise InputError(f"{path}: not a checkpoint (a file that torch.save wrote), or damaged") from None
 
 

@@ -73,9 +73,20 @@ def load_data_once(
     As load_data(deterministic=True), but each image comes exactly once and the last batch may be smaller.
 
     :param limit: use only the first `limit` images of the folder.
+    :return: an iterator of what load_data() gives.
+    :raises InputError: as load_data().
     """
     dataset = _open_folder(data_dir, image_size, class_cond, image_channels, num_classes, limit)
-    return DataLoader(dataset, batch_size=batch_size, num_workers=num_workers, generator=th.Generator())
+    loader = DataLoader(dataset, batch_size=batch_size, num_workers=num_workers, generator=th.Generator())
+    return _one_line_errors(loader)
+
+
+def _one_line_errors(loader):
+    """A loader's batches; an InputError raised in a worker loses the worker's traceback."""
+    try:
+        yield from loader
+    except InputError as e:
+        raise InputError(str(e).strip().splitlines()[-1].split("InputError: ")[-1]) from None
 
 
 def _open_folder(data_dir, image_size, class_cond, image_channels, num_classes, limit=None):
@@ -224,15 +235,13 @@ class BatchStream:
         if self._epoch is None:
             if self._given == 0:
                 self._order.reseed()
-            self._epoch = self._order.iterate(self._loader, skip=self._given)
+            self._order.skip = self._given
+            self._epoch = _one_line_errors(self._loader)
         try:
             batch, cond = next(self._epoch)
         except StopIteration:
             self._epoch, self._given = None, 0
             return next(self)
-        except InputError as e:
-            # one raised in a worker comes with the worker's traceback around it
-            raise InputError(str(e).strip().splitlines()[-1].split("InputError: ")[-1]) from None
         self._given += 1
         return self.transform(batch, cond)
 
@@ -270,10 +279,6 @@ class _EpochOrder:
         # two draws an epoch, the first unused (one unshuffled): as many as a DataLoader made anew takes
         for _ in range(2 if self.shuffle else 1):
             self.seed = th.empty((), dtype=th.int64).random_().item()
-
-    def iterate(self, loader, skip):
-        self.skip = skip
-        return iter(loader)
 
     def __iter__(self):
         order = range(self.num_images)

@@ -19,7 +19,7 @@ from .respace import SpacedDiffusion, space_timesteps
 from .unet import SuperResModel, UNetModel
 
 NUM_CLASSES = 1000
-MIN_LINEAR_STEPS = 20  # the linear schedule ends at beta = 20 / steps
+MIN_LINEAR_STEPS = 21  # the linear schedule ends at beta = 20 / steps, and 1 leaves nothing to divide by
 
 CHANNEL_MULT = {  # by image size: channels of each level, as multiples of num_channels
     32: (1, 2, 2, 2),
@@ -315,7 +315,7 @@ def create_gaussian_diffusion(
     """
     if noise_schedule == "linear" and steps < MIN_LINEAR_STEPS:
         raise InputError(
-            f"diffusion_steps {steps} are too few for noise_schedule linear, whose last beta would pass 1; "
+            f"diffusion_steps {steps} are too few for noise_schedule linear, whose last beta would reach 1; "
             f"give {MIN_LINEAR_STEPS} or more, or noise_schedule cosine"
         )
     if use_kl:
@@ -493,10 +493,12 @@ def _likely_cause(there, here):
         return "the file: it is not of this kind of model"
     if there[first][0] != here[first][0]:
         return f"--num_channels, {there[first][0]} in the file"
-    if there[first][1] in (2 * here[first][1], here[first][1] / 2):
+    channels, super_resolution = _inputs(there[first])
+    channels_here, super_resolution_here = _inputs(here[first])
+    if super_resolution != super_resolution_here:
         return "the script: one of the two is a model for super-resolution"
-    if there[first][1] != here[first][1]:
-        return f"--image_channels, {there[first][1]} in the file"
+    if channels != channels_here:
+        return f"--image_channels, {channels} in the file"
     if (label in there) != (label in here):
         return f"--class_cond, {label in there} in the file"
     if label in there and there[label] != here[label]:
@@ -504,9 +506,15 @@ def _likely_cause(there, here):
     if there[last] != here[last]:
         return f"--learn_sigma, {there[last][0] > here[last][0]} in the file"
     different = there.keys() ^ here.keys()
-    if different and not any(".0.in_layers" in name for name in different):
-        return "--attention_resolutions"
+    same_blocks = all(there[name] == here[name] for name in there.keys() & here.keys())
+    if same_blocks and not any(".0.in_layers" in name for name in different):
+        return "--attention_resolutions, or the image size that they are fractions of"
     embeddings = [name for name in here if name.endswith("emb_layers.1.bias")]
     if not different and all(there[name] != here[name] for name in embeddings):
         return f"--use_scale_shift_norm, {there[embeddings[0]] > here[embeddings[0]]} in the file"
     return "--num_res_blocks or --channel_mult (or the image size, which chooses it)"
+
+
+def _inputs(shape):
+    """(image channels, whether for super-resolution) of a first layer: a smaller image doubles 1 or 3 channels."""
+    return (shape[1] // 2, True) if shape[1] % 2 == 0 else (shape[1], False)

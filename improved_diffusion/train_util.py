@@ -149,8 +149,9 @@ class TrainLoop:
         params = dist_util.load_state_dict(main_checkpoint, map_location=dist_util.dev())
         try:
             self.model.load_state_dict(params)
-        except RuntimeError as e:
-            raise InputError(f"{main_checkpoint} does not fit the model: {str(e).splitlines()[1].strip()}") from None
+        except (RuntimeError, TypeError, AttributeError) as e:  # the last two if it is no dict of names
+            reason = str(e).splitlines()[:2][-1].strip()
+            raise InputError(f"{main_checkpoint} does not fit the model: {reason}") from None
         self._last_checkpoint = main_checkpoint
 
     def _load_the_rest(self, main_checkpoint):
@@ -191,30 +192,34 @@ class TrainLoop:
         self._updates = state["updates"]
         self.lg_loss_scale = state["lg_loss_scale"]
         self._overflows_in_a_row = state["overflows_in_a_row"]
-        for part, name in ((self.schedule_sampler, "schedule_sampler"), (self.data, "data")):
-            if state[name] is None or not hasattr(part, "load_state_dict"):
-                continue
-            try:
-                part.load_state_dict(state[name])
-            except (ValueError, KeyError) as e:
-                logger.warn(f"the {name.replace('_', ' ')} cannot continue where it was: {e}")
+        self._continue(self.schedule_sampler, "schedule sampler", state["schedule_sampler"])
         if len(state["rng"]) == dist_util.world_size():
+            self._continue(self.data, "data", state["data"][dist_util.rank()])
             set_rng_state(state["rng"][dist_util.rank()])
             self._statistics.load_state_dict(state["statistics"][dist_util.rank()])
         else:
             logger.warn(
                 f"the checkpoint is of {len(state['rng'])} ranks, now there are {dist_util.world_size()}: "
-                "random numbers do not continue"
+                "the data and the random numbers begin anew"
             )
         logger.get_current().drop_from("step", self.step)  # rows that will be written again
 
+    def _continue(self, part, name, state):
+        if state is None or not hasattr(part, "load_state_dict"):
+            return
+        try:
+            part.load_state_dict(state)
+        except (ValueError, KeyError) as e:
+            logger.warn(f"the {name} cannot continue where it was: {e}")
+
     def _state(self):
+        data_state = self.data.state_dict() if hasattr(self.data, "state_dict") else None
         return {
             "updates": self._updates,
             "lg_loss_scale": self.lg_loss_scale,
             "overflows_in_a_row": self._overflows_in_a_row,
             "schedule_sampler": self.schedule_sampler.state_dict(),
-            "data": self.data.state_dict() if hasattr(self.data, "state_dict") else None,
+            "data": dist_util.all_gather_object(data_state),
             "rng": dist_util.all_gather_object(rng_state()),
             "statistics": dist_util.all_gather_object(self._statistics.state_dict()),
         }
@@ -240,6 +245,7 @@ class TrainLoop:
                 logger.dumpkvs()
             if self.step % self.save_interval == 0 and not self._is_resumed_from_here():
                 self.save()
+                self._saved_updates = self._updates
                 if os.environ.get("DIFFUSION_TRAINING_TEST", "") and self.step > 0:
                     return
             self.step += 1
@@ -389,9 +395,10 @@ class TrainLoop:
         """
         self._check_finite(self._statistics.read())
         state = self._state()
+        path = None
         if dist_util.rank() == 0:
             logger.log("saving model...")
-            self._last_checkpoint = save_set(
+            path = save_set(
                 get_blob_logdir(),
                 self.step + self.resume_step,
                 model=self._master_params_to_state_dict(self.master_params),
@@ -402,8 +409,7 @@ class TrainLoop:
                 optimizer=self.opt.state_dict(),
                 state=state,
             )
-        self._saved_updates = self._updates
-        dist_util.barrier()
+        self._last_checkpoint = dist_util.all_gather_object(path)[0]  # and every rank waits for rank 0
 
     def _master_params_to_state_dict(self, master_params):
         if self.use_fp16:
@@ -434,7 +440,7 @@ def log_loss_dict(diffusion, ts, losses):
 
 def get_blob_logdir():
     """Where checkpoints go: DIFFUSION_BLOB_LOGDIR, else the log directory."""
-    return os.environ.get("DIFFUSION_BLOB_LOGDIR", logger.get_dir())
+    return os.environ.get("DIFFUSION_BLOB_LOGDIR") or logger.get_dir()
 
 
 def find_resume_checkpoint():

@@ -50,14 +50,16 @@ def main():
 
 
 def run_bpd_evaluation(model, diffusion, data, clip_denoised):
-    sums = dict.fromkeys(("total_bpd", *TERMS), 0.0)
+    # tensors from the start, since a rank may have no image at all
+    sums = {key: th.zeros(diffusion.num_timesteps, dtype=th.float64, device=dist_util.dev()) for key in TERMS}
+    sums["total_bpd"] = th.zeros((), dtype=th.float64, device=dist_util.dev())
     count = 0
     for batch, cond in data:
         batch = batch.to(dist_util.dev())
         cond = {k: v.to(dist_util.dev()) for k, v in cond.items()}
         metrics = diffusion.calc_bpd_loop(model, batch, clip_denoised=clip_denoised, model_kwargs=cond)
         for key in sums:
-            sums[key] = sums[key] + metrics[key].double().sum(dim=0)
+            sums[key] += metrics[key].double().sum(dim=0)
         count += len(batch)
         logger.log(f"done {count} samples: bpd={sums['total_bpd'].item() / count}")
 

@@ -1,0 +1,24 @@
+"""
+Settings of the whole suite. Every test starts from the same random numbers; the property tests have no time
+limit an example, take the same examples every time and leave nothing on disk. Tensors here are so small that
+threads would only wait for each other.
+"""
+
+import random
+
+import numpy as np
+import pytest
+import torch as th
+from hypothesis import settings
+
+th.set_num_threads(1)
+
+settings.register_profile("suite", deadline=None, max_examples=50, derandomize=True, database=None)
+settings.load_profile("suite")
+
+
+@pytest.fixture(autouse=True)
+def same_random_numbers():
+    random.seed(0)
+    np.random.seed(0)
+    th.manual_seed(0)

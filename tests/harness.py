@@ -1,0 +1,124 @@
+"""What the tests of the scripts share: small images, small models, and runs of a script in this process."""
+
+import functools
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch as th
+from PIL import Image
+
+from improved_diffusion import script_util
+from improved_diffusion.logger import Logger
+
+ROOT = Path(__file__).resolve().parent.parent
+LAUNCHER_VARIABLES = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMI_SIZE"]
+
+# a model of 8x8 images that builds in milliseconds
+TINY = dict(
+    num_channels=32,
+    channel_mult="1,2",
+    num_res_blocks=1,
+    num_heads=2,
+    attention_resolutions="4",
+    diffusion_steps=24,
+    noise_schedule="cosine",
+)
+
+
+def flags(**values):
+    """A command line: flags(batch_size=4) is ["--batch_size", "4"]."""
+    return [word for name, value in values.items() for word in (f"--{name}", str(value))]
+
+
+@functools.cache
+def load_script(name):
+    """scripts/NAME.py as a module."""
+    spec = importlib.util.spec_from_file_location(f"script_{name}", ROOT / "scripts" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run_script(name, words, logdir):
+    """
+    What `OPENAI_LOGDIR=logdir python scripts/NAME.py WORDS` does, in this process.
+
+    :return: the exit status.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [f"scripts/{name}.py", *words])
+        patch.setattr(Logger, "CURRENT", None)
+        patch.setattr(Logger, "DEFAULT", None)
+        patch.setenv("OPENAI_LOGDIR", str(logdir))
+        for variable in [*LAUNCHER_VARIABLES, "OPENAI_LOG_FORMAT", "DIFFUSION_BLOB_LOGDIR"]:
+            patch.delenv(variable, raising=False)
+        threads = th.get_num_threads()
+        th.set_num_threads(1)  # in so small a network several only wait for each other
+        try:
+            script_util.run(load_script(name).main)
+        except SystemExit as e:
+            return e.code
+        finally:
+            th.set_num_threads(threads)
+            if Logger.CURRENT is not None:
+                Logger.CURRENT.close()
+    return 0
+
+
+def run_subprocess(name, words, logdir, **kwargs):
+    """The same in a process of its own. :return: a subprocess.CompletedProcess with text output."""
+    environment = {k: v for k, v in os.environ.items() if k not in LAUNCHER_VARIABLES}
+    environment.update(OPENAI_LOGDIR=str(logdir), PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
+    return subprocess.run(
+        [sys.executable, ROOT / "scripts" / f"{name}.py", *words],
+        env=environment,
+        capture_output=True,
+        text=True,
+        **kwargs,
+    )
+
+
+def write_images(folder, count=6, size=8, channels=3, classes=2):
+    """PNG files of smooth random gradients, named CLASS_NUMBER.png. :return: the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(count * 1000 + size)
+    ramp = np.linspace(-1, 1, size)
+    for i in range(count):
+        across, down = rng.uniform(-60, 60, (2, channels))
+        pixels = 128 + across * ramp[:, None, None] + down * ramp[None, :, None]
+        image = Image.fromarray(pixels.round().astype(np.uint8).squeeze())
+        image.save(folder / f"{'abcdefgh'[i % classes]}_{i:03d}.png")
+    return folder
+
+
+def save_weights(path, super_resolution=False, fill=None, **changed):
+    """
+    The weights of a new TINY model, with some flags changed.
+
+    :param fill: a number for all of them.
+    :return: the path.
+    """
+    defaults = (
+        script_util.sr_model_and_diffusion_defaults if super_resolution else script_util.model_and_diffusion_defaults
+    )
+    create = script_util.sr_create_model_and_diffusion if super_resolution else script_util.create_model_and_diffusion
+    sizes = dict(large_size=8, small_size=4) if super_resolution else dict(image_size=8)
+    model, _ = create(**{**defaults(), **sizes, **TINY, **changed})
+    if fill is not None:
+        for p in model.parameters():
+            th.nn.init.constant_(p, fill)
+    th.save(model.state_dict(), path)
+    return path
+
+
+def snapshot(folder):
+    """{relative path: bytes} of all files below a folder, None for folders."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+        for path in sorted(Path(folder).rglob("*"))
+    }

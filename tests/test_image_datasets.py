@@ -1,0 +1,551 @@
+"""From files to batches: which images, which pixels, which labels, in which order, and what is said of bad ones."""
+
+import io
+import os
+
+import numpy as np
+import pytest
+import torch as th
+from harness import ROOT, write_images
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+from improved_diffusion import image_datasets
+from improved_diffusion.errors import InputError
+from improved_diffusion.image_datasets import (
+    BatchStream,
+    ImageDataset,
+    load_data,
+    load_data_once,
+    load_superres_data,
+)
+
+RECORDED_IMAGES = ROOT / "tests" / "data" / "images"
+
+
+def pixels_of(x):
+    """[-1, 1] -> 0..255, exactly."""
+    values = (np.asarray(x, dtype=np.float64) + 1) * 127.5
+    assert np.abs(values - values.round()).max() < 1e-4
+    return values.round().astype(np.uint8)
+
+
+def resampled(image, size):
+    """The original's resampling of a PIL image, written out: uint8 [3, size, size]."""
+    width, height = image.size
+    while min(width, height) >= 2 * size:
+        width, height = width // 2, height // 2
+        image = image.resize((width, height), Image.Resampling.BOX)
+    scale = size / min(width, height)
+    image = image.resize((round(width * scale), round(height * scale)), Image.Resampling.BICUBIC)
+    pixels = np.array(image.convert("RGB"))
+    y, x = (pixels.shape[0] - size) // 2, (pixels.shape[1] - size) // 2
+    return pixels[y : y + size, x : x + size].transpose(2, 0, 1)
+
+
+def noise(seed, *shape):
+    return np.random.default_rng(seed).integers(0, 256, shape).astype(np.uint8)
+
+
+@pytest.fixture
+def greys(tmp_path):
+    """Writes n images: number i, in sorted order, is all of grey value i. The first half is of one class."""
+
+    def write(n, name="greys"):
+        folder = tmp_path / name
+        folder.mkdir()
+        for i in range(n):
+            Image.new("L", (8, 8), i).save(folder / f"{'ab'[i >= n // 2]}_{i:02d}.png")
+        return str(folder)
+
+    return write
+
+
+def numbers(batch):
+    """Which of the grey images a batch holds."""
+    return [int(v) for v in pixels_of(batch)[:, 0, 0, 0]]
+
+
+# ---------------------------------------------------------------- which files
+
+
+def test_listing_is_recursive_and_sorted_and_knows_every_spelling_of_an_extension(tmp_path):
+    for name in ["b.PNG", "a.jpg", "Z.JpEg", "c.gif", "m/y.png", "m/x/1.png", "m/x.png", "no.txt", "jpg", "e.png.txt"]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "d").mkdir()  # stays empty
+    found = image_datasets._list_image_files_recursively(str(tmp_path))
+    expected = ["Z.JpEg", "a.jpg", "b.PNG", "c.gif", "m/x/1.png", "m/x.png", "m/y.png"]
+    assert [os.path.relpath(path, tmp_path) for path in found] == expected
+
+
+def test_dataloader_can_be_imported_from_here_as_from_the_original():
+    assert image_datasets.DataLoader is DataLoader
+
+
+# ---------------------------------------------------------------- which pixels
+
+
+@pytest.mark.parametrize("size", [16, 32])
+def test_pixels_are_those_that_the_original_gave(size):
+    with np.load(ROOT / "tests" / "data" / "images.npz") as recorded:
+        names = [key.split("/", 1)[1] for key in recorded if key.startswith(f"{size}/")]
+        assert len(names) == 6
+        dataset = ImageDataset(size, [str(RECORDED_IMAGES / name) for name in names])
+        for i, name in enumerate(names):
+            x, cond = dataset[i]
+            assert (x.dtype, cond) == (np.float32, {})
+            np.testing.assert_array_equal(x, recorded[f"{size}/{name}"].astype(np.float32) / 127.5 - 1, err_msg=name)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize(
+    ("width", "height", "size"),
+    [
+        (8, 8, 8),  # as it is
+        (5, 9, 8),  # enlarged
+        (15, 15, 8),  # below the first halving
+        (16, 17, 8),  # at it
+        (67, 35, 8),  # odd sizes, twice halved
+        (33, 40, 16),
+        (9, 200, 4),  # long
+    ],
+)
+def test_rgb_and_greyscale_images_are_resampled_in_their_own_mode(tmp_path, mode, width, height, size):
+    image = Image.fromarray(noise(width, height, width, *([3] if mode == "RGB" else [])))
+    image.save(tmp_path / "a.png")
+    x, _ = ImageDataset(size, [str(tmp_path / "a.png")])[0]
+    assert x.shape == (3, size, size)
+    np.testing.assert_array_equal(pixels_of(x), resampled(image, size))
+
+
+def palette_image(seed):
+    image = Image.fromarray(noise(seed, 20, 24) % 16)
+    image.putpalette(noise(seed + 1, 48).tolist())
+    return image
+
+
+def palette_colours(image):
+    colours = np.array(image.getpalette(), dtype=np.uint8).reshape(-1, 3)
+    return colours[np.asarray(image)]
+
+
+def palette(path):
+    image = palette_image(1)
+    image.save(path)
+    return palette_colours(image)
+
+
+def palette_with_transparency(path):
+    image = palette_image(2)
+    image.save(path, transparency=bytes([0, 128, 255, 3]))
+    with Image.open(path) as written:
+        assert isinstance(written.info["transparency"], bytes)
+    return palette_colours(image)
+
+
+def rgba(path):
+    pixels = noise(3, 20, 24, 4)
+    Image.fromarray(pixels).save(path)
+    return pixels[..., :3]
+
+
+def rgb_with_transparent_colour(path):
+    pixels = noise(4, 20, 24, 3)
+    Image.fromarray(pixels).save(path, transparency=(1, 2, 3))
+    return pixels
+
+
+def grey_with_alpha(path):
+    pixels = noise(5, 20, 24, 2)
+    image = Image.merge("LA", [Image.fromarray(pixels[..., 0]), Image.fromarray(pixels[..., 1])])
+    image.save(path)
+    return pixels[..., :1].repeat(3, axis=2)
+
+
+def one_bit(path):
+    pixels = noise(6, 20, 24) > 127
+    Image.fromarray(pixels).save(path)
+    return np.where(pixels[..., None], 255, 0).astype(np.uint8).repeat(3, axis=2)
+
+
+def sixteen_bits(path):
+    pixels = np.random.default_rng(7).integers(0, 2**16, (20, 24)).astype(np.uint16)
+    Image.fromarray(pixels).save(path)
+    return (pixels >> 8).astype(np.uint8)[..., None].repeat(3, axis=2)
+
+
+CONVERTED = [
+    palette,
+    palette_with_transparency,
+    rgba,
+    rgb_with_transparent_colour,
+    grey_with_alpha,
+    one_bit,
+    sixteen_bits,
+]
+
+
+@pytest.mark.parametrize("write", CONVERTED, ids=lambda write: write.__name__)
+@pytest.mark.parametrize("size", [8, 20, 32])
+def test_other_modes_are_converted_before_resampling(tmp_path, write, size):
+    path = str(tmp_path / "a.png")
+    expected = resampled(Image.fromarray(write(path)), size)
+    np.testing.assert_array_equal(pixels_of(ImageDataset(size, [path])[0][0]), expected)
+
+
+def test_cmyk_is_converted_before_resampling(tmp_path):
+    path = str(tmp_path / "a.jpg")
+    Image.fromarray(noise(8, 20, 24, 4)).convert("CMYK").save(path)
+    with Image.open(path) as image:
+        assert image.mode == "CMYK"
+        expected = resampled(image.convert("RGB"), 8)
+    np.testing.assert_array_equal(pixels_of(ImageDataset(8, [path])[0][0]), expected)
+
+
+def test_of_an_animated_gif_the_first_frame_counts(tmp_path):
+    path = str(tmp_path / "a.gif")
+    first, second = palette_image(9), palette_image(10)
+    first.save(path, save_all=True, append_images=[second])
+    with Image.open(path) as image:
+        assert image.n_frames == 2
+    expected = resampled(Image.fromarray(palette_colours(first)), 8)
+    np.testing.assert_array_equal(pixels_of(ImageDataset(8, [path])[0][0]), expected)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "P"])
+def test_one_channel_is_greyscale_before_resampling(tmp_path, mode):
+    image = palette_image(11) if mode == "P" else Image.fromarray(noise(11, 20, 24, 3)).convert(mode)
+    image.save(tmp_path / "a.png")
+    x, _ = ImageDataset(8, [str(tmp_path / "a.png")], image_channels=1)[0]
+    assert x.shape == (1, 8, 8)
+    grey = image.convert("RGB").convert("L") if mode != "L" else image
+    np.testing.assert_array_equal(pixels_of(x), resampled(grey, 8)[:1])
+
+
+# ---------------------------------------------------------------- labels, shards
+
+
+def test_labels_are_the_places_of_the_prefixes_in_sorted_order(tmp_path):
+    for name in ["dog_2.png", "ant_3.png", "sub/cat_1.png", "sub/dog_4_x.png"]:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("L", (4, 4)).save(tmp_path / name)
+    stream = load_data(
+        data_dir=str(tmp_path), batch_size=4, image_size=4, class_cond=True, deterministic=True, num_workers=0
+    )
+    x, cond = next(stream)
+    assert (x.dtype, cond["y"].dtype) == (th.float32, th.int64)
+    assert cond["y"].tolist() == [0, 2, 1, 2]  # ant, dog, sub/cat, sub/dog
+
+
+def test_no_labels_unless_asked(greys):
+    assert next(load_data(data_dir=greys(2), batch_size=2, image_size=8, num_workers=0))[1] == {}
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 5])
+@pytest.mark.parametrize("load", [load_data, load_data_once])
+def test_the_ranks_share_out_the_images_each_once(monkeypatch, greys, ranks, load):
+    folder, seen, labels = greys(10), [], []
+    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    for rank in range(ranks):
+        monkeypatch.setenv("RANK", str(rank))
+        extra = dict(deterministic=True) if load is load_data else {}
+        data = iter(load(data_dir=folder, batch_size=1, image_size=8, class_cond=True, num_workers=0, **extra))
+        for _ in range(len(range(rank, 10, ranks))):
+            x, cond = next(data)
+            seen += numbers(x)
+            labels += cond["y"].tolist()
+    assert sorted(seen) == list(range(10))
+    assert labels == [int(number >= 5) for number in seen]
+
+
+def test_the_dataset_takes_its_shard_as_the_original_does():
+    dataset = ImageDataset(8, list("abcdefgh"), classes=list(range(8)), shard=1, num_shards=3)
+    assert (dataset.local_images, dataset.local_classes, len(dataset)) == (["b", "e", "h"], [1, 4, 7], 3)
+
+
+# ---------------------------------------------------------------- the order
+
+
+@pytest.mark.parametrize("num_workers", [0, 1, 2])
+def test_deterministic_batches_come_in_sorted_order_for_ever(greys, num_workers):
+    stream = load_data(data_dir=greys(7), batch_size=3, image_size=8, deterministic=True, num_workers=num_workers)
+    assert [numbers(next(stream)[0]) for _ in range(5)] == [[0, 1, 2], [3, 4, 5]] * 2 + [[0, 1, 2]]
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_order_and_random_numbers_are_those_of_a_dataloader_made_anew_each_epoch(greys, num_workers, deterministic):
+    folder = greys(11)
+    dataset = ImageDataset(8, image_datasets._list_image_files_recursively(folder))
+
+    def original():
+        while True:
+            yield from DataLoader(
+                dataset, batch_size=3, shuffle=not deterministic, num_workers=num_workers, drop_last=True
+            )
+
+    def run(batches):
+        th.manual_seed(5)
+        return [(numbers(next(batches)[0]), th.random.get_rng_state().tolist()) for _ in range(10)]
+
+    theirs = run(original())
+    ours = run(
+        load_data(data_dir=folder, batch_size=3, image_size=8, deterministic=deterministic, num_workers=num_workers)
+    )
+    assert ours == theirs  # three epochs and the beginning of a fourth; the generator's state after each batch
+    epochs = [[number for batch, _ in ours[i : i + 3] for number in batch] for i in (0, 3, 6)]
+    assert all(len(set(epoch)) == 9 for epoch in epochs)
+    assert deterministic == (epochs[0] == epochs[1])
+
+
+class ProcessIds(Dataset):
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, i):
+        return os.getpid(), {}
+
+
+@pytest.mark.parametrize("num_workers", [0, 1, 2])
+def test_the_same_workers_serve_all_epochs(num_workers):
+    stream = BatchStream(ProcessIds(), batch_size=2, shuffle=True, num_workers=num_workers)
+    ids = {i for _ in range(4 * 3) for i in next(stream)[0].tolist()}
+    assert len(ids) == max(num_workers, 1)
+    assert (os.getpid() in ids) == (num_workers == 0)
+
+
+# ---------------------------------------------------------------- going on where another stream was
+
+
+class Identity(Dataset):
+    def __init__(self, n):
+        self.n = n
+
+    def __len__(self):
+        return self.n
+
+    def __getitem__(self, i):
+        return i, {}
+
+
+def take(stream, count):
+    return [next(stream)[0].tolist() for _ in range(count)]
+
+
+def through_a_file(state):
+    """A state as it comes back from a checkpoint, which may hold plain values and tensors only."""
+    file = io.BytesIO()
+    th.save(state, file)
+    file.seek(0)
+    return th.load(file, weights_only=True)
+
+
+@given(
+    num_images=st.integers(1, 12),
+    batch_size=st.integers(1, 4),
+    shuffle=st.booleans(),
+    before=st.integers(0, 30),
+    used=st.integers(0, 5),
+    seed=st.integers(0, 2**32),
+)
+@settings(deadline=None, max_examples=60)
+def test_a_loaded_state_goes_on_exactly(num_images, batch_size, shuffle, before, used, seed):
+    batch_size = min(batch_size, num_images)
+    th.manual_seed(seed)
+    stream = BatchStream(Identity(num_images), batch_size, shuffle, num_workers=0)
+    take(stream, before)
+    state, rng = through_a_file(stream.state_dict()), th.get_rng_state()
+    expected, rng_after = take(stream, 14), th.get_rng_state()
+
+    th.manual_seed(seed + 1)
+    resumed = BatchStream(Identity(num_images), batch_size, shuffle, num_workers=0)
+    take(resumed, used)  # a stream in use may load, too
+    resumed.load_state_dict(state)
+    th.set_rng_state(rng)
+    assert take(resumed, 14) == expected
+    assert th.equal(th.get_rng_state(), rng_after)
+
+
+@pytest.mark.parametrize("before", [0, 1, 2, 3, 4], ids=lambda n: f"after_{n}_of_3_batches")
+def test_a_loaded_state_goes_on_exactly_with_workers_that_decode_ahead(before):
+    th.manual_seed(1)
+    stream = BatchStream(Identity(7), 2, shuffle=True, num_workers=1)
+    take(stream, before)
+    state, rng = stream.state_dict(), th.get_rng_state()
+    expected = take(stream, 7)
+    stream.load_state_dict(state)
+    th.set_rng_state(rng)
+    assert take(stream, 7) == expected
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (dict(dataset=Identity(9)), "num_images was 8 then and is 9 now"),
+        (dict(batch_size=3), "batch_size was 2 then and is 3 now"),
+        (dict(shuffle=False), "shuffle was True then and is False now"),
+    ],
+)
+def test_a_state_of_other_data_is_refused_with_the_numbers(other, message):
+    settings = dict(dataset=Identity(8), batch_size=2, shuffle=True, num_workers=0)
+    state = BatchStream(**settings).state_dict()
+    with pytest.raises(ValueError, match=message):
+        BatchStream(**{**settings, **other}).load_state_dict(state)
+
+
+# ---------------------------------------------------------------- super-resolution
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_low_res_is_the_mean_over_each_small_square(tmp_path, channels):
+    write_images(tmp_path, count=4, size=16, channels=channels)
+    stream = load_superres_data(
+        data_dir=str(tmp_path),
+        batch_size=4,
+        large_size=16,
+        small_size=4,
+        class_cond=True,
+        image_channels=channels,
+        num_workers=0,
+    )
+    for _ in range(2):
+        x, cond = next(stream)
+        assert (x.shape, cond["low_res"].shape) == ((4, channels, 16, 16), (4, channels, 4, 4))
+        expected = x.reshape(4, channels, 4, 4, 4, 4).mean(dim=(3, 5))
+        th.testing.assert_close(cond["low_res"], expected, rtol=0, atol=1e-6)
+        assert set(cond) == {"y", "low_res"}
+
+
+def test_low_res_of_a_size_that_does_not_divide(tmp_path):
+    write_images(tmp_path, count=2, size=8)
+    stream = load_superres_data(data_dir=str(tmp_path), batch_size=2, large_size=8, small_size=3, num_workers=0)
+    x, cond = next(stream)
+    # pixel 0 of 3 covers pixels 0, 1, 2 of 8
+    th.testing.assert_close(cond["low_res"][:, :, 0, 0], x[:, :, :3, :3].mean(dim=(2, 3)), rtol=0, atol=1e-6)
+
+
+# ---------------------------------------------------------------- each image once
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize(
+    ("limit", "expected"),
+    [
+        (None, [[0, 1, 2], [3, 4, 5], [6]]),
+        (5, [[0, 1, 2], [3, 4]]),
+        (3, [[0, 1, 2]]),
+        (2, [[0, 1]]),
+        (100, [[0, 1, 2], [3, 4, 5], [6]]),
+    ],
+)
+def test_load_data_once(greys, num_workers, limit, expected):
+    rng = th.get_rng_state()
+    data = load_data_once(
+        data_dir=greys(7), batch_size=3, image_size=8, class_cond=True, num_workers=num_workers, limit=limit
+    )
+    batches = list(data)
+    assert [numbers(x) for x, _ in batches] == expected
+    assert [cond["y"].tolist() for _, cond in batches] == [[int(i >= 3) for i in batch] for batch in expected]
+    assert th.equal(th.get_rng_state(), rng)
+
+
+# ---------------------------------------------------------------- what cannot work
+
+
+def corrupt(path):
+    path.write_bytes(b"no image")
+
+
+def cut_short(path):
+    path.write_bytes(path.read_bytes()[:-60])
+
+
+def flipped(path):
+    """Bytes in the middle of the file changed."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2 : len(data) // 2 + 20] = bytes(20)
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("load", [load_data, load_data_once])
+@pytest.mark.parametrize(
+    ("wrong", "parts"),
+    [
+        (dict(data_dir=""), ["data_dir", "name a folder"]),
+        (dict(data_dir=None), ["data_dir", "name a folder"]),
+        (dict(data_dir="{folder}/nowhere"), ["data_dir", "nowhere", "no such folder"]),
+        (dict(data_dir="{folder}/empty"), ["data_dir", "empty", "no images", "jpg, jpeg, png, gif"]),
+        (dict(class_cond=True, num_classes=2), ["data_dir", "3 different prefixes", "a, b, c", "num_classes is 2"]),
+    ],
+)
+def test_a_folder_that_cannot_work_is_refused_at_once(tmp_path, load, wrong, parts):
+    write_images(tmp_path, count=6, classes=3)
+    (tmp_path / "empty" / "deeper").mkdir(parents=True)
+    (tmp_path / "empty" / "notes.txt").touch()
+    arguments = {**dict(data_dir="{folder}", batch_size=2, image_size=8), **wrong}
+    if arguments["data_dir"]:
+        arguments["data_dir"] = arguments["data_dir"].format(folder=tmp_path)
+    with pytest.raises(InputError) as refusal:
+        load(**arguments)
+    message = str(refusal.value)
+    assert "\n" not in message
+    assert [part for part in parts if part not in message] == []
+
+
+@pytest.mark.parametrize("num_classes", [3, 4, None])
+def test_as_many_classes_as_there_are_labels_are_enough(tmp_path, num_classes):
+    write_images(tmp_path, count=6, classes=3)
+    data = load_data_once(
+        data_dir=str(tmp_path), batch_size=6, image_size=8, class_cond=True, num_classes=num_classes, num_workers=0
+    )
+    assert sorted(next(iter(data))[1]["y"].tolist()) == [0, 0, 1, 1, 2, 2]
+
+
+def test_fewer_images_than_a_batch_are_refused_with_the_numbers(monkeypatch, greys):
+    folder = greys(5)
+    with pytest.raises(
+        InputError, match=r"data_dir .*greys: 5 images are fewer than a batch; give batch_size 5 or less"
+    ):
+        load_data(data_dir=folder, batch_size=6, image_size=8)
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("RANK", "2")
+    with pytest.raises(InputError, match=r"1 images for this one of 3 ranks are fewer .* give batch_size 1 or less"):
+        load_data(data_dir=folder, batch_size=2, image_size=8)
+
+
+@pytest.mark.parametrize("load", [load_data, load_data_once])
+@pytest.mark.parametrize("damage", [corrupt, cut_short, flipped], ids=lambda damage: damage.__name__)
+def test_an_unreadable_image_is_found_at_once(tmp_path, load, damage):
+    write_images(tmp_path, count=5, size=32)
+    bad = tmp_path / "b_003.png"
+    damage(bad)
+    with pytest.raises(InputError) as refusal:
+        load(data_dir=str(tmp_path), batch_size=2, image_size=8)
+    assert str(refusal.value).startswith(f"{bad}: cannot be read as an image")
+    assert "\n" not in str(refusal.value)
+
+
+def test_of_a_large_folder_images_from_all_over_it_are_checked(monkeypatch, greys):
+    folder, decoded = greys(10), []
+    monkeypatch.setattr(image_datasets, "CHECKED_IMAGES", 3)
+    monkeypatch.setattr(image_datasets, "_decode", decoded.append)
+    load_data(data_dir=folder, batch_size=2, image_size=8)
+    assert [os.path.basename(path) for path in decoded] == ["a_00.png", "a_04.png", "b_08.png"]
+
+
+# torch waits five seconds for a worker that has raised
+@pytest.mark.parametrize("num_workers", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("load", [load_data, load_data_once])
+def test_an_image_found_unreadable_later_is_named_in_one_line(monkeypatch, tmp_path, load, num_workers):
+    write_images(tmp_path, count=6)
+    bad = tmp_path / "b_003.png"
+    corrupt(bad)
+    monkeypatch.setattr(image_datasets, "CHECKED_IMAGES", 2)  # the first and the fourth
+    data = iter(load(data_dir=str(tmp_path), batch_size=6, image_size=8, num_workers=num_workers))
+    with pytest.raises(InputError) as refusal:
+        next(data)
+    assert str(refusal.value).startswith(f"{bad}: cannot be read as an image")
+    assert "\n" not in str(refusal.value)

@@ -1,0 +1,202 @@
+"""The package as others get it: installed elsewhere, its metadata, its commands, and what the README promises."""
+
+import importlib.metadata
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch as th
+from harness import ROOT, load_script
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from improved_diffusion.script_util import (
+    create_model_and_diffusion,
+    model_and_diffusion_defaults,
+    sr_create_model_and_diffusion,
+    sr_model_and_diffusion_defaults,
+)
+
+MODULES = sorted(path.stem for path in (ROOT / "improved_diffusion").glob("*.py") if path.stem != "__init__")
+SCRIPTS = ["image_train", "image_sample", "image_nll", "super_res_train", "super_res_sample"]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+# ---------------------------------------------------------------- installing
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """Where `pip install` of a copy of the sources put the package, without its dependencies."""
+    copy, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("installed")
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy)
+    shutil.copytree(
+        ROOT / "improved_diffusion", copy / "improved_diffusion", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    words = ["install", "--quiet", "--no-deps", "--no-index", "--no-build-isolation", "--target", target, copy]
+    done = subprocess.run([sys.executable, "-m", "pip", *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return target
+
+
+@pytest.fixture(scope="module")
+def metadata(installed):
+    (distribution,) = importlib.metadata.distributions(path=[str(installed)])
+    return distribution
+
+
+@pytest.mark.slow
+def test_an_installed_package_works_elsewhere(installed, tmp_path):
+    assert sorted(path.stem for path in (installed / "improved_diffusion").glob("*.py")) == ["__init__", *MODULES]
+    program = f"""if True:
+        import importlib, sys
+        sys.path.insert(0, {str(installed)!r})
+        for name in {MODULES}:
+            module = importlib.import_module("improved_diffusion." + name)
+            assert module.__file__.startswith({str(installed)!r}), module.__file__
+        assert "mpi4py" not in sys.modules  # an installed MPI may be broken, and one process needs none
+    """
+    done = subprocess.run([sys.executable, "-I", "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.slow
+def test_extras(metadata):
+    assert (metadata.name, metadata.metadata["License"]) == ("improved-diffusion", "MIT")
+    assert {"mpi", "demo", "tensorboard", "test"} <= set(metadata.metadata.get_all("Provides-Extra"))
+    named = {(extra, r.name) for extra in ("mpi", "demo", "tensorboard") for r in required(metadata, extra)}
+    assert {("mpi", "mpich"), ("demo", "scikit-learn"), ("demo", "matplotlib"), ("tensorboard", "tensorboard")} <= named
+
+
+def required(metadata, extra):
+    """The requirements that an extra adds to the plain ones."""
+    requirements = [Requirement(text) for text in metadata.requires]
+    return [r for r in requirements if r.marker is not None and r.marker.evaluate({"extra": extra})]
+
+
+@pytest.mark.slow
+def test_the_tested_versions_lie_in_the_required_ranges(metadata):
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pinned = dict(line.split("==") for line in lines if line and not line.startswith("#"))
+    pinned = {canonicalize_name(name): version for name, version in pinned.items()}
+    assert pinned["torch"] == "2.13.0"
+    requirements = [Requirement(text) for text in metadata.requires]
+    assert {"torch", "numpy", "blobfile", "pillow", "tqdm", "pytest", "ruff"} <= {r.name for r in requirements}
+    for requirement in requirements:
+        version = pinned[canonicalize_name(requirement.name)]
+        assert version in requirement.specifier, f"{requirement.name} {version} is not in {requirement.specifier}"
+
+
+# ---------------------------------------------------------------- commands
+
+
+def commands(target):
+    """The command lines that `make TARGET` runs where nothing has been made yet, each as a list of words."""
+    words = ["make", "--dry-run", "--always-make", "--no-print-directory", target]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, env={"PATH": os.environ["PATH"]})
+    assert done.returncode == 0, done.stderr
+    return [shlex.split(line) for line in done.stdout.replace("\\\n", " ").splitlines()]
+
+
+def test_the_automatic_check_is_make_test():
+    run = ROOT / ".ci" / "run"
+    assert os.access(run, os.X_OK)
+    assert "make test" in run.read_text().splitlines()
+
+
+def test_make_test_lints_and_runs_the_suite_with_coverage():
+    ran = commands("test")
+    python = ".venv/bin/python"
+    assert [python, "-m", "ruff", "check", "."] in ran
+    assert [python, "-m", "ruff", "format", "--check", "."] in ran
+    assert ran[-1][:3] == [python, "-m", "pytest"]
+    assert {"--cov", "--cov-fail-under=90"} <= set(ran[-1])
+    assert any(words[-1] == ".[test]" for words in ran)
+
+
+def test_make_demo_calls_the_scripts_with_flags_that_they_have():
+    ran = commands("demo")
+    assert any(words[-1] == ".[demo]" for words in ran)
+    calls = {}
+    for words in ran:
+        names = [word for word in words if word.startswith("scripts/")]
+        if names:
+            name = names[0].removeprefix("scripts/").removesuffix(".py")
+            rest = words[words.index(names[0]) + 1 :]
+            calls[name] = load_script(name).create_argparser().parse_args(rest)
+    assert list(calls) == ["prepare_digits", "image_train", "image_sample", "sample_grid"]
+    trained, drawn = vars(calls["image_train"]), vars(calls["image_sample"])
+    model = model_and_diffusion_defaults().keys() - {"timestep_respacing"} | {"num_classes", "channel_mult"}
+    assert {k: trained[k] for k in model} == {k: drawn[k] for k in model}
+    assert trained["data_dir"] == calls["prepare_digits"].out_dir
+    last = min(trained[flag] for flag in ("max_steps", "lr_anneal_steps") if trained[flag])
+    assert drawn["model_path"].endswith(f"ema_{trained['ema_rate']}_{last:06d}.pt")
+    size = drawn["image_size"]
+    samples = f"samples_{drawn['num_samples']}x{size}x{size}x{drawn['image_channels']}.npz"
+    assert calls["sample_grid"].samples.endswith(samples)
+    assert ran[-1][0] == "echo" and ran[-1][-1].endswith(calls["sample_grid"].out)  # it ends with the picture's path
+
+
+# ---------------------------------------------------------------- the README
+
+
+def python_example():
+    blocks = re.findall(r"^```python\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
+    for block in blocks:
+        if "import improved_diffusion" in block or "from improved_diffusion" in block:
+            return block
+    pytest.fail("the README has no Python example that imports improved_diffusion")
+
+
+def test_the_readmes_example_runs():
+    names = {}
+    exec(compile(python_example(), "README.md", "exec"), names)
+    tensors = {name: value for name, value in names.items() if isinstance(value, th.Tensor)}
+    assert len(tensors) >= 2
+    assert all(value.isfinite().all() for value in tensors.values())
+
+
+def test_the_readmes_example_has_ten_lines():
+    assert 5 <= len([line for line in python_example().splitlines() if line.strip()]) <= 12
+
+
+def test_the_readme_names_no_flag_that_does_not_exist():
+    known = {"seed"}.union(*(vars(load_script(name).create_argparser().parse_args([])) for name in SCRIPTS))
+    others = {"nproc_per_node"}  # torchrun's
+    named = set(re.findall(r"(?<![\w-])--([a-z]\w+)", README))
+    assert len(named) > 30
+    assert named - known - others == set()
+
+
+def published_models():
+    """(name, flags) of the rows of the README's table of the paper's models that spell all flags out."""
+    rows = re.findall(r"^\| ([^|]+) \| `(--[^`]*--batch_size[^`]*)`", README, flags=re.MULTILINE)
+    return [pytest.param(flags.split(), id=name) for name, flags in rows]
+
+
+def test_the_readme_has_the_papers_models():
+    assert len(published_models()) == 5
+
+
+@pytest.mark.parametrize("words", published_models())
+def test_the_flags_of_the_papers_models_build_them(words):
+    large = "--image_size" not in words
+    args = vars(load_script("super_res_train" if large else "image_train").create_argparser().parse_args(words))
+    names = (sr_model_and_diffusion_defaults if large else model_and_diffusion_defaults)()
+    with th.device("meta"):
+        model, _ = (sr_create_model_and_diffusion if large else create_model_and_diffusion)(
+            **{name: args[name] for name in names}
+        )
+    # the published checkpoints' sizes
+    parameters = {121_063_942, 52_546_438, 273_049_350, 279_792_390, 113_676_678}
+    assert sum(p.numel() for p in model.parameters()) in parameters
+
+
+@pytest.mark.parametrize("flag", ["num_classes", "image_channels", "channel_mult", "max_steps", "seed", "num_workers"])
+def test_the_readme_names_the_new_flags(flag):
+    assert f"`--{flag}" in README

@@ -1,0 +1,228 @@
+"""Which timesteps a shorter process keeps, and that it is the longer one there."""
+
+import re
+
+import numpy as np
+import pytest
+import torch as th
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from parity_cases import TABLES, ToyModel, assert_recorded, image_batch, make_diffusion, tensor, toy_model_for
+
+from improved_diffusion.gaussian_diffusion import GaussianDiffusion, LossType, ModelMeanType, ModelVarType
+from improved_diffusion.respace import SpacedDiffusion, space_timesteps
+
+VARS = [v.name for v in ModelVarType]
+LOSS_TYPES = [v.name for v in LossType]
+
+
+def diffusion_kwargs(betas, rescale=False):
+    return dict(
+        betas=betas,
+        model_mean_type=ModelMeanType.EPSILON,
+        model_var_type=ModelVarType.FIXED_LARGE,
+        loss_type=LossType.MSE,
+        rescale_timesteps=rescale,
+    )
+
+
+# ---------------------------------------------------------------- space_timesteps
+
+
+@pytest.mark.parametrize(
+    ("steps", "counts"),
+    [
+        (300, [10, 15, 20]),
+        (1000, "250"),
+        (1000, "ddim50"),
+        (1000, "ddim250"),
+        (4000, "ddim100"),
+        (100, "10,10,20"),
+        (10, [10]),
+        (1000, [1]),
+        (4000, "100"),
+        (7, "2,3"),
+    ],
+    ids=str,
+)
+def test_spacing_is_as_recorded(steps, counts):
+    assert_recorded(f"spacing/{steps}:{counts}", sorted(space_timesteps(steps, counts)), exact=True)
+
+
+@st.composite
+def sections(draw):
+    """(steps, counts) that go together, by the rule that the first sections take what is left over."""
+    counts = draw(st.lists(st.integers(0, 40), min_size=1, max_size=5).filter(any))
+    shortest = draw(st.integers(max(counts), 60))
+    longer = draw(st.integers(0, len(counts) - 1))
+    return shortest * len(counts) + longer, counts
+
+
+@given(sections(), st.booleans())
+def test_every_section_keeps_its_count_with_both_its_ends(steps_and_counts, as_text):
+    steps, counts = steps_and_counts
+    kept = sorted(space_timesteps(steps, ",".join(map(str, counts)) if as_text else counts))
+    assert len(kept) == sum(counts)
+    start = 0
+    for i, count in enumerate(counts):
+        end = start + steps // len(counts) + (i < steps % len(counts))
+        inside = [t for t in kept if start <= t < end]
+        assert len(inside) == count
+        if count:
+            assert inside[0] == start
+        if count > 1:
+            assert inside[-1] == end - 1
+            gaps = np.diff(inside)
+            assert gaps.max() - gaps.min() <= 1  # evenly
+        start = end
+    assert start == steps
+
+
+@given(st.integers(1, 400), st.integers(1, 400))
+def test_ddim_keeps_n_steps_at_a_whole_stride_or_says_which_n_is_near(steps, n):
+    assume(n <= steps)
+    works = {len(range(0, steps, stride)) for stride in range(1, steps + 1)}
+    if n in works:
+        kept = sorted(space_timesteps(steps, f"ddim{n}"))
+        assert len(kept) == n
+        strides = [s for s in range(1, steps + 1) if len(range(0, steps, s)) == n]
+        assert kept == list(range(0, steps, min(strides)))  # of several strides, the original's
+        return
+    with pytest.raises(ValueError, match=f"ddim{n}:.*through {steps} steps visits {n} of them") as error:
+        space_timesteps(steps, f"ddim{n}")
+    (named,) = re.findall(r"nearest that works is ddim(\d+)", str(error.value))
+    assert abs(int(named) - n) == min(abs(m - n) for m in works)
+    assert len(space_timesteps(steps, f"ddim{named}")) == int(named)
+
+
+@pytest.mark.parametrize(
+    ("steps", "counts", "message"),
+    [
+        (10, "11", "section 1 of 1 is 10 of the 10 steps long and cannot keep 11; give at most 10"),
+        (7, [2, 4], "section 2 of 2 is 3 of the 7 steps long and cannot keep 4; give at most 3"),
+        (10, "-1", "cannot keep -1"),
+        (10, [0], "no step at all"),
+        (10, "0,0", "no step at all"),
+        (10, "ten", "'ten'"),
+        (10, "5,", "'5,'"),
+        (10, "", "''"),
+        (10, "ddim", "'ddim'"),
+        (10, "ddim2.5", "'ddim2.5'"),
+        (1000, "ddim999", "ddim999.*ddim1000"),
+        (1000, "ddim300", "ddim300.*ddim334"),
+        (10, "ddim11", "ddim11.*ddim10"),
+        (10, "ddim0", "ddim0.*ddim1$"),
+    ],
+)
+def test_spacing_that_cannot_be(steps, counts, message):
+    with pytest.raises(ValueError, match=message):
+        space_timesteps(steps, counts)
+
+
+# ---------------------------------------------------------------- SpacedDiffusion
+
+
+@given(st.data(), st.integers(1, 60))
+def test_marginals_are_those_of_the_longer_process(data, steps):
+    kept = data.draw(st.sets(st.integers(0, steps - 1), min_size=1))
+    betas = np.linspace(0.001, 0.2, steps)
+    long, short = GaussianDiffusion(**diffusion_kwargs(betas)), SpacedDiffusion(kept, **diffusion_kwargs(betas))
+    np.testing.assert_allclose(short.alphas_cumprod, long.alphas_cumprod[sorted(kept)], rtol=1e-10)
+    assert list(short.timestep_map) == sorted(kept)
+    assert short.use_timesteps == kept
+    assert (short.num_timesteps, short.original_num_steps) == (len(kept), steps)
+
+
+@pytest.mark.parametrize("name", [name for name, config in TABLES.items() if "respacing" in config])
+def test_timestep_map_is_as_recorded(name):
+    d = make_diffusion(**TABLES[name])
+    assert_recorded(f"timestep_map/{name}", d.timestep_map, exact=True)
+    assert d.original_num_steps == TABLES[name]["steps"]
+
+
+@pytest.mark.parametrize("var", VARS)
+@pytest.mark.parametrize("rescale", [False, True])
+def test_all_steps_kept_is_the_unspaced_process(var, rescale):
+    x_start, t = image_batch("x0", 3, 2, 4), th.tensor([0, 10, 23])
+    results = []
+    for respacing in (None, [24]):
+        config = dict(steps=24, var=var, rescale=rescale, respacing=respacing)
+        d = make_diffusion(**config)
+        model = toy_model_for(d)
+        th.manual_seed(0)
+        answers = [
+            d.p_sample_loop(model, (3, 2, 4)),
+            d.ddim_sample_loop(model, (3, 2, 4)),
+            *d.calc_bpd_loop(model, x_start).values(),
+        ]
+        for loss in LOSS_TYPES:
+            answers += make_diffusion(loss=loss, **config).training_losses(model, x_start, t).values()
+        results.append([*answers, th.tensor(model.seen[0])])
+    for got, want in zip(*results, strict=True):
+        th.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("loss", LOSS_TYPES)
+@pytest.mark.parametrize(("rescale", "seen"), [(False, [0, 20, 39]), (True, [0.0, 500.0, 975.0])])
+def test_the_model_sees_timesteps_of_the_longer_process(loss, rescale, seen):
+    kept = [0, 7, 20, 39]
+    d = SpacedDiffusion(
+        kept, **(diffusion_kwargs(np.linspace(0.001, 0.2, 40), rescale) | dict(loss_type=LossType[loss]))
+    )
+    model, x, t = ToyModel(), th.zeros(3, 2), th.tensor([0, 2, 3])
+    for step in (d.p_mean_variance, d.p_sample, d.ddim_sample, d.ddim_reverse_sample, d.training_losses):
+        step(model, x, t)
+    assert model.seen == [seen] * 5
+
+    for loop in (d.p_sample_loop, d.ddim_sample_loop):
+        model.seen.clear()
+        loop(model, (1, 2))
+        assert model.seen == [[t * 25.0 if rescale else t] for t in reversed(kept)]
+    model.seen.clear()
+    d.calc_bpd_loop(model, th.zeros(1, 2))
+    assert model.seen == [[t * 25.0 if rescale else t] for t in reversed(kept)]
+
+
+def test_gradients_reach_the_model_through_the_hybrid_loss():
+    d = make_diffusion(steps=100, var="LEARNED_RANGE", loss="RESCALED_MSE", respacing="10")
+    model = ToyModel(learned=True)
+    d.training_losses(model, image_batch("x0", 2, 3, 4), th.tensor([1, 9]))["loss"].sum().backward()
+    assert model.w.grad.isfinite().all() and model.w.grad.all()
+
+
+def test_model_kwargs_reach_the_model():
+    d = make_diffusion(steps=100, respacing="10")
+    x, t = tensor("x", 2, 3), th.tensor([1, 9])
+    plain, labelled = (
+        d.p_mean_variance(ToyModel(), x, t, clip_denoised=False, model_kwargs=kwargs)["mean"]
+        for kwargs in (None, dict(y=th.tensor([3, 4])))
+    )
+    assert not th.isclose(plain, labelled).any()
+
+
+@pytest.mark.parametrize("kept", [[5, 1, 5], {1, 5}, (np.int64(1), np.int64(5)), iter([1, 5])], ids=repr)
+def test_kept_timesteps_come_in_any_form(kept):
+    d = SpacedDiffusion(kept, **diffusion_kwargs(np.linspace(0.1, 0.2, 8)))
+    assert list(d.timestep_map) == [1, 5]
+    d.p_sample_loop(ToyModel(), (1, 2))
+
+
+def test_nothing_kept():
+    with pytest.raises(ValueError, match="betas"):
+        SpacedDiffusion([], **diffusion_kwargs([0.1, 0.2]))
+
+
+def test_one_kept_step():
+    d = SpacedDiffusion([3], **diffusion_kwargs(np.linspace(0.1, 0.2, 8)))
+    assert d.p_sample_loop(ToyModel(), (2, 3)).isfinite().all()
+    assert d.calc_bpd_loop(ToyModel(), th.zeros(2, 3))["total_bpd"].isfinite().all()
+
+
+def test_timesteps_are_translated_on_the_models_device():
+    class Scale(th.nn.PReLU):
+        def forward(self, x, t):
+            return self.weight * x * t.view(-1, 1)
+
+    d = make_diffusion(steps=100, respacing="ddim10", rescale=True)
+    sample = d.ddim_sample_loop(Scale(device="meta"), (2, 3))
+    assert (sample.shape, sample.device.type) == ((2, 3), "meta")

@@ -1,0 +1,438 @@
+"""A resumed run: the rest of an uninterrupted one to the last bit, or what the original would do."""
+
+import itertools
+import math
+import os
+
+import numpy as np
+import pytest
+import torch as th
+from harness import snapshot, write_images
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from training import (
+    TinyNet,
+    assert_same,
+    batches,
+    checkpoint_names,
+    load,
+    make_diffusion,
+    make_loop,
+    on_one_cpu,
+    read_rows,
+    train,
+)
+
+from improved_diffusion import logger, train_util
+from improved_diffusion.errors import InputError
+from improved_diffusion.image_datasets import load_data
+from improved_diffusion.resample import LossSecondMomentResampler, UniformSampler
+from improved_diffusion.train_util import TrainLoop
+from improved_diffusion.unet import UNetModel
+
+STEPS = 8
+
+
+@pytest.fixture(autouse=True)
+def one_cpu(monkeypatch):
+    on_one_cpu(monkeypatch)
+    # one that a network of two parameters does not overflow at
+    monkeypatch.setattr(train_util, "INITIAL_LOG_LOSS_SCALE", 8.0)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """Seven images: batches of three leave one over, so that an epoch has two."""
+    return write_images(tmp_path_factory.mktemp("images"), count=7)
+
+
+class Killed(BaseException):
+    pass
+
+
+def killed_after(step):
+    """A TrainLoop that dies before it logs or saves anything of the step behind this one."""
+
+    class Dying(TrainLoop):
+        def log_step(self):
+            if self.step > step:
+                raise Killed
+            super().log_step()
+
+    return Dying
+
+
+def run(folder, images, cls=TrainLoop, *, seed=0, net=TinyNet, dropout=0.0, sampler="uniform", workers=0, **parameters):
+    """
+    A run as image_train.py does it: real images, noise, dropout. Only `seed` sets it apart from another.
+    """
+    th.manual_seed(seed)
+    np.random.seed(seed)
+    diffusion = make_diffusion(4, "cosine")
+    samplers = {"uniform": UniformSampler, "loss-second-moment": lambda d: LossSecondMomentResampler(d, 2)}
+    data = load_data(data_dir=str(images), batch_size=3, image_size=8, num_workers=workers)
+    return train(
+        folder,
+        cls,
+        model=net(dropout=dropout),
+        diffusion=diffusion,
+        data=data,
+        schedule_sampler=samplers[sampler](diffusion),
+        batch_size=3,
+        **parameters,
+    )
+
+
+def small_unet(dropout):
+    return UNetModel(3, 32, 3, 1, [], dropout=dropout, channel_mult=(1,))
+
+
+def latest(folder):
+    return str(folder / max(name for name in checkpoint_names(folder) if name.startswith("model")))
+
+
+def resume(folder, checkpoint=None, **changed):
+    """:return: (the loop, the lines that the resumed run added to log.txt)."""
+    log = folder / "log.txt"
+    before = len(log.read_text()) if log.exists() else 0
+    loop = train(folder, resume_checkpoint=checkpoint or latest(folder), **changed)
+    return loop, log.read_text()[before:].splitlines()
+
+
+def assert_continues(folder, whole):
+    """All that the uninterrupted run left in `whole` is in `folder` too, to the last bit."""
+    for name in checkpoint_names(whole):
+        assert_same(load(folder / name), load(whole / name), name)
+    assert (folder / "progress.csv").read_text() == (whole / "progress.csv").read_text()
+
+
+def interrupt_and_resume(folder, images, stop, how, **parameters):
+    """STEPS steps in one run and in two, and the two compared."""
+    run(folder / "whole", images, max_steps=STEPS, **parameters)
+    if how == "ended":
+        run(folder / "parts", images, max_steps=stop, **parameters)
+    else:
+        with pytest.raises(Killed):
+            run(folder / "parts", images, killed_after(stop), max_steps=STEPS, **parameters)
+    assert os.path.basename(latest(folder / "parts")) < os.path.basename(latest(folder / "whole"))
+    loop = run(
+        folder / "parts",
+        images,
+        seed=1,  # which must not matter
+        max_steps=STEPS,
+        resume_checkpoint=latest(folder / "parts"),
+        **parameters,
+    )
+    assert_continues(folder / "parts", folder / "whole")
+    return loop
+
+
+@pytest.mark.slow
+@settings(max_examples=15)
+@given(
+    stop=st.integers(1, STEPS - 2),
+    how=st.sampled_from(["ended", "killed"]),
+    save_interval=st.integers(1, 5),
+    log_interval=st.integers(1, 4),
+    use_fp16=st.booleans(),
+    sampler=st.sampled_from(["uniform", "loss-second-moment"]),
+    ema_rate=st.sampled_from(["0.9", "0.5,0.99", "0,0.9,0.9999"]),
+    microbatch=st.sampled_from([-1, 1, 2]),
+    dropout=st.sampled_from([0.0, 0.3]),
+    lr_anneal_steps=st.sampled_from([0, STEPS + 3]),
+    weight_decay=st.sampled_from([0.0, 0.1]),
+)
+@example(
+    stop=5,
+    how="killed",
+    save_interval=3,
+    log_interval=2,
+    use_fp16=True,
+    sampler="loss-second-moment",
+    ema_rate="0.5,0.99",
+    microbatch=2,
+    dropout=0.3,
+    lr_anneal_steps=STEPS + 3,
+    weight_decay=0.1,
+)
+def test_resumed_is_uninterrupted(images, tmp_path_factory, stop, how, **parameters):
+    interrupt_and_resume(tmp_path_factory.mktemp("run"), images, stop, how, **parameters)
+
+
+@pytest.mark.parametrize(
+    "net, parameters",
+    [
+        (TinyNet, dict(workers=1)),
+        (small_unet, dict(dropout=0.1)),
+        (small_unet, dict(dropout=0.1, use_fp16=True, microbatch=2)),
+    ],
+    ids=["worker", "unet", "float16 unet"],
+)
+def test_real_networks_and_workers(tmp_path, images, net, parameters):
+    interrupt_and_resume(tmp_path, images, 5, "killed", net=net, save_interval=3, log_interval=2, **parameters)
+
+
+def test_overflows_are_counted_on(tmp_path):
+    """Twelve before the checkpoint and eight behind it are twenty in a row."""
+    nan = dict.fromkeys(range(100), math.nan)
+    train(tmp_path, use_fp16=True, data=batches(changes=nan), max_steps=12)
+    resumed = dict(use_fp16=True, data=batches(changes=nan), max_steps=100, resume_checkpoint=latest(tmp_path))
+    with pytest.raises(train_util.TrainingError, match=r"at step 19 .*model000012.pt"):
+        train(tmp_path, **resumed)
+
+
+@pytest.mark.parametrize("save_interval", [1, 1000])
+def test_a_run_that_is_over(tmp_path, save_interval):
+    train(tmp_path, max_steps=3, save_interval=save_interval)
+    before = {name: data for name, data in snapshot(tmp_path).items() if name != "log.txt"}
+    _, lines = resume(tmp_path, max_steps=3)
+    assert {name: data for name, data in snapshot(tmp_path).items() if name != "log.txt"} == before
+    assert "saving model..." not in lines
+
+
+@pytest.mark.parametrize("label, updates", [(2, 3), (4, 4)])
+@pytest.mark.parametrize("with_state", [True, False])
+def test_a_save_before_the_first_step(tmp_path, label, updates, with_state):
+    """As many updates as the checkpoint; a run of the original counts by its label."""
+    train(tmp_path, max_steps=4, save_interval=2)
+    if not with_state:
+        os.remove(tmp_path / f"state{label:06d}.pt")
+        updates = label
+    with logger.scoped_configure(dir=str(tmp_path / "new"), format_strs=[]):
+        make_loop(resume_checkpoint=str(tmp_path / f"model{label:06d}.pt")).save()
+    (state,) = (tmp_path / "new").glob("state*.pt")
+    assert load(state)["updates"] == updates
+
+
+def test_a_second_run_loop(tmp_path):
+    """With a limit raised in between, in one process."""
+    with logger.scoped_configure(dir=str(tmp_path), format_strs=["csv"]):
+        loop = make_loop(max_steps=2)
+        loop.run_loop()
+        loop.max_steps = 4
+        loop.run_loop()
+    assert [row["step"] for row in read_rows(tmp_path)] == [0, 1, 2, 3]
+    assert [name for name in checkpoint_names(tmp_path) if "model" in name] == [
+        f"model{label:06d}.pt" for label in (0, 2, 4)
+    ]
+
+
+def test_found_by_means_of_ones_own(tmp_path, monkeypatch):
+    """find_resume_checkpoint() has precedence over the parameter."""
+    train(tmp_path, max_steps=2)
+    monkeypatch.setattr(train_util, "find_resume_checkpoint", lambda: latest(tmp_path))
+    assert make_loop(resume_checkpoint=str(tmp_path / "not there.pt")).step == 2
+
+
+# ---------------------------------------------------------------- what has changed in between
+
+
+@pytest.mark.parametrize(
+    "changed, line",
+    [
+        (dict(lr=0.5), "lr is 0.5 from here on, and was 0.01 in the checkpoint"),
+        (dict(weight_decay=0.25), "weight_decay is 0.25 from here on, and was 0.0 in the checkpoint"),
+        (dict(lr=0.5, lr_anneal_steps=8), None),  # it changes by itself
+        (dict(), None),
+    ],
+)
+@pytest.mark.parametrize("use_fp16", [False, True])
+def test_learning_rate_and_weight_decay(tmp_path, changed, line, use_fp16):
+    train(tmp_path, use_fp16=use_fp16)
+    loop, lines = resume(tmp_path, use_fp16=use_fp16, max_steps=5, **changed)
+    assert [found for found in lines if "from here on" in found] == ([line] if line else [])
+    annealed = 1 - 4 / 8 if "lr_anneal_steps" in changed else 1
+    group = load(tmp_path / "opt000005.pt")["param_groups"][0]
+    assert group["lr"] == loop.opt.param_groups[0]["lr"] == changed.get("lr", 0.01) * annealed
+    assert group["weight_decay"] == changed.get("weight_decay", 0)
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_optimizer_of_another_precision(tmp_path, before):
+    train(tmp_path, use_fp16=before)
+    with pytest.raises(InputError) as info:
+        resume(tmp_path, use_fp16=not before)
+    path = tmp_path / "opt000003.pt"
+    assert str(info.value) == f"{path} does not fit the model; a run with use_fp16 {before} would have written it so"
+
+
+@pytest.mark.parametrize(
+    "count, batch_size, warning",
+    [
+        (7, 3, None),
+        (7, 2, "the data cannot continue where it was: batch_size was 3 then and is 2 now"),
+        (9, 3, "the data cannot continue where it was: num_images was 7 then and is 9 now"),
+    ],
+)
+def test_other_data(tmp_path, images, count, batch_size, warning):
+    """A warning, and training goes on from the data's beginning."""
+    run(tmp_path / "run", images, max_steps=2)
+    new = load_data(
+        data_dir=str(write_images(tmp_path / "images", count=count)),
+        batch_size=batch_size,
+        image_size=8,
+        num_workers=0,
+    )
+    loop, lines = resume(tmp_path / "run", data=new, batch_size=batch_size, max_steps=4)
+    assert [line for line in lines if "cannot continue" in line] == ([warning] if warning else [])
+    assert loop.step == 4 and "model000004.pt" in checkpoint_names(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "before, after, warning",
+    [
+        ((4, 2), (4, 2), None),
+        ((4, 2), (4, 3), "the saved loss history is of 4 timesteps with 2 losses each, this sampler's of 4 with 3"),
+        ((4, 2), (8, 2), "the saved loss history is of 4 timesteps with 2 losses each, this sampler's of 8 with 2"),
+        (None, (4, 2), "'loss_history'"),
+        ((4, 2), None, None),
+    ],
+)
+def test_another_timestep_sampler(tmp_path, before, after, warning):
+    def setting(numbers):
+        diffusion = make_diffusion(numbers[0] if numbers else 4, "cosine")
+        sampler = LossSecondMomentResampler(diffusion, numbers[1]) if numbers else UniformSampler(diffusion)
+        return dict(diffusion=diffusion, schedule_sampler=sampler)
+
+    train(tmp_path, **setting(before))
+    _, lines = resume(tmp_path, max_steps=5, **setting(after))
+    expected = [f"the schedule sampler cannot continue where it was: {warning}"] if warning else []
+    assert [line for line in lines if "cannot continue" in line] == expected
+
+
+def test_data_without_a_place(tmp_path):
+    """A plain iterator goes on being one."""
+    train(tmp_path, data=batches(), max_steps=2)
+    assert load(tmp_path / "state000002.pt")["data"] == [None]
+    loop, lines = resume(tmp_path, data=itertools.islice(batches(), 2), max_steps=4)
+    assert loop.step == 4 and not [line for line in lines if "cannot" in line]
+
+
+def test_another_number_of_ranks(tmp_path, images):
+    run(tmp_path, images, max_steps=2)
+    state = load(tmp_path / "state000002.pt")
+    for key in ("rng", "data", "statistics"):
+        state[key] = state[key] * 2
+    th.save(state, tmp_path / "state000002.pt")
+    loop, lines = resume(tmp_path, max_steps=4)
+    warning = "the checkpoint is of 2 ranks, now there are 1: the data and the random numbers begin anew"
+    assert warning in lines and loop.step == 4
+
+
+@pytest.mark.parametrize(
+    "content, problem",
+    [
+        (None, "there is no such file"),
+        ({"conv.weight": th.zeros(3, 3, 1, 1)}, "does not fit the model: Missing key"),
+        ({"conv.weight": th.zeros(2, 3, 1, 1), "conv.bias": th.zeros(3)}, "does not fit the model: size mismatch"),
+        ([1, 2], "does not fit the model: Expected state_dict to be dict-like"),
+        ({1: th.zeros(3)}, "does not fit the model"),
+    ],
+    ids=["missing", "a part", "another size", "a list", "numbered"],
+)
+def test_not_a_checkpoint_of_this_model(tmp_path, content, problem):
+    path = tmp_path / "model000001.pt"
+    if content is not None:
+        th.save(content, path)
+    with pytest.raises(InputError) as info:
+        train(tmp_path, resume_checkpoint=str(path))
+    assert str(info.value).startswith(str(path)) and problem in str(info.value) and "\n" not in str(info.value)
+
+
+# ---------------------------------------------------------------- runs of the original, without a state file
+
+
+@pytest.fixture
+def original(tmp_path):
+    """What a run of the original over six steps leaves: model, average, optimizer."""
+    folder = tmp_path / "original"
+    train(folder, max_steps=6)
+    for state in folder.glob("state*.pt"):
+        os.remove(state)
+    return folder
+
+
+@pytest.mark.parametrize("use_fp16", [False, True])
+@pytest.mark.parametrize("limit", ["max_steps", "lr_anneal_steps"])
+def test_steps_of_a_resumed_original(tmp_path, limit, use_fp16):
+    """Counted from the file's name; the loop's own step from 0, by which it logs and saves."""
+    folder = tmp_path / "original"
+    train(folder, max_steps=6, use_fp16=use_fp16)
+    for state in folder.glob("state*.pt"):
+        os.remove(state)
+    source = snapshot(folder)
+    loop = train(
+        tmp_path / "resumed",
+        use_fp16=use_fp16,
+        log_interval=2,
+        save_interval=3,
+        resume_checkpoint=latest(folder),
+        **{"max_steps": 0, limit: 11},
+    )
+    assert (loop.step, loop.resume_step) == (5, 6)
+    rows = read_rows(tmp_path / "resumed")
+    assert [(row["step"], row["samples"]) for row in rows] == [(6, 28), (8, 36), (10, 44)]
+    # it begins with no save, goes on with 9, which follows 10 updates, and closes with 11
+    updates = {9: 10, 11: 11}
+    assert [name for name in checkpoint_names(tmp_path / "resumed") if "opt" in name] == [
+        f"opt{label:06d}.pt" for label in updates
+    ]
+    for label, count in updates.items():
+        assert load(tmp_path / "resumed" / f"opt{label:06d}.pt")["state"][0]["step"] == count
+        assert load(tmp_path / "resumed" / f"state{label:06d}.pt")["updates"] == count
+    assert load(tmp_path / "resumed" / "opt000011.pt")["param_groups"][0]["lr"] == pytest.approx(
+        0.01 * (1 / 11 if limit == "lr_anneal_steps" else 1)
+    )
+    assert snapshot(folder) == source
+
+
+def test_the_source_is_not_overwritten(original):
+    """Even where the checkpoints of both runs share a folder."""
+    source = {name: data for name, data in snapshot(original).items() if name.endswith(".pt")}
+    train(original, max_steps=8, save_interval=1, resume_checkpoint=latest(original))
+    after = snapshot(original)
+    assert {name: after[name] for name in source} == source
+    assert "model000007.pt" in after and "state000006.pt" not in after
+
+
+def test_everything_of_the_original_is_taken_up(original):
+    loop = make_loop(resume_checkpoint=latest(original), max_steps=9)
+    assert_same(loop.model.state_dict(), load(original / "model000006.pt"))
+    assert_same(loop.opt.state_dict(), load(original / "opt000006.pt"))
+    ema = load(original / "ema_0.9_000006.pt")
+    assert_same([p.detach() for p in loop.ema_params[0]], list(ema.values()))
+
+
+@pytest.mark.parametrize(
+    "removed, ema_rate, lines",
+    [
+        ("none", "0.9", []),
+        (
+            "ema_0.9_000006.pt",
+            "0.9",
+            ["there is no checkpoint of EMA 0.9: it begins at the model's parameters"],
+        ),
+        ("none", "0.9,0.99", ["there is no checkpoint of EMA 0.99: it begins at the model's parameters"]),
+        ("opt000006.pt", "0.9", ["there is no checkpoint of the optimizer: it begins anew"]),
+    ],
+)
+def test_missing_parts(original, tmp_path, removed, ema_rate, lines):
+    (original / removed).unlink(missing_ok=True)
+    loop, found = resume(tmp_path / "resumed", latest(original), ema_rate=ema_rate, max_steps=6)
+    assert [line for line in found if "there is no" in line] == lines
+    assert loop.step == 0 and checkpoint_names(tmp_path / "resumed") == []  # nothing was left to do
+    model = load(original / "model000006.pt")
+    for rate, params in zip(loop.ema_rate, loop.ema_params, strict=True):
+        there = (original / f"ema_{rate}_000006.pt").exists()
+        average = load(original / f"ema_{rate}_000006.pt") if there else model
+        assert_same([p.detach() for p in params], list(average.values()))
+    assert bool(loop.opt.state_dict()["state"]) == (removed != "opt000006.pt")
+
+
+def test_weights_of_another_kind_of_file(tmp_path):
+    """An average of one's own run starts a new one, at step 0, and no row of the log is taken back."""
+    train(tmp_path, max_steps=4)
+    loop = make_loop(resume_checkpoint=str(tmp_path / "ema_0.9_000004.pt"))
+    assert (loop.step, loop.resume_step) == (0, 0)
+    assert_same(loop.model.state_dict(), load(tmp_path / "ema_0.9_000004.pt"))
+    assert len(read_rows(tmp_path)) == 4

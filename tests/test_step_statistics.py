@@ -1,0 +1,146 @@
+"""The means between two rows of the log, against means computed by hand."""
+
+from collections import defaultdict
+
+import numpy as np
+import pytest
+import torch as th
+from hypothesis import given
+from hypothesis import strategies as st
+from training import on_one_cpu
+
+from improved_diffusion import dist_util
+from improved_diffusion.step_statistics import StepStatistics
+
+finite = st.floats(-1e6, 1e6, width=32)
+
+
+class Steps:
+    """As much of a diffusion as the statistics ask for."""
+
+    def __init__(self, num_timesteps):
+        self.num_timesteps = num_timesteps
+
+
+@pytest.fixture(autouse=True)
+def one_cpu(monkeypatch):
+    on_one_cpu(monkeypatch)
+
+
+def means(statistics):
+    return {key: mean for key, (mean, _) in statistics.read().items()}
+
+
+def counts(statistics):
+    return {key: count for key, (_, count) in statistics.read().items()}
+
+
+def test_nothing_taken_in():
+    assert StepStatistics().read() == {}
+    assert StepStatistics().state_dict() == {}
+
+
+def test_scalars():
+    statistics = StepStatistics()
+    for value in [1.0, 2.0, 6.0]:
+        statistics.add("grad_norm", th.tensor(value))
+    statistics.add("other", th.tensor(-4, dtype=th.float16))
+    assert statistics.read() == {"grad_norm": (3.0, 3), "other": (-4.0, 1)}
+
+
+@pytest.mark.parametrize(
+    "num_timesteps, ts, quartiles",
+    [
+        (8, range(8), [0, 0, 1, 1, 2, 2, 3, 3]),
+        (4000, [0, 999, 1000, 1999, 2000, 2999, 3000, 3999], [0, 0, 1, 1, 2, 2, 3, 3]),
+        (10, range(10), [0, 0, 0, 1, 1, 2, 2, 2, 3, 3]),
+        (3, range(3), [0, 1, 2]),
+        (1, [0], [0]),
+    ],
+)
+def test_quartile_of_a_timestep(num_timesteps, ts, quartiles):
+    for t, quartile in zip(ts, quartiles, strict=True):
+        statistics = StepStatistics()
+        statistics.add_losses(Steps(num_timesteps), th.tensor([t]), {"loss": th.tensor([2.0])})
+        assert statistics.read() == {"loss": (2.0, 1), f"loss_q{quartile}": (2.0, 1)}
+
+
+@given(
+    num_timesteps=st.integers(1, 50),
+    steps=st.lists(
+        st.lists(st.tuples(st.floats(0, 1, exclude_max=True), finite, finite), min_size=1, max_size=6),
+        min_size=1,
+        max_size=4,
+    ),
+)
+def test_means_by_hand(num_timesteps, steps):
+    """Steps of any sizes: the overall mean is one of steps, the quarters' are ones of samples."""
+    statistics = StepStatistics()
+    by_key = defaultdict(list)
+    for step in steps:
+        ts = [int(share * num_timesteps) for share, _, _ in step]
+        for i, key in enumerate(["mse", "vb"], start=1):
+            by_key[key].append(np.mean([sample[i] for sample in step]))
+            for t, sample in zip(ts, step, strict=True):
+                by_key[f"{key}_q{4 * t // num_timesteps}"].append(sample[i])
+        losses = {key: th.tensor([s[i] for s in step]) for i, key in enumerate(["mse", "vb"], start=1)}
+        statistics.add_losses(Steps(num_timesteps), th.tensor(ts), losses)
+    assert means(statistics) == pytest.approx({key: np.mean(values) for key, values in by_key.items()}, abs=1e-6)
+    assert counts(statistics) == {key: len(values) for key, values in by_key.items()}
+
+
+def test_many_small_values_after_a_large_one():
+    """In float32 the sum would stay at 2^24."""
+    statistics = StepStatistics()
+    for value in [2.0**24] + [1.0] * 15:
+        statistics.add("x", th.tensor(value))
+    assert statistics.read()["x"] == ((2**24 + 15) / 16, 16)
+
+
+def test_no_graph_is_kept():
+    loss = th.ones(2, requires_grad=True) * 3
+    statistics = StepStatistics()
+    statistics.add("norm", loss.sum())
+    statistics.add_losses(Steps(4), th.tensor([0, 3]), {"loss": loss})
+    assert not any(table.requires_grad for table in statistics.state_dict().values())
+
+
+def test_what_is_not_finite_stays_visible():
+    statistics = StepStatistics()
+    statistics.add_losses(Steps(4), th.tensor([0, 3]), {"loss": th.tensor([1.0, float("nan")])})
+    statistics.add_losses(Steps(4), th.tensor([0, 3]), {"loss": th.tensor([3.0, 1.0])})
+    read = means(statistics)
+    assert np.isnan([read["loss"], read["loss_q3"]]).all() and read["loss_q0"] == 2
+
+
+def test_reading_over_ranks(monkeypatch):
+    """Sums are added over the ranks in place; what this rank has taken in stays as it was."""
+
+    def as_if_the_other_rank_had_three_times_as_much(rows):
+        rows[:, 0] *= 4
+        rows[:, 1] *= 2
+        return rows
+
+    monkeypatch.setattr(dist_util, "all_reduce_sum", as_if_the_other_rank_had_three_times_as_much)
+    statistics = StepStatistics()
+    statistics.add("x", th.tensor(3.0))
+    assert statistics.read() == {"x": (6.0, 2)}
+    assert statistics.read() == {"x": (6.0, 2)}
+    assert statistics.read(over_ranks=False) == {"x": (3.0, 1)}
+
+
+def test_state_goes_through_a_file(tmp_path):
+    steps = [(th.tensor([0, 5]), th.tensor([1.0, 2.0])), (th.tensor([7]), th.tensor([0.1]))]
+
+    def take_in(statistics, step):
+        statistics.add_losses(Steps(8), step[0], {"loss": step[1]})
+        statistics.add("norm", step[1].sum())
+
+    whole, first, second = StepStatistics(), StepStatistics(), StepStatistics()
+    for step in steps:
+        take_in(whole, step)
+    take_in(first, steps[0])
+    th.save(first.state_dict(), tmp_path / "state.pt")
+    second.load_state_dict(th.load(tmp_path / "state.pt", weights_only=True))
+    take_in(second, steps[1])
+    assert second.read() == whole.read()

@@ -1,0 +1,111 @@
+"""
+What test_dist_util.py starts on two ranks: two_ranks.py FOLDER IMAGES
+
+Each rank writes FOLDER/rank0.json or rank1.json; the runs' logs and checkpoints are in folders of their own.
+"""
+
+import copy
+import json
+import math
+import sys
+from pathlib import Path
+
+import torch as th
+from torch.nn.parallel import DistributedDataParallel
+from training import NoiselessDiffusion, TinyNet, batches, make_loop, train
+
+from improved_diffusion import dist_util, logger
+from improved_diffusion.errors import TrainingError
+from improved_diffusion.image_datasets import load_data
+
+
+class Listening(NoiselessDiffusion):
+    """Keeps the losses of this rank, step by step."""
+
+    def __init__(self):
+        self.losses = []
+
+    def training_losses(self, *args, **kwargs):
+        terms = super().training_losses(*args, **kwargs)
+        self.losses += terms["mse"].tolist()
+        return terms
+
+
+def exchange():
+    rank = dist_util.rank()
+    mine = th.full((1 + 2 * rank, 2), float(rank))
+    parameters = [th.full((3,), float(rank)), th.tensor([[rank]])]
+    dist_util.sync_params(parameters)
+    dist_util.barrier()
+    return {
+        "rank": rank,
+        "group": [th.distributed.get_rank(), th.distributed.get_world_size(), th.distributed.get_backend()],
+        "gathered": dist_util.all_gather(mine).tolist(),
+        "gathered from rank 1 alone": dist_util.all_gather(th.arange(2 * rank, dtype=th.uint8)).tolist(),
+        "objects": dist_util.all_gather_object({"rank": rank}),
+        "sum": dist_util.all_reduce_sum(th.tensor([1.0 + rank, 10.0])).tolist(),
+        "synced": [p.tolist() for p in parameters],
+    }
+
+
+def gradient_error():
+    """Largest difference between the loop's gradient and that of the mean loss over both ranks' batches."""
+    model = TinyNet()  # another one on each rank, until the loop gives all rank 0's
+    loop = make_loop(model=model, diffusion=NoiselessDiffusion(), batch_size=5, microbatch=2)
+    reference = copy.deepcopy(model)
+    drawn = []
+    draw = loop.schedule_sampler.sample
+    loop.schedule_sampler.sample = lambda *args: drawn.append(draw(*args)) or drawn[-1]
+    x = th.rand(5, 3, 8, 8)
+    loop.forward_backward(x, {})
+    NoiselessDiffusion().training_losses(reference, x, drawn[0][0])["loss"].mean().backward()
+    errors = [
+        (p.grad - dist_util.all_reduce_sum(q.grad) / 2).abs().max().item()
+        for p, q in zip(model.parameters(), reference.parameters(), strict=True)
+    ]
+    return {"wrapped": isinstance(loop.ddp_model, DistributedDataParallel), "gradient error": max(errors)}
+
+
+def short_run(folder, images, seed, **parameters):
+    """On five images: three on one rank, two on the other; logged as by default."""
+    dist_util.seed_everything(seed)
+    diffusion = Listening()
+    data = load_data(data_dir=images, batch_size=2, image_size=8, num_workers=0)
+    parameters.update(model=TinyNet(dropout=0.2), diffusion=diffusion, data=data, batch_size=2, microbatch=1)
+    with logger.scoped_configure(dir=str(folder)):
+        loop = make_loop(**parameters)
+        loop.run_loop()
+    return loop, diffusion
+
+
+def runs(folder, images):
+    loop, diffusion = short_run(folder / "whole", images, seed=0, max_steps=5, save_interval=2)
+    short_run(folder / "parts", images, seed=0, max_steps=3, save_interval=2)
+    checkpoint = str(folder / "parts" / "model000002.pt")
+    short_run(folder / "parts", images, seed=9, max_steps=5, save_interval=2, resume_checkpoint=checkpoint)
+    return {
+        "parameters": [p.tolist() for p in loop.model.parameters()],
+        "losses": diffusion.losses,
+        "global batch": loop.global_batch,
+    }
+
+
+def divergence(folder):
+    """A loss that is not finite on rank 1 alone ends both."""
+    changes = {3: math.nan} if dist_util.rank() == 1 else None
+    try:
+        train(folder / "diverged", data=batches(changes=changes), max_steps=9, save_interval=2)
+    except TrainingError as e:
+        return {"error": str(e)}
+
+
+def main(folder, images):
+    dist_util.setup_dist()
+    dist_util.setup_dist()
+    dist_util.seed_everything(5)
+    answers = exchange() | gradient_error() | runs(folder, images) | divergence(folder)
+    (folder / f"rank{dist_util.rank()}.json").write_text(json.dumps(answers))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])
