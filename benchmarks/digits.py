@@ -17,22 +17,20 @@ from sklearn.model_selection import train_test_split
 from sklearn.svm import SVC
 
 from improved_diffusion.errors import InputError
-from improved_diffusion.sample_util import read_npz
-from improved_diffusion.script_util import create_parser, run
+from improved_diffusion.sample_util import load_labelled_samples
+from improved_diffusion.script_util import FlagParser, run
 
 
 def main():
     args = create_argparser().parse_args()
-    arrays = read_npz(args.samples, flag="samples")
-    if not {"arr_0", "arr_1"} <= arrays.keys():
-        raise InputError(f"samples {args.samples}: no labelled images in it (arr_0 and arr_1)")
+    images, labels = load_labelled_samples(args.samples)
     paths = sorted(glob.glob(os.path.join(args.digits, "*_*.png")))
     if not paths:
         raise InputError(f"digits {args.digits}: no digits there; scripts/prepare_digits.py writes them")
 
     real = features(np.stack([np.asarray(Image.open(path)) for path in paths]))
     real_labels = np.array([int(os.path.basename(path).split("_")[0]) for path in paths])
-    samples, labels = features(arrays["arr_0"]), arrays["arr_1"]
+    samples = features(images)
 
     seen, unseen, seen_labels, unseen_labels = train_test_split(real, real_labels, test_size=0.3, random_state=0)
     print(f"real digits not seen: {fit(seen, seen_labels).score(unseen, unseen_labels):.1%} of {len(unseen)}")
@@ -54,7 +52,7 @@ def fit(images, labels):
 
 
 def create_argparser():
-    parser = create_parser({}, description=__doc__)
+    parser = FlagParser(description=__doc__)
     parser.add_argument("samples", help="npz file of labelled samples")
     parser.add_argument("digits", help="folder of real digits")
     return parser

@@ -43,8 +43,9 @@ def state_filename(step):
 
 def parse_resume_step_from_filename(filename):
     """The step in a name such as path/to/model000100.pt; 0 if it has none."""
-    digits = bf.basename(filename).split("model")[-1].split(".")[0]
-    return int(digits) if digits.isdecimal() else 0
+    _, found, end = bf.basename(filename).rpartition("model")
+    digits = end.split(".")[0]
+    return int(digits) if found and digits.isdecimal() else 0
 
 
 def find_ema_checkpoint(main_checkpoint, step, rate):
@@ -58,10 +59,24 @@ def find_optimizer_checkpoint(main_checkpoint, step):
 
 
 def find_state_checkpoint(main_checkpoint, step):
-    """The path of the run's state beside a model file, None if there is none (a run of the original)."""
+    """
+    The path of the run's state beside a model file, None if there is none (a run of the original).
+
+    :raises InputError: if a crash left the set incomplete.
+    """
     if bf.basename(main_checkpoint) != model_filename(step):
         return None  # an average, say: the start of another run, not the rest of the one it comes from
-    return _beside(main_checkpoint, state_filename(step))
+    path = _beside(main_checkpoint, state_filename(step))
+    if path is None and _beside(main_checkpoint, _temporary(state_filename(step))):
+        raise InputError(
+            f"{main_checkpoint} belongs to a checkpoint whose writing was cut off; resume from the one before it"
+        )
+    return path
+
+
+def is_in(path, directory):
+    """Whether a local file lies in a folder, however the two are spelled."""
+    return os.path.realpath(os.path.dirname(path)) == os.path.realpath(directory)
 
 
 def _beside(main_checkpoint, name):
@@ -106,7 +121,7 @@ def write_files(directory, writers):
                 write(staged[path])
                 continue
             os.makedirs(directory, exist_ok=True)
-            staged[path] = path + ".tmp"
+            staged[path] = _temporary(path)
             with open(staged[path], "wb") as f:
                 write(f)
                 f.flush()
@@ -131,6 +146,10 @@ def write_files(directory, writers):
                 f.write(temporary.getbuffer())
     if not _is_remote(directory):
         _flush_directory(directory)
+
+
+def _temporary(path):
+    return path + ".tmp"
 
 
 def _is_remote(path):

@@ -12,10 +12,12 @@ mpi4py is imported only when an mpiexec started several of us, to agree on an ad
 """
 
 import atexit
+import contextlib
 import os
 import pickle
 import random
 import socket
+import sys
 import warnings
 
 import blobfile as bf
@@ -44,13 +46,13 @@ def _world():
 
 
 def rank():
-    """This process's rank; 0 without a launcher."""
-    return _world()[1]
+    """This process's rank: in the process group, or, before there is one, by the launcher's environment."""
+    return dist.get_rank() if dist.is_initialized() else _world()[1]
 
 
 def world_size():
-    """How many processes run together; 1 without a launcher."""
-    return _world()[2]
+    """How many processes run together, found out as rank() is."""
+    return dist.get_world_size() if dist.is_initialized() else _world()[2]
 
 
 def setup_dist():
@@ -69,13 +71,27 @@ def setup_dist():
         th.cuda.set_device(dev())
     backend = "nccl" if th.cuda.is_available() else "gloo"
     if size == 1:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # no look-up of the host's name
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        with _loopback_only():
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     else:
         if launcher == "mpiexec":
             _agree_on_address(size)
         dist.init_process_group(backend, init_method="env://", rank=rank, world_size=size)
     atexit.register(_leave_group)  # a gloo group left to the interpreter's end can abort it
+
+
+@contextlib.contextmanager
+def _loopback_only():
+    """Spare gloo the look-up of the host's name, which one process alone has no use for."""
+    name = "GLOO_SOCKET_IFNAME"
+    if name in os.environ or sys.platform != "linux":
+        yield
+        return
+    os.environ[name] = "lo"
+    try:
+        yield
+    finally:
+        del os.environ[name]
 
 
 def _agree_on_address(size):
@@ -128,21 +144,22 @@ def load_state_dict(path, **kwargs):
     Read a file of tensors and plain values, never of code.
 
     :param path: a local path or any URL that blobfile reads.
-    :param kwargs: for torch.load, such as map_location.
+    :param kwargs: for torch.load, such as map_location (without it, and without a GPU: the CPU).
     :raises InputError: if there is no such file, or it is not a checkpoint, or is cut short,
                         or holds objects whose loading could run code.
     """
+    has_gpu = th.cuda.is_available()
     try:
         with bf.BlobFile(path, "rb") as f, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's, about pickles that it refuses in the next moment
-            return th.load(f, **{"weights_only": True, **kwargs})
+            return th.load(f, **{"weights_only": True, "map_location": None if has_gpu else "cpu", **kwargs})
     except FileNotFoundError:
         raise InputError(f"{path}: there is no such file") from None
     except IsADirectoryError:
         raise InputError(f"{path} is a directory; give the .pt file in it") from None
     except PermissionError:
         raise InputError(f"{path}: no permission to read it") from None
-    except (th.OutOfMemoryError, bf.Error):
+    except (th.OutOfMemoryError, MemoryError, TypeError, bf.Error):
         raise  # the file is not to blame
     except pickle.UnpicklingError as e:
         if "GLOBAL" in str(e) or "unrecognized function" in str(e):

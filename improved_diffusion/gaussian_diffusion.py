@@ -176,16 +176,13 @@ class GaussianDiffusion:
 
         :return: three tensors of x_t's shape.
         """
-        mean = self._posterior_mean(x_start, x_t, t)
-        variance = _extract_into_tensor(self.posterior_variance, t, x_t.shape)
-        log_variance = _extract_into_tensor(self.posterior_log_variance_clipped, t, x_t.shape)
-        return mean, variance, log_variance
-
-    def _posterior_mean(self, x_start, x_t, t):
-        return (
+        mean = (
             _extract_into_tensor(self.posterior_mean_coef1, t, x_t.shape) * x_start
             + _extract_into_tensor(self.posterior_mean_coef2, t, x_t.shape) * x_t
         )
+        variance = _extract_into_tensor(self.posterior_variance, t, x_t.shape)
+        log_variance = _extract_into_tensor(self.posterior_log_variance_clipped, t, x_t.shape)
+        return mean, variance, log_variance
 
     # ---------------------------------------------------------------- p: noise to data
 
@@ -219,7 +216,7 @@ class GaussianDiffusion:
         if self.model_mean_type == ModelMeanType.PREVIOUS_X:
             mean = output
         else:
-            mean = self._posterior_mean(pred_xstart, x, t)
+            mean, _, _ = self.q_posterior_mean_variance(x_start=pred_xstart, x_t=x, t=t)
         return {"mean": mean, "variance": variance, "log_variance": log_variance, "pred_xstart": pred_xstart}
 
     def _p_variance(self, output, x, t):
@@ -487,7 +484,7 @@ class GaussianDiffusion:
         elif self.model_mean_type == ModelMeanType.START_X:
             target = x_start
         else:
-            target = self._posterior_mean(x_start, x_t, t)
+            target, _, _ = self.q_posterior_mean_variance(x_start=x_start, x_t=x_t, t=t)
         if output.shape != target.shape:
             raise ValueError(f"the model's output must have shape {tuple(target.shape)}, not {tuple(output.shape)}")
         terms["mse"] = mean_flat((target - output) ** 2)

@@ -1,21 +1,24 @@
 """Folders of images, as endless batches."""
 
+import functools
 import os
+import time
 
 import blobfile as bf
 import numpy as np
 import torch as th
 import torch.nn.functional as F
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from . import dist_util
 from .errors import InputError
 
 EXTENSIONS = ("jpg", "jpeg", "png", "gif")
-# a folder of up to this many local images is decoded whole before work begins, of a larger one
-# this many: a second or two that spare a failure in the middle of the night
+# Before work begins so many images are decoded, evenly spread over the folder, for at most so long: what that
+# finds does not end a run in the middle of the night
 CHECKED_IMAGES = 2000
+CHECK_SECONDS = 10
 
 
 def load_data(
@@ -28,6 +31,7 @@ def load_data(
     image_channels=3,
     num_classes=None,
     num_workers=1,
+    collate_fn=default_collate,
 ):
     """
     Endless batches of this rank's share of the images below a folder.
@@ -41,6 +45,7 @@ def load_data(
     :param image_channels: 3 for RGB, 1 for greyscale.
     :param num_classes: how many classes the labels may have, if bounded.
     :param num_workers: processes that decode ahead; 0 decodes in this one.
+    :param collate_fn: makes a batch of the list of its samples, in the workers.
     :return: an iterator of (float32 [N, C, H, W] in [-1, 1], {"y": int64 [N]} or {}), with
              state_dict() and load_state_dict() to continue where another left off.
     :raises InputError: (a ValueError) here, not at the first batch, if the folder is missing, has no
@@ -53,7 +58,7 @@ def load_data(
             f"data_dir {data_dir}: {len(dataset)} images{share} are fewer than a batch; "
             f"give batch_size {len(dataset)} or less, or more images"
         )
-    return BatchStream(dataset, batch_size, shuffle=not deterministic, num_workers=num_workers)
+    return BatchStream(dataset, batch_size, not deterministic, num_workers, collate_fn)
 
 
 def load_superres_data(*, large_size, small_size, **kwargs):
@@ -61,9 +66,12 @@ def load_superres_data(*, large_size, small_size, **kwargs):
     load_data() at large_size, whose conditions also hold "low_res": the same images scaled down to
     small_size by averaging, [N, C, small_size, small_size].
     """
-    stream = load_data(image_size=large_size, **kwargs)
-    stream.transform = lambda batch, cond: (batch, {**cond, "low_res": F.interpolate(batch, small_size, mode="area")})
-    return stream
+    return load_data(image_size=large_size, collate_fn=functools.partial(_collate_with_low_res, small_size), **kwargs)
+
+
+def _collate_with_low_res(small_size, samples):
+    batch, cond = default_collate(samples)
+    return batch, {**cond, "low_res": F.interpolate(batch, small_size, mode="area")}
 
 
 def load_data_once(
@@ -74,7 +82,7 @@ def load_data_once(
 
     :param limit: use only the first `limit` images of the folder.
     :return: an iterator of what load_data() gives.
-    :raises InputError: as load_data().
+    :raises InputError: as load_data(), but for a folder with less than a batch.
     """
     dataset = _open_folder(data_dir, image_size, class_cond, image_channels, num_classes, limit)
     loader = DataLoader(dataset, batch_size=batch_size, num_workers=num_workers, generator=th.Generator())
@@ -125,7 +133,9 @@ def _open_folder(data_dir, image_size, class_cond, image_channels, num_classes, 
 def _list_image_files_recursively(data_dir):
     """Paths of all images below data_dir, folder by folder, each in sorted order."""
     results = []
-    for entry in sorted(bf.listdir(data_dir)):
+    # blobfile would look at every local file, and fail at a broken link
+    entries = bf.listdir(data_dir) if _is_remote(data_dir) else os.listdir(data_dir)
+    for entry in sorted(entries):
         path = bf.join(data_dir, entry)
         if "." in entry and entry.rsplit(".", 1)[1].lower() in EXTENSIONS:
             results.append(path)
@@ -134,10 +144,17 @@ def _list_image_files_recursively(data_dir):
     return results
 
 
+def _is_remote(path):
+    return "://" in path
+
+
 def _check_images(paths):
-    local = [path for path in paths if os.path.exists(path)]
+    local = [path for path in paths if not _is_remote(path)]
+    start = time.monotonic()
     for path in local[:: -(-len(local) // CHECKED_IMAGES) or 1]:
         _decode(path)
+        if time.monotonic() - start > CHECK_SECONDS:
+            return
 
 
 def _decode(path):
@@ -210,17 +227,15 @@ class BatchStream:
     epoch's end is left out.
 
     The orders are seeded by torch's global generator, an epoch at a time.
-
-    :param transform: attribute, maps (batch, cond) to what is given out; set it before the first batch.
     """
 
-    def __init__(self, dataset, batch_size, shuffle, num_workers):
-        self.transform = lambda batch, cond: (batch, cond)
+    def __init__(self, dataset, batch_size, shuffle, num_workers, collate_fn=default_collate):
         self._order = _EpochOrder(len(dataset), batch_size, shuffle)
         self._loader = DataLoader(
             dataset,
             batch_sampler=self._order,
             num_workers=num_workers,
+            collate_fn=collate_fn,
             persistent_workers=num_workers > 0,
             pin_memory=th.cuda.is_available(),
             generator=th.Generator(),  # the loader's own draws must not disturb the global generator's order
@@ -243,7 +258,7 @@ class BatchStream:
             self._epoch, self._given = None, 0
             return next(self)
         self._given += 1
-        return self.transform(batch, cond)
+        return batch, cond
 
     def state_dict(self):
         """The place in the data, for load_state_dict(); plain values only."""

@@ -304,7 +304,10 @@ def configure(dir=None, format_strs=None, comm=None, log_suffix=""):
         now = datetime.datetime.now().strftime("openai-%Y-%m-%d-%H-%M-%S-%f")
         dir = os.environ.get("OPENAI_LOGDIR") or os.path.join(tempfile.gettempdir(), now)
     dir = os.path.expanduser(dir)
-    os.makedirs(dir, exist_ok=True)
+    try:
+        os.makedirs(dir, exist_ok=True)
+    except OSError as e:
+        raise InputError(f"OPENAI_LOGDIR {dir}: cannot be made a folder for logs ({e.strerror})") from None
 
     variable, names = "OPENAI_LOG_FORMAT", "stdout,log,csv"
     rank = get_rank_without_mpi_import()

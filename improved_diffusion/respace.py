@@ -22,6 +22,8 @@ def space_timesteps(num_timesteps, section_counts):
             return _ddim_timesteps(num_timesteps, _whole_number(section_counts, section_counts[len("ddim") :]))
         section_counts = [_whole_number(section_counts, s) for s in section_counts.split(",")]
 
+    if not section_counts:
+        raise InputError("timestep_respacing has no sections; give step counts such as 250 or 10,15,20")
     size, longer = divmod(num_timesteps, len(section_counts))  # the first sections take what is left over
     steps, start = set(), 0
     for i, count in enumerate(section_counts):
@@ -78,12 +80,21 @@ class SpacedDiffusion(GaussianDiffusion):
         self.use_timesteps = set(use_timesteps)
         self.original_num_steps = len(kwargs["betas"])
         self.timestep_map = sorted(t for t in self.use_timesteps if 0 <= t < self.original_num_steps)
-        self._map_table = np.array(self.timestep_map)
 
         # beta between two kept steps, from the products of alpha at both
         alphas_cumprod = GaussianDiffusion(**kwargs).alphas_cumprod[self.timestep_map]
         kwargs["betas"] = 1 - alphas_cumprod / np.append(1.0, alphas_cumprod[:-1])
         super().__init__(**kwargs)
+
+    @property
+    def timestep_map(self):
+        """The longer process's timestep of each of this one's, a list. To change it, assign another."""
+        return self._timestep_map
+
+    @timestep_map.setter
+    def timestep_map(self, timesteps):
+        self._timestep_map = list(timesteps)
+        self._map_table = np.array(self._timestep_map)
 
     def p_mean_variance(self, model, *args, **kwargs):
         return super().p_mean_variance(self._wrap_model(model), *args, **kwargs)

@@ -78,7 +78,7 @@ def load_base_samples(path, *, size, channels, num_classes=None):
     :return: (uint8 array [N, size, size, channels], int64 array [N], or None without num_classes).
     :raises InputError: if the file is missing, or is anything else.
     """
-    arrays = read_npz(path, flag="base_samples")
+    arrays = _read_npz(path, flag="base_samples")
     if "arr_0" not in arrays:
         raise InputError(f"base_samples {path} has no arr_0, the images (it has {', '.join(arrays) or 'nothing'})")
     images = arrays["arr_0"]
@@ -100,7 +100,20 @@ def load_base_samples(path, *, size, channels, num_classes=None):
     return images, labels.astype(np.int64)
 
 
-def read_npz(path, flag):
+def load_labelled_samples(path):
+    """
+    What save_samples() wrote for a class-conditional model.
+
+    :return: (uint8 array [N, H, W, C], int array [N]).
+    :raises InputError: if the file is missing or has no labels.
+    """
+    arrays = _read_npz(path, flag="samples")
+    if not {"arr_0", "arr_1"} <= arrays.keys():
+        raise InputError(f"samples {path}: no labelled images in it (arr_0 and arr_1)")
+    return arrays["arr_0"], arrays["arr_1"]
+
+
+def _read_npz(path, flag):
     """
     All arrays of an npz file, as a dict.
 

@@ -111,7 +111,7 @@ def create_model_and_diffusion(
     rescale_learned_sigmas,
     use_checkpoint,
     use_scale_shift_norm,
-    num_classes=NUM_CLASSES,
+    num_classes=None,
     image_channels=3,
     channel_mult="",
 ):
@@ -145,7 +145,7 @@ def sr_create_model_and_diffusion(
     rescale_learned_sigmas,
     use_checkpoint,
     use_scale_shift_norm,
-    num_classes=NUM_CLASSES,
+    num_classes=None,
     image_channels=3,
     channel_mult="",
 ):
@@ -176,13 +176,13 @@ def create_model(
     num_heads_upsample,
     use_scale_shift_norm,
     dropout,
-    num_classes=NUM_CLASSES,
+    num_classes=None,
     image_channels=3,
     channel_mult="",
 ):
     """
     :param attention_resolutions: image sizes at which there is attention, a string with commas.
-    :param num_classes: number of labels, if class_cond.
+    :param num_classes: number of labels, if class_cond; NUM_CLASSES if None.
     :param channel_mult: "" for the one that belongs to the size, or a string such as "1,2,2".
     :return: a UNetModel.
     :raises InputError: if sizes, channels and heads do not go together.
@@ -203,7 +203,7 @@ def sr_create_model(
     num_heads_upsample,
     use_scale_shift_norm,
     dropout,
-    num_classes=NUM_CLASSES,
+    num_classes=None,
     image_channels=3,
     channel_mult="",
 ):
@@ -227,12 +227,16 @@ def _create_unet(cls, size_flag, flags):
         attention_resolutions=tuple(flags[size_flag] // r for r in resolutions),
         dropout=flags["dropout"],
         channel_mult=mult,
-        num_classes=flags["num_classes"] if flags["class_cond"] else None,
+        num_classes=_num_classes(flags["num_classes"]) if flags["class_cond"] else None,
         use_checkpoint=flags["use_checkpoint"],
         num_heads=flags["num_heads"],
         num_heads_upsample=flags["num_heads_upsample"],
         use_scale_shift_norm=flags["use_scale_shift_norm"],
     )
+
+
+def _num_classes(num_classes):
+    return NUM_CLASSES if num_classes is None else num_classes  # read late: scripts for the original assign to it
 
 
 def _channel_mult(size_flag, size, channel_mult):
@@ -269,10 +273,10 @@ def _check_shapes(size_flag, mult, resolutions, flags):
             )
     levels_with_attention = {level for level in range(len(mult)) if 2**level in [size // r for r in resolutions]}
     on_the_way_up = flags["num_heads_upsample"]
-    for flag, levels in {
-        "num_heads": {*levels_with_attention, len(mult) - 1},  # the last for the middle block
-        "num_heads_upsample" if on_the_way_up != -1 else "num_heads": levels_with_attention,
-    }.items():
+    for flag, levels in (
+        ("num_heads", {*levels_with_attention, len(mult) - 1}),  # the last for the middle block
+        ("num_heads" if on_the_way_up == -1 else "num_heads_upsample", levels_with_attention),
+    ):
         for level in levels:
             if flags[flag] < 1 or widths[level] % flags[flag]:
                 raise InputError(
@@ -313,7 +317,7 @@ def create_gaussian_diffusion(
     :return: a SpacedDiffusion.
     :raises InputError: if the schedule or the respacing does not exist.
     """
-    if noise_schedule == "linear" and steps < MIN_LINEAR_STEPS:
+    if noise_schedule == "linear" and 1 < steps < MIN_LINEAR_STEPS:
         raise InputError(
             f"diffusion_steps {steps} are too few for noise_schedule linear, whose last beta would reach 1; "
             f"give {MIN_LINEAR_STEPS} or more, or noise_schedule cosine"
@@ -343,18 +347,19 @@ def create_gaussian_diffusion(
 # ---------------------------------------------------------------- flags
 
 
-class _Parser(argparse.ArgumentParser):
+class FlagParser(argparse.ArgumentParser):
+    """A parser of flags spelled out in full; whatever is wrong with them ends in one line and status 2."""
+
+    def __init__(self, **kwargs):
+        super().__init__(allow_abbrev=False, **kwargs)
+
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message}\n")  # one line, without the list of all flags
 
 
 def create_parser(defaults, description):
-    """
-    A parser of the flags in `defaults`, and of --seed.
-
-    Flags are spelled out in full; whatever is wrong with them ends in one line and status 2.
-    """
-    parser = _Parser(description=description, allow_abbrev=False)
+    """A FlagParser of the flags in `defaults`, and of --seed."""
+    parser = FlagParser(description=description)
     add_dict_to_argparser(parser, defaults)
     parser.add_argument("--seed", type=int, help="makes a run on one CPU machine repeatable to the last bit")
     return parser

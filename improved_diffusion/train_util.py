@@ -22,6 +22,7 @@ from .checkpoint_util import (
     find_ema_checkpoint,
     find_optimizer_checkpoint,
     find_state_checkpoint,
+    is_in,
     parse_resume_step_from_filename,
     rng_state,
     save_set,
@@ -160,7 +161,7 @@ class TrainLoop:
             if path:
                 logger.log(f"loading EMA from checkpoint: {path}...")
                 params = dist_util.load_state_dict(path, map_location=dist_util.dev())
-                self.ema_params[i] = self._state_dict_to_master_params(params)
+                self.ema_params[i] = self._state_dict_to_master_params(params, path)
             else:
                 logger.log(f"there is no checkpoint of EMA {rate}: it begins at the model's parameters")
         self._load_optimizer(find_optimizer_checkpoint(main_checkpoint, self.resume_step))
@@ -168,6 +169,8 @@ class TrainLoop:
         state_checkpoint = find_state_checkpoint(main_checkpoint, self.resume_step)
         if state_checkpoint:
             self._load_state(dist_util.load_state_dict(state_checkpoint, map_location="cpu"))
+            if is_in(state_checkpoint, get_blob_logdir()):
+                logger.get_current().drop_from("step", self.step)  # rows that will be written again
         self._saved_updates = self._updates
 
     def _load_optimizer(self, path):
@@ -175,11 +178,15 @@ class TrainLoop:
             logger.log("there is no checkpoint of the optimizer: it begins anew")
             return
         logger.log(f"loading optimizer state from checkpoint: {path}")
+        # to the CPU: torch moves the moments to the parameters' device itself, and AdamW reads its step
+        # count at every update, which would wait for a GPU if it were there
+        state_dict = dist_util.load_state_dict(path, map_location="cpu")
         try:
-            self.opt.load_state_dict(dist_util.load_state_dict(path, map_location=dist_util.dev()))
-        except ValueError:
+            self.opt.load_state_dict(state_dict)
+        except (ValueError, KeyError, TypeError):
             raise InputError(
-                f"{path} does not fit the model; a run with use_fp16 {not self.use_fp16} would have written it so"
+                f"{path} does not fit the model's optimizer; a run with use_fp16 {not self.use_fp16} would have "
+                "written it so"
             ) from None
         for group in self.opt.param_groups:
             for name, value in {"lr": self.lr, "weight_decay": self.weight_decay}.items():
@@ -202,7 +209,6 @@ class TrainLoop:
                 f"the checkpoint is of {len(state['rng'])} ranks, now there are {dist_util.world_size()}: "
                 "the data and the random numbers begin anew"
             )
-        logger.get_current().drop_from("step", self.step)  # rows that will be written again
 
     def _continue(self, part, name, state):
         if state is None or not hasattr(part, "load_state_dict"):
@@ -213,13 +219,12 @@ class TrainLoop:
             logger.warn(f"the {name} cannot continue where it was: {e}")
 
     def _state(self):
-        data_state = self.data.state_dict() if hasattr(self.data, "state_dict") else None
         return {
             "updates": self._updates,
             "lg_loss_scale": self.lg_loss_scale,
             "overflows_in_a_row": self._overflows_in_a_row,
-            "schedule_sampler": self.schedule_sampler.state_dict(),
-            "data": dist_util.all_gather_object(data_state),
+            "schedule_sampler": _state_of(self.schedule_sampler),
+            "data": dist_util.all_gather_object(_state_of(self.data)),
             "rng": dist_util.all_gather_object(rng_state()),
             "statistics": dist_util.all_gather_object(self._statistics.state_dict()),
         }
@@ -239,9 +244,7 @@ class TrainLoop:
         while not self._finished():
             batch, cond = next(self.data)
             self.run_step(batch, cond)
-            self._updates = self.step + self.resume_step + 1
             if self.step % self.log_interval == 0:
-                self._log_statistics()
                 logger.dumpkvs()
             if self.step % self.save_interval == 0 and not self._is_resumed_from_here():
                 self.save()
@@ -272,6 +275,9 @@ class TrainLoop:
             self.optimize_fp16()
         else:
             self.optimize_normal()
+        self._updates = self.step + self.resume_step + 1
+        if self.step % self.log_interval == 0:
+            self._log_statistics()
         self.log_step()
 
     def forward_backward(self, batch, cond):
@@ -374,9 +380,9 @@ class TrainLoop:
     def _check_finite(self, means):
         if self.use_fp16:
             return  # an overflow makes a loss infinite, and optimize_fp16() deals with it
-        for key, (mean, _) in means.items():
-            if not math.isfinite(mean):
-                raise self._diverged(f"{key} is {mean}")
+        for key in ("loss", "grad_norm"):
+            if key in means and not math.isfinite(means[key][0]):
+                raise self._diverged(f"{key} is {means[key][0]}")
 
     def _diverged(self, what):
         last = self._last_checkpoint or "none"
@@ -406,7 +412,7 @@ class TrainLoop:
                     rate: self._master_params_to_state_dict(params)
                     for rate, params in zip(self.ema_rate, self.ema_params, strict=True)
                 },
-                optimizer=self.opt.state_dict(),
+                optimizer=_optimizer_on_cpu(self.opt.state_dict()),
                 state=state,
             )
         self._last_checkpoint = dist_util.all_gather_object(path)[0]  # and every rank waits for rank 0
@@ -414,15 +420,32 @@ class TrainLoop:
     def _master_params_to_state_dict(self, master_params):
         if self.use_fp16:
             master_params = unflatten_master_params(self.model_params, master_params)
-        state_dict = self.model.state_dict()
+        state_dict = {name: value.cpu() for name, value in self.model.state_dict().items()}
         names = [name for name, _ in self.model.named_parameters()]
-        # clones, or a view of the flat masters would put all of them into the file
-        state_dict.update({name: p.detach().clone() for name, p in zip(names, master_params, strict=True)})
+        # copies, or a view of the flat masters would put all of them into the file
+        state_dict.update({name: p.detach().to("cpu", copy=True) for name, p in zip(names, master_params, strict=True)})
         return state_dict
 
-    def _state_dict_to_master_params(self, state_dict):
-        params = [state_dict[name] for name, _ in self.model.named_parameters()]
+    def _state_dict_to_master_params(self, state_dict, path):
+        params = []
+        for name, p in self.model.named_parameters():
+            if name not in state_dict or state_dict[name].shape != p.shape:
+                raise InputError(f"{path} does not fit the model: {name} is missing or has another shape")
+            params.append(state_dict[name])
         return make_master_params(params) if self.use_fp16 else params
+
+
+def _state_of(part):
+    """state_dict() of a data iterator or sampler that has one, else None."""
+    return part.state_dict() if hasattr(part, "state_dict") else None
+
+
+def _optimizer_on_cpu(state_dict):
+    def on_cpu(value):
+        return value.cpu() if isinstance(value, th.Tensor) else value
+
+    state = {i: {k: on_cpu(v) for k, v in entry.items()} for i, entry in state_dict["state"].items()}
+    return {**state_dict, "state": state}
 
 
 def log_loss_dict(diffusion, ts, losses):

@@ -207,7 +207,8 @@ class QKVAttention(nn.Module):
         :param qkv: [N, 3C, L]: queries, keys and values.
         :return: [N, C, L].
         """
-        q, k, v = qkv.transpose(1, 2).unsqueeze(1).chunk(3, dim=-1)  # each (N, 1, L, C)
+        # contiguous, since the fused kernels want each position's channels side by side
+        q, k, v = qkv.transpose(1, 2).contiguous().unsqueeze(1).chunk(3, dim=-1)  # each (N, 1, L, C)
         return F.scaled_dot_product_attention(q, k, v).squeeze(1).transpose(1, 2)
 
 

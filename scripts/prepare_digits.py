@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from improved_diffusion.errors import InputError
-from improved_diffusion.script_util import create_parser, run
+from improved_diffusion.script_util import FlagParser, run
 
 SIZE = 16
 
@@ -31,7 +31,7 @@ def main():
 
 
 def create_argparser():
-    parser = create_parser({}, description=__doc__)
+    parser = FlagParser(description=__doc__)
     parser.add_argument("out_dir", help="folder to write to, made if need be")
     return parser
 

@@ -7,9 +7,8 @@ import os
 import numpy as np
 from PIL import Image
 
-from improved_diffusion.errors import InputError
-from improved_diffusion.sample_util import read_npz
-from improved_diffusion.script_util import create_parser, run
+from improved_diffusion.sample_util import load_labelled_samples
+from improved_diffusion.script_util import FlagParser, run
 
 COLUMNS = 10
 SCALE = 3  # pixels of the picture for each of a sample's
@@ -18,11 +17,9 @@ GAP = 4
 
 def main():
     args = create_argparser().parse_args()
-    arrays = read_npz(args.samples, flag="samples")
-    if not {"arr_0", "arr_1"} <= arrays.keys():
-        raise InputError(f"samples {args.samples}: no labelled images in it (arr_0 and arr_1)")
-    draw_grid(arrays["arr_0"], arrays["arr_1"]).save(args.out)
-    print(f"{len(np.unique(arrays['arr_1']))} classes, {COLUMNS} samples each: {os.path.abspath(args.out)}")
+    images, labels = load_labelled_samples(args.samples)
+    draw_grid(images, labels).save(args.out)
+    print(f"{len(np.unique(labels))} classes, {COLUMNS} samples each: {os.path.abspath(args.out)}")
 
 
 def draw_grid(images, labels):
@@ -43,7 +40,7 @@ def draw_grid(images, labels):
 
 
 def create_argparser():
-    parser = create_parser({}, description=__doc__)
+    parser = FlagParser(description=__doc__)
     parser.add_argument("samples", help="npz file that image_sample.py wrote")
     parser.add_argument("out", help="PNG file to write")
     return parser

@@ -9,6 +9,7 @@ import random
 import numpy as np
 import pytest
 import torch as th
+import torch.distributed as dist
 from hypothesis import settings
 
 th.set_num_threads(1)
@@ -22,3 +23,11 @@ def same_random_numbers():
     random.seed(0)
     np.random.seed(0)
     th.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def no_process_group():
+    """A group that one test joined would tell the next its rank, against the environment that the next one sets."""
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -75,6 +75,7 @@ def test_names():
         ("ema_0.9999_000100.pt", 0),
         ("model000100/weights.pt", 0),
         ("64x64_diffusion.pt", 0),
+        ("000100.pt", 0),
         ("", 0),
     ],
 )
@@ -108,14 +109,35 @@ def test_a_run_goes_on_from_its_own_model_only(tmp_path):
 # ---------------------------------------------------------------- sets of files
 
 
-def test_a_set_on_disk(tmp_path):
+def observe(monkeypatch):
+    """A list that fills with what happens to files: (what, name)."""
+    events = []
+
+    def observed(module, function, what, name_of):
+        original = getattr(module, function)
+
+        def call(*args):
+            events.append((what, name_of(*args)))
+            return original(*args)
+
+        monkeypatch.setattr(module, function, call)
+
+    observed(os, "fsync", "flush", lambda fd: os.path.basename(os.readlink(f"/proc/self/fd/{fd}")))
+    observed(os, "replace", "rename", lambda _, path: os.path.basename(path))
+    observed(bf, "remove", "remove", os.path.basename)
+    return events
+
+
+def test_a_set_on_disk(tmp_path, monkeypatch):
     parts = dict(
         model={"w": th.arange(3.0)},
         emas={0.5: {"w": th.zeros(3)}, 0.9999: {"w": th.ones(3)}},
         optimizer={"state": {}, "param_groups": [{"lr": 0.1}]},
         state={"updates": 4, "rng": [None]},
     )
+    events = observe(monkeypatch)
     assert save_set(str(tmp_path), 3, **parts) == str(tmp_path / "model000003.pt")
+    assert [name for what, name in events if what == "rename"][-1] == "state000003.pt"  # it stands for the set
     names = ["ema_0.5_000003.pt", "ema_0.9999_000003.pt", "model000003.pt", "opt000003.pt", "state000003.pt"]
     assert sorted(os.listdir(tmp_path)) == names
     expected = [*parts["emas"].values(), parts["model"], parts["optimizer"], parts["state"]]
@@ -163,25 +185,6 @@ def test_a_folder_that_cannot_be(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match=r"file/x: cannot be written"):
         write_files(str(tmp_path / "file"), {"x": writer(b"1")})
-
-
-def observe(monkeypatch):
-    """A list that fills with what happens to files: (what, name)."""
-    events = []
-
-    def observed(module, function, what, name_of):
-        original = getattr(module, function)
-
-        def call(*args):
-            events.append((what, name_of(*args)))
-            return original(*args)
-
-        monkeypatch.setattr(module, function, call)
-
-    observed(os, "fsync", "flush", lambda fd: os.path.basename(os.readlink(f"/proc/self/fd/{fd}")))
-    observed(os, "replace", "rename", lambda _, path: os.path.basename(path))
-    observed(bf, "remove", "remove", os.path.basename)
-    return events
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="names of open files are read from /proc")

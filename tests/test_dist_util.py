@@ -167,11 +167,13 @@ def clean_environment():
 
 
 ALONE = """
+import atexit
 import sys
 import torch as th
 import torch.distributed as dist
 from improved_diffusion import dist_util
 
+atexit.register(lambda: print("still joined" if dist.is_initialized() else "left"))  # runs last, being the first
 dist_util.setup_dist()
 dist_util.setup_dist()
 assert dist.get_rank() == 0 and dist.get_world_size() == 1
@@ -188,7 +190,7 @@ def test_one_process_alone():
     """It gets a group without a port, without MPI, and leaves it without a word."""
     command = [sys.executable, "-W", "error", "-c", ALONE]
     done = subprocess.run(command, env=clean_environment(), capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "done\nleft\n", "")
 
 
 def test_collectives_of_one_rank():
@@ -293,10 +295,11 @@ def test_not_a_file(tmp_path):
     ],
     ids=["empty", "text", "json", "html", "lfs", "gif", "png", "long", "zeros", "pickle"],
 )
-def test_another_kind_of_file(tmp_path, content):
+def test_another_kind_of_file(tmp_path, recwarn, content):
     path = tmp_path / "model.pt"
     path.write_bytes(content)
     assert refusal(path).removesuffix(", or damaged") == ": not a checkpoint (a file that torch.save wrote)"
+    assert not recwarn.list  # torch has something to say about other pickles
 
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
@@ -425,3 +428,30 @@ def test_divergence_of_one_rank_ends_all(two_ranks):
     folder, *found = two_ranks
     for rank, message in enumerate(f["error"] for f in found):
         assert f"at step 3 on rank {rank}; the last good checkpoint is {folder}/diverged/model000002.pt" in message
+
+
+def test_a_group_of_ones_own_tells_the_rank(monkeypatch):
+    """torch.multiprocessing.spawn, say, where no launcher sets an environment."""
+    monkeypatch.setattr(dist_util.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist_util.dist, "get_rank", lambda: 2)
+    monkeypatch.setattr(dist_util.dist, "get_world_size", lambda: 4)
+    assert (dist_util.rank(), dist_util.world_size()) == (2, 4)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the loopback interface has other names elsewhere")
+@pytest.mark.parametrize("chosen, used", [(None, "lo"), ("eth7", "eth7")])
+def test_interface_of_one_process(monkeypatch, group, chosen, used):
+    """The loopback one, but a user's choice holds."""
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME")
+    if chosen:
+        monkeypatch.setenv("GLOO_SOCKET_IFNAME", chosen)
+    seen = []
+    monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: seen.append(os.environ["GLOO_SOCKET_IFNAME"]))
+    dist_util.setup_dist()
+    assert seen == [used] and os.environ.get("GLOO_SOCKET_IFNAME") == chosen
+
+
+def test_one_process_leaves_the_interface_of_gloo_as_it_was(monkeypatch):
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    dist_util.setup_dist()
+    assert "GLOO_SOCKET_IFNAME" not in os.environ

@@ -549,3 +549,20 @@ def test_an_image_found_unreadable_later_is_named_in_one_line(monkeypatch, tmp_p
         next(data)
     assert str(refusal.value).startswith(f"{bad}: cannot be read as an image")
     assert "\n" not in str(refusal.value)
+
+
+def test_a_broken_link_is_found_at_once(tmp_path):
+    write_images(tmp_path, count=3)
+    link = tmp_path / "c_link.png"
+    link.symlink_to(tmp_path / "nowhere.png")
+    with pytest.raises(InputError) as refusal:
+        load_data(data_dir=str(tmp_path), batch_size=2, image_size=8)
+    assert str(link) in str(refusal.value)
+
+
+def test_the_check_of_large_images_ends(monkeypatch, greys):
+    folder, decoded = greys(10), []
+    monkeypatch.setattr(image_datasets, "CHECK_SECONDS", -1)
+    monkeypatch.setattr(image_datasets, "_decode", decoded.append)
+    load_data(data_dir=folder, batch_size=2, image_size=8)
+    assert len(decoded) == 1

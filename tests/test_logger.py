@@ -746,3 +746,12 @@ def test_scope_closes_its_own_logger(memory, tmp_path):
 def test_importing_the_logger_is_light():
     code = "import sys, improved_diffusion.logger; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_a_log_directory_that_cannot_be_is_refused_in_one_line(tmp_path, monkeypatch):
+    file = tmp_path / "file"
+    file.touch()
+    monkeypatch.setenv("OPENAI_LOGDIR", str(file))
+    with pytest.raises(ValueError, match=r"OPENAI_LOGDIR .*cannot be made a folder") as refusal:
+        logger.configure()
+    assert "\n" not in str(refusal.value)

@@ -78,7 +78,7 @@ def test_every_section_keeps_its_count_with_both_its_ends(steps_and_counts, as_t
     assert start == steps
 
 
-@given(st.integers(1, 400), st.integers(1, 400))
+@given(st.integers(1, 400), st.integers(1, 400) | st.integers(1, 20))
 def test_ddim_keeps_n_steps_at_a_whole_stride_or_says_which_n_is_near(steps, n):
     assume(n <= steps)
     works = {len(range(0, steps, stride)) for stride in range(1, steps + 1)}
@@ -207,6 +207,14 @@ def test_kept_timesteps_come_in_any_form(kept):
     d.p_sample_loop(ToyModel(), (1, 2))
 
 
+def test_another_timestep_map_may_be_assigned():
+    d, model = SpacedDiffusion([0, 4], **diffusion_kwargs(np.linspace(0.1, 0.2, 8))), ToyModel()
+    d.timestep_map = (2, 6)
+    assert d.timestep_map == [2, 6]
+    d.p_sample_loop(model, (1, 2))
+    assert model.seen == [[6], [2]]
+
+
 def test_nothing_kept():
     with pytest.raises(ValueError, match="betas"):
         SpacedDiffusion([], **diffusion_kwargs([0.1, 0.2]))
@@ -226,3 +234,8 @@ def test_timesteps_are_translated_on_the_models_device():
     d = make_diffusion(steps=100, respacing="ddim10", rescale=True)
     sample = d.ddim_sample_loop(Scale(device="meta"), (2, 3))
     assert (sample.shape, sample.device.type) == ((2, 3), "meta")
+
+
+def test_no_sections():
+    with pytest.raises(ValueError, match="no sections"):
+        space_timesteps(10, [])

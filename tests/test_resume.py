@@ -253,7 +253,10 @@ def test_optimizer_of_another_precision(tmp_path, before):
     with pytest.raises(InputError) as info:
         resume(tmp_path, use_fp16=not before)
     path = tmp_path / "opt000003.pt"
-    assert str(info.value) == f"{path} does not fit the model; a run with use_fp16 {before} would have written it so"
+    assert (
+        str(info.value)
+        == f"{path} does not fit the model's optimizer; a run with use_fp16 {before} would have written it so"
+    )
 
 
 @pytest.mark.parametrize(
@@ -436,3 +439,68 @@ def test_weights_of_another_kind_of_file(tmp_path):
     assert (loop.step, loop.resume_step) == (0, 0)
     assert_same(loop.model.state_dict(), load(tmp_path / "ema_0.9_000004.pt"))
     assert len(read_rows(tmp_path)) == 4
+
+
+def test_a_loop_of_ones_own_logs_and_resumes(tmp_path):
+    """Research code often has its own run_loop() around run_step()."""
+
+    class OwnLoop(TrainLoop):
+        def run_loop(self):
+            for _ in range(3):
+                self.run_step(*next(self.data))
+                logger.dumpkvs()
+                self.step += 1
+            self.save()
+
+    train(tmp_path, OwnLoop)
+    rows = read_rows(tmp_path)
+    assert [row["step"] for row in rows] == [0, 1, 2] and all({"loss", "grad_norm"} <= row.keys() for row in rows)
+    loop = train(tmp_path, resume_checkpoint=str(tmp_path / "model000003.pt"), max_steps=4)
+    assert (loop.step, loop.resume_step) == (4, 0)
+    assert [row["step"] for row in read_rows(tmp_path)] == [0, 1, 2, 3]
+
+
+def test_rows_of_another_folder_are_left_alone(tmp_path):
+    train(tmp_path / "first")
+    train(tmp_path / "second")
+    train(tmp_path / "second", resume_checkpoint=str(tmp_path / "first" / "model000000.pt"), max_steps=3)
+    assert [row["step"] for row in read_rows(tmp_path / "second")] == [0, 1, 2, 1, 2]
+
+
+def test_a_set_whose_writing_was_cut_off_is_refused(tmp_path):
+    train(tmp_path)
+    os.rename(tmp_path / "state000003.pt", tmp_path / "state000003.pt.tmp")
+    path = str(tmp_path / "model000003.pt")
+    with pytest.raises(InputError, match="cut off; resume from the one before it") as info:
+        train(tmp_path, resume_checkpoint=path)
+    assert path in str(info.value)
+
+
+@pytest.mark.parametrize("change", [lambda sd: sd.pop("conv.bias"), lambda sd: sd.update({"conv.bias": th.zeros(5)})])
+def test_an_average_of_another_model_is_refused(tmp_path, change):
+    train(tmp_path)
+    path = tmp_path / "ema_0.9_000003.pt"
+    state_dict = load(path)
+    change(state_dict)
+    th.save(state_dict, path)
+    with pytest.raises(InputError) as info:
+        train(tmp_path, resume_checkpoint=str(tmp_path / "model000003.pt"))
+    assert str(info.value) == f"{path} does not fit the model: conv.bias is missing or has another shape"
+
+
+def test_a_damaged_optimizer_file_is_called_damaged(tmp_path):
+    train(tmp_path)
+    path = tmp_path / "opt000003.pt"
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(InputError, match="damaged") as info:
+        train(tmp_path, resume_checkpoint=str(tmp_path / "model000003.pt"))
+    assert str(path) in str(info.value) and "use_fp16" not in str(info.value)
+
+
+def test_a_sampler_of_ones_own_needs_no_state(tmp_path):
+    class FirstStep:
+        def sample(self, batch_size, device):
+            return th.zeros(batch_size, dtype=th.long), th.ones(batch_size)
+
+    train(tmp_path, schedule_sampler=FirstStep())
+    assert load(tmp_path / "state000003.pt")["schedule_sampler"] is None

@@ -11,7 +11,7 @@ from improved_diffusion.errors import InputError
 from improved_diffusion.sample_util import (
     generate,
     load_base_samples,
-    read_npz,
+    load_labelled_samples,
     save_arrays,
     save_samples,
     to_uint8,
@@ -171,6 +171,14 @@ def test_base_samples_are_what_save_samples_wrote():
     assert (read.dtype, read.tolist()) == (np.int64, labels.tolist())
 
 
+def test_labelled_samples_are_what_save_samples_wrote(npz):
+    images, labels = load_labelled_samples(save_samples(IMAGES, np.arange(6)))
+    np.testing.assert_array_equal(images, IMAGES)
+    assert labels.tolist() == list(range(6))
+    with pytest.raises(InputError, match=r"^samples .*base\.npz: no labelled images in it"):
+        load_labelled_samples(npz(arr_0=IMAGES))
+
+
 @pytest.mark.parametrize(
     ("arrays", "parts"),
     [
@@ -185,6 +193,7 @@ def test_base_samples_are_what_save_samples_wrote():
         (dict(arr_0=IMAGES), ["no label for each image in arr_1", "class_cond"]),
         (dict(arr_0=IMAGES, arr_1=np.zeros(5, int)), ["no label for each image in arr_1"]),
         (dict(arr_0=IMAGES, arr_1=np.arange(6)), ["labels from 0 to 5", "num_classes 3 allows 0 to 2"]),
+        (dict(arr_0=IMAGES, arr_1=np.arange(6) % 4), ["labels from 0 to 3", "num_classes 3 allows 0 to 2"]),
         (dict(arr_0=IMAGES, arr_1=np.arange(6) - 4), ["labels from -4 to 1", "num_classes 3 allows 0 to 2"]),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, (dict, list)) else None,
@@ -225,11 +234,13 @@ def test_files_that_are_no_npz(tmp_path, content, message):
     elif content == "folder":
         path.mkdir()
     with pytest.raises(InputError) as refusal:
-        read_npz(str(path), flag="base_samples")
-    assert str(refusal.value).startswith(f"base_samples {path}: {message}")
+        load_labelled_samples(str(path))
+    assert str(refusal.value).startswith(f"samples {path}: {message}")
     assert "\n" not in str(refusal.value)
 
 
 def test_no_path_at_all():
     with pytest.raises(InputError, match=r"^samples is not given: name an npz file"):
-        read_npz("", flag="samples")
+        load_labelled_samples("")
+    with pytest.raises(InputError, match=r"^base_samples is not given: name an npz file"):
+        load_base_samples("", size=4, channels=3)

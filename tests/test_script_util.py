@@ -339,6 +339,7 @@ def test_the_shortest_schedules_give_finite_numbers(schedule):
         (dict(num_channels=32, channel_mult="0.5,1"), ["num_channels 32", "channel_mult 0.5,1", "16 channels"]),
         (dict(num_channels=32, channel_mult="1,1.3"), ["channel_mult 1,1.3", "41.6 channels"]),
         (dict(num_channels=32, num_heads=5), ["num_heads 5", "96 channels"]),
+        (dict(num_channels=64, channel_mult="1,1.5", num_heads=64), ["num_heads 64", "96 channels"]),  # in the middle
         (dict(num_heads=0), ["num_heads 0"]),
         (dict(num_channels=32, num_heads_upsample=3, attention_resolutions="32"), ["num_heads_upsample 3", "64 chan"]),
         (dict(noise_schedule="linear", diffusion_steps=20), ["diffusion_steps 20", "give 21 or more", "cosine"]),
@@ -623,3 +624,15 @@ def test_no_path_and_a_folder_as_path(tmp_path):
         load_weights(model, "")
     with pytest.raises(InputError, match=r"is a directory; give the \.pt file in it"):
         load_weights(model, str(tmp_path))
+
+
+def test_scripts_for_the_original_may_assign_the_number_of_classes(monkeypatch):
+    monkeypatch.setattr(script_util, "NUM_CLASSES", 7)
+    flags = {**script_util.model_and_diffusion_defaults(), "num_channels": 32, "class_cond": True}
+    with th.device("meta"):
+        model, _ = script_util.create_model_and_diffusion(**flags)
+    assert model.label_emb.num_embeddings == 7
+
+
+def test_a_linear_chain_of_one_step():
+    assert script_util.create_gaussian_diffusion(steps=1).betas.tolist() == pytest.approx([0.1])

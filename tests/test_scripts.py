@@ -260,6 +260,13 @@ def test_clip_denoised_is_honoured(tmp_path):
     assert (clipped["arr_0"] != free["arr_0"]).any()
 
 
+def test_sampling_drops_nothing_out(tmp_path):
+    weights = save_weights(tmp_path / "model.pt", fill=0.02)
+    _, without = sample(tmp_path / "without", weights, seed=3)
+    _, dropout = sample(tmp_path / "with", weights, seed=3, dropout=0.9)
+    np.testing.assert_array_equal(without["arr_0"], dropout["arr_0"])
+
+
 def test_seeds_of_samples(tmp_path):
     weights = save_weights(tmp_path / "model.pt")
     drawn = {seed: sample(tmp_path / f"{seed}", weights, seed=seed)[1]["arr_0"] for seed in (1, 2)}
@@ -290,7 +297,7 @@ def measure(capfd, logdir, data, weights, **changed):
 @pytest.mark.parametrize(("respacing", "steps"), [("", 24), ("6", 6)])
 def test_nll_prints_a_total_and_writes_its_terms(tmp_path, capfd, images, respacing, steps):
     weights = save_weights(tmp_path / "model.pt", learn_sigma=True, channel_mult="1")
-    words = dict(learn_sigma=True, timestep_respacing=respacing, channel_mult="1")
+    words = dict(learn_sigma=True, timestep_respacing=respacing, channel_mult="1", dropout=0.5)  # which must be off
     count, total, terms = measure(capfd, tmp_path / "log", images, weights, **words, seed=4)
     assert count == 10
     assert sorted(terms) == ["mse_terms", "vb_terms", "xstart_mse_terms"]

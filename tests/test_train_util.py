@@ -145,7 +145,7 @@ def test_a_run_of_the_original(tmp_path, name):
     for key, column in case["rows"].items():
         assert [row.get(key) for row in rows] == [pytest.approx(v, rel=2e-3) if v else None for v in column], key
     for file, total in case["sums"].items():
-        assert sum(float(v.double().sum()) for v in load(tmp_path / file).values()) == pytest.approx(total, rel=1e-4)
+        assert sum(float(v.double().sum()) for v in load(tmp_path / file).values()) == pytest.approx(total, rel=1e-3)
     for label, lr in case["learning_rates"].items():
         assert load(tmp_path / f"opt{label:06d}.pt")["param_groups"][0]["lr"] == pytest.approx(lr)
 

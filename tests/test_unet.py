@@ -383,8 +383,7 @@ def test_feature_vectors_are_what_the_forward_pass_computes(cls, dims, half):
 # ---------------------------------------------------------------- recomputation and half precision
 
 
-@pytest.mark.parametrize("cls", [UNetModel, SuperResModel])
-@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize(("dims", "cls"), [(1, UNetModel), (2, UNetModel), (2, SuperResModel), (3, UNetModel)])
 def test_recomputation_changes_no_gradient_even_with_dropout(cls, dims):
     args = inputs(dims, superres=cls is SuperResModel)
     plain, recomputing = (
