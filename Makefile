@@ -11,7 +11,7 @@ DIGITS := --image_size 16 --image_channels 1 --class_cond True --num_classes 10 
 	--num_channels 32 --channel_mult 1,2,2 --num_res_blocks 1 --attention_resolutions 8 \
 	--learn_sigma True --noise_schedule cosine
 LAST_DIGIT := demo/digits/8_01796.png
-WEIGHTS := demo/run/ema_0.99_001200.pt
+WEIGHTS := demo/run/ema_0.99_001000.pt
 SAMPLES := demo/samples/samples_500x16x16x1.npz
 
 .PHONY: demo test lint benchmark-digits clean
@@ -29,7 +29,7 @@ $(SAMPLES): $(WEIGHTS)
 $(WEIGHTS): $(LAST_DIGIT)
 	rm -rf demo/run
 	OPENAI_LOGDIR=demo/run $(PY) scripts/image_train.py $(DIGITS) --data_dir demo/digits \
-		--batch_size 32 --lr 2e-3 --lr_anneal_steps 1200 --ema_rate 0.99 --save_interval 400 --log_interval 100 --seed 0
+		--batch_size 32 --lr 2e-3 --lr_anneal_steps 1000 --ema_rate 0.99 --save_interval 500 --log_interval 100 --seed 0
 
 $(LAST_DIGIT): .venv/demo
 	$(PY) scripts/prepare_digits.py demo/digits

@@ -260,10 +260,15 @@ def test_clip_denoised_is_honoured(tmp_path):
     assert (clipped["arr_0"] != free["arr_0"]).any()
 
 
-def test_sampling_drops_nothing_out(tmp_path):
-    weights = save_weights(tmp_path / "model.pt", fill=0.02)
-    _, without = sample(tmp_path / "without", weights, seed=3)
-    _, dropout = sample(tmp_path / "with", weights, seed=3, dropout=0.9)
+@pytest.mark.parametrize("script", ["image_sample", "super_res_sample"])
+def test_sampling_drops_nothing_out(tmp_path, script):
+    words = dict(seed=3)
+    if script == "super_res_sample":
+        np.savez(tmp_path / "base.npz", np.random.default_rng(0).integers(0, 256, (5, 4, 4, 3)).astype(np.uint8))
+        words.update(image_size=None, large_size=8, small_size=4, base_samples=tmp_path / "base.npz")
+    weights = save_weights(tmp_path / "model.pt", super_resolution=script == "super_res_sample", fill=0.02)
+    _, without = sample(tmp_path / "without", weights, script, **words)
+    _, dropout = sample(tmp_path / "with", weights, script, **words, dropout=0.9)
     np.testing.assert_array_equal(without["arr_0"], dropout["arr_0"])
 
 
@@ -296,7 +301,7 @@ def measure(capfd, logdir, data, weights, **changed):
 
 @pytest.mark.parametrize(("respacing", "steps"), [("", 24), ("6", 6)])
 def test_nll_prints_a_total_and_writes_its_terms(tmp_path, capfd, images, respacing, steps):
-    weights = save_weights(tmp_path / "model.pt", learn_sigma=True, channel_mult="1")
+    weights = save_weights(tmp_path / "model.pt", learn_sigma=True, channel_mult="1", fill=0.02)
     words = dict(learn_sigma=True, timestep_respacing=respacing, channel_mult="1", dropout=0.5)  # which must be off
     count, total, terms = measure(capfd, tmp_path / "log", images, weights, **words, seed=4)
     assert count == 10
