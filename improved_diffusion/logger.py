@@ -186,13 +186,17 @@ def make_output_format(format, ev_dir, log_suffix=""):
 
     :raises InputError: a ValueError, for any other name, or if the format's library is missing.
     """
+    _check_format(format)
     os.makedirs(ev_dir, exist_ok=True)
     if format == "stdout":
         return HumanOutputFormat(sys.stdout)
-    if format not in FILE_FORMATS:
-        raise InputError(f"unknown log format {format!r}: not one of stdout, {', '.join(FILE_FORMATS)}")
     writer, name = FILE_FORMATS[format]
     return writer(os.path.join(ev_dir, name.format(log_suffix)))
+
+
+def _check_format(name):
+    if name != "stdout" and name not in FILE_FORMATS:
+        raise InputError(f"unknown log format {name!r}: not one of stdout, {', '.join(FILE_FORMATS)}")
 
 
 class Logger:
@@ -304,10 +308,6 @@ def configure(dir=None, format_strs=None, comm=None, log_suffix=""):
         now = datetime.datetime.now().strftime("openai-%Y-%m-%d-%H-%M-%S-%f")
         dir = os.environ.get("OPENAI_LOGDIR") or os.path.join(tempfile.gettempdir(), now)
     dir = os.path.expanduser(dir)
-    try:
-        os.makedirs(dir, exist_ok=True)
-    except OSError as e:
-        raise InputError(f"OPENAI_LOGDIR {dir}: cannot be made a folder for logs ({e.strerror})") from None
 
     variable, names = "OPENAI_LOG_FORMAT", "stdout,log,csv"
     rank = get_rank_without_mpi_import()
@@ -316,6 +316,12 @@ def configure(dir=None, format_strs=None, comm=None, log_suffix=""):
         variable, names = "OPENAI_LOG_FORMAT_MPI", "log"
     if format_strs is None:
         format_strs = [name.strip() for name in os.environ.get(variable, names).split(",")]
+    for name in filter(None, format_strs):
+        _check_format(name)
+    try:
+        os.makedirs(dir, exist_ok=True)
+    except OSError as e:
+        raise InputError(f"OPENAI_LOGDIR {dir}: cannot be made a folder for logs ({e.strerror})") from None
     outputs = [make_output_format(name, dir, log_suffix) for name in format_strs if name]
 
     Logger.CURRENT = Logger(dir, outputs, comm)

@@ -122,7 +122,8 @@ def create_model_and_diffusion(
     :raises InputError: (a ValueError) naming the flag that cannot work.
     """
     flags = locals()
-    return _call(create_model, flags), _call(create_gaussian_diffusion, flags, steps=diffusion_steps)
+    diffusion = _call(create_gaussian_diffusion, flags, steps=diffusion_steps)  # first: its errors cost nothing
+    return _call(create_model, flags), diffusion
 
 
 def sr_create_model_and_diffusion(
@@ -155,7 +156,8 @@ def sr_create_model_and_diffusion(
     :return: (SuperResModel, SpacedDiffusion).
     """
     flags = locals()
-    return _call(sr_create_model, flags), _call(create_gaussian_diffusion, flags, steps=diffusion_steps)
+    diffusion = _call(create_gaussian_diffusion, flags, steps=diffusion_steps)
+    return _call(sr_create_model, flags), diffusion
 
 
 def _call(factory, flags, **renamed):

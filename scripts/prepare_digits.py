@@ -22,7 +22,10 @@ def main():
         raise InputError("scikit-learn holds the digits: pip install improved-diffusion[demo]") from None
 
     digits = load_digits()
-    os.makedirs(args.out_dir, exist_ok=True)
+    try:
+        os.makedirs(args.out_dir, exist_ok=True)
+    except OSError as e:
+        raise InputError(f"out_dir {args.out_dir}: cannot be made a folder ({e.strerror})") from None
     for i, (pixels, label) in enumerate(zip(digits.images, digits.target, strict=True)):
         image = Image.fromarray(np.round(pixels * (255 / 16)).astype(np.uint8))
         image = image.resize((SIZE, SIZE), resample=Image.Resampling.BICUBIC)

@@ -7,6 +7,7 @@ import os
 import numpy as np
 from PIL import Image
 
+from improved_diffusion.errors import InputError
 from improved_diffusion.sample_util import load_labelled_samples
 from improved_diffusion.script_util import FlagParser, run
 
@@ -18,7 +19,10 @@ GAP = 4
 def main():
     args = create_argparser().parse_args()
     images, labels = load_labelled_samples(args.samples)
-    draw_grid(images, labels).save(args.out)
+    try:
+        draw_grid(images, labels).save(args.out)
+    except (OSError, ValueError) as e:  # the latter for a name that tells no format
+        raise InputError(f"out {args.out}: cannot be written ({e}); give a name that ends in .png") from None
     print(f"{len(np.unique(labels))} classes, {COLUMNS} samples each: {os.path.abspath(args.out)}")
 
 

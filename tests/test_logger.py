@@ -755,3 +755,10 @@ def test_a_log_directory_that_cannot_be_is_refused_in_one_line(tmp_path, monkeyp
     with pytest.raises(ValueError, match=r"OPENAI_LOGDIR .*cannot be made a folder") as refusal:
         logger.configure()
     assert "\n" not in str(refusal.value)
+
+
+def test_an_unknown_format_leaves_no_directory(tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_LOG_FORMAT", "csv,paper")
+    with pytest.raises(ValueError, match="'paper'"):
+        logger.configure(dir=str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()

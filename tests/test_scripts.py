@@ -453,6 +453,22 @@ def test_super_resolution_from_photographs_and_from_samples(tmp_path, crops, cha
     assert large["arr_1"].tolist() == base["arr_1"].tolist()
 
 
+def test_super_resolution_is_trained_on_images_of_both_sizes(monkeypatch, tmp_path, crops):
+    batches = []
+
+    class Spy:
+        def __init__(self, *, data, **kwargs):
+            batches.append(next(data))
+
+        def run_loop(self):
+            pass
+
+    monkeypatch.setattr(load_script("super_res_train"), "TrainLoop", Spy)
+    train(tmp_path, crops, script="super_res_train", **{**SUPER, "small_size": 2}, class_cond=True, num_classes=2)
+    ((x, cond),) = batches
+    assert (x.shape, cond["low_res"].shape, cond["y"].shape) == ((4, 3, 16, 16), (4, 3, 2, 2), (4,))
+
+
 # ---------------------------------------------------------------- digits and pictures
 
 
@@ -519,3 +535,16 @@ def test_a_grid_of_nothing(monkeypatch, tmp_path, capfd, words, part):
     out, err = capfd.readouterr()
     assert (out, err.count("\n")) == ("", 1) and part in err
     assert [path.name for path in tmp_path.iterdir()] == ["unlabelled.npz"]
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "named"),
+    [("prepare_digits", ["{file}"], "out_dir"), ("sample_grid", ["{samples}", "{file}/a.png"], "out")],
+)
+def test_an_unusable_output_ends_in_one_line(tmp_path, capfd, script, arguments, named):
+    file, samples = tmp_path / "file", tmp_path / "samples.npz"
+    file.touch()
+    np.savez(samples, np.zeros((2, 4, 4, 1), np.uint8), np.arange(2))
+    assert run_script(script, [a.format(file=file, samples=samples) for a in arguments], tmp_path) == 2
+    err = capfd.readouterr().err
+    assert err.count("\n") == 1 and f"error: {named} {file}" in err
