@@ -244,6 +244,7 @@ class TrainLoop:
         while not self._finished():
             batch, cond = next(self.data)
             self.run_step(batch, cond)
+            self._step_done()  # again, for a run_step() of one's own
             if self.step % self.log_interval == 0:
                 logger.dumpkvs()
             if self.step % self.save_interval == 0 and not self._is_resumed_from_here():
@@ -275,10 +276,14 @@ class TrainLoop:
             self.optimize_fp16()
         else:
             self.optimize_normal()
+        self._step_done()
+        self.log_step()
+
+    def _step_done(self):
+        """Count the step, and give the logger what is due; a second time changes nothing."""
         self._updates = self.step + self.resume_step + 1
         if self.step % self.log_interval == 0:
             self._log_statistics()
-        self.log_step()
 
     def forward_backward(self, batch, cond):
         """Set the gradients to those of the batch's mean weighted loss (times the loss scale in float16)."""

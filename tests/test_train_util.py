@@ -550,6 +550,22 @@ def test_a_save_of_ones_own(tmp_path):
     assert train(tmp_path, Saving, max_steps=8, save_interval=3).saved_at == [0, 3, 6, 8]
 
 
+def test_a_step_of_ones_own(tmp_path):
+    """Without super(): counted, logged and saved at the end like the loop's."""
+
+    class Stepping(TrainLoop):
+        def run_step(self, batch, cond):
+            self.forward_backward(batch, cond)
+            self.optimize_normal()
+            self.log_step()
+
+    train(tmp_path, Stepping, max_steps=4, save_interval=2, log_interval=2)
+    assert labels(tmp_path) == {0: 1, 2: 3, 4: 4}
+    assert [load(tmp_path / f"state{label:06d}.pt")["updates"] for label in (0, 2, 4)] == [1, 3, 4]
+    rows = read_rows(tmp_path)
+    assert [row["step"] for row in rows] == [0, 2] and all({"loss", "grad_norm"} <= row.keys() for row in rows)
+
+
 def test_an_optimizer_step_of_ones_own(tmp_path):
     class Frozen(TrainLoop):
         def optimize_normal(self):

@@ -5,6 +5,7 @@ Each rank writes FOLDER/rank0.json or rank1.json; the runs' logs and checkpoints
 """
 
 import copy
+import faulthandler
 import json
 import math
 import sys
@@ -100,6 +101,7 @@ def divergence(folder):
 
 
 def main(folder, images):
+    faulthandler.dump_traceback_later(240, exit=True)  # ranks that wait for each other for ever say where
     dist_util.setup_dist()
     dist_util.setup_dist()
     dist_util.seed_everything(5)
