@@ -13,6 +13,7 @@ mpi4py is imported only when an mpiexec started several of us, to agree on an ad
 
 import atexit
 import contextlib
+import gc
 import os
 import pickle
 import random
@@ -116,6 +117,7 @@ def _agree_on_address(size):
 
 def _leave_group():
     if dist.is_initialized():
+        gc.collect()  # what DistributedDataParallel leaves behind in reference cycles would keep the group alive
         dist.destroy_process_group()
 
 

@@ -138,7 +138,6 @@ class TrainLoop:
             self.ddp_model = DDP(
                 self.model,
                 device_ids=[dist_util.dev()] if th.cuda.is_available() else None,
-                broadcast_buffers=False,
                 bucket_cap_mb=128,
             )
 

@@ -373,6 +373,7 @@ def two_ranks(request, tmp_path_factory):
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr, done.stderr
     return folder, *(json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1))
 
 
