@@ -98,8 +98,21 @@ def save_set(directory, step, *, model, emas, optimizer, state):
     contents.update({ema_filename(rate, step): params for rate, params in emas.items()})
     contents[optimizer_filename(step)] = optimizer
     contents[state_filename(step)] = state
-    write_files(directory, {name: functools.partial(th.save, value) for name, value in contents.items()})
+    write_files(directory, {name: functools.partial(_save_from_cpu, value) for name, value in contents.items()})
     return bf.join(directory, model_filename(step))
+
+
+def _save_from_cpu(contents, f):
+    """torch.save() of CPU copies, made file by file: a file that loads anywhere, and no second model on a GPU."""
+
+    def copied(value):
+        if isinstance(value, th.Tensor):
+            return value.detach().to("cpu", copy=True)  # a copy, since a view takes all that it is a view of along
+        if isinstance(value, dict):
+            return {k: copied(v) for k, v in value.items()}
+        return [copied(v) for v in value] if isinstance(value, list) else value
+
+    th.save(copied(contents), f)
 
 
 def write_files(directory, writers):

@@ -416,7 +416,7 @@ class TrainLoop:
                     rate: self._master_params_to_state_dict(params)
                     for rate, params in zip(self.ema_rate, self.ema_params, strict=True)
                 },
-                optimizer=_optimizer_on_cpu(self.opt.state_dict()),
+                optimizer=self.opt.state_dict(),
                 state=state,
             )
         self._last_checkpoint = dist_util.all_gather_object(path)[0]  # and every rank waits for rank 0
@@ -424,10 +424,9 @@ class TrainLoop:
     def _master_params_to_state_dict(self, master_params):
         if self.use_fp16:
             master_params = unflatten_master_params(self.model_params, master_params)
-        state_dict = {name: value.cpu() for name, value in self.model.state_dict().items()}
+        state_dict = self.model.state_dict()
         names = [name for name, _ in self.model.named_parameters()]
-        # copies, or a view of the flat masters would put all of them into the file
-        state_dict.update({name: p.detach().to("cpu", copy=True) for name, p in zip(names, master_params, strict=True)})
+        state_dict.update({name: p.detach() for name, p in zip(names, master_params, strict=True)})
         return state_dict
 
     def _state_dict_to_master_params(self, state_dict, path):
@@ -442,14 +441,6 @@ class TrainLoop:
 def _state_of(part):
     """state_dict() of a data iterator or sampler that has one, else None."""
     return part.state_dict() if hasattr(part, "state_dict") else None
-
-
-def _optimizer_on_cpu(state_dict):
-    def on_cpu(value):
-        return value.cpu() if isinstance(value, th.Tensor) else value
-
-    state = {i: {k: on_cpu(v) for k, v in entry.items()} for i, entry in state_dict["state"].items()}
-    return {**state_dict, "state": state}
 
 
 def log_loss_dict(diffusion, ts, losses):
