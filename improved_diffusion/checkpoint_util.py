@@ -9,20 +9,23 @@ A checkpoint is a set of files with one step in their names:
     state000010.pt        what else a run needs to go on as if it had never stopped
 
 The first three are what the original writes. The fourth is written last, so it stands for a
-complete set.
+complete set; it names the others.
 """
 
 import contextlib
 import functools
 import io
 import os
+import re
 
 import blobfile as bf
 import numpy as np
 import torch as th
 
-from . import dist_util
+from . import dist_util, logger
 from .errors import InputError
+
+TEMPORARY = ".tmp"  # ends the name of a file until it is whole
 
 
 def model_filename(step):
@@ -48,6 +51,11 @@ def parse_resume_step_from_filename(filename):
     return int(digits) if found and digits.isdecimal() else 0
 
 
+def is_of_a_run(filename):
+    """Whether a name such as path/to/model000100.pt says that a run can go on from it; an ema_ file's does not."""
+    return re.search(r"model\d+[^/]*$", filename) is not None
+
+
 def find_ema_checkpoint(main_checkpoint, step, rate):
     """The path of the EMA file beside a model file, None if there is none."""
     return _beside(main_checkpoint, ema_filename(rate, step))
@@ -64,14 +72,72 @@ def find_state_checkpoint(main_checkpoint, step):
 
     :raises InputError: if a crash left the set incomplete.
     """
-    if bf.basename(main_checkpoint) != model_filename(step):
-        return None  # an average, say: the start of another run, not the rest of the one it comes from
     path = _beside(main_checkpoint, state_filename(step))
-    if path is None and _beside(main_checkpoint, _temporary(state_filename(step))):
+    if path is None and _beside(main_checkpoint, state_filename(step) + TEMPORARY):
         raise InputError(
             f"{main_checkpoint} belongs to a checkpoint whose writing was cut off; resume from the one before it"
         )
     return path
+
+
+def find_newest_checkpoint(directory):
+    """
+    The model file of the newest complete checkpoint in a folder, None if there is none. On this rank alone.
+
+    Complete is one whose files are all there and undamaged; the log says what is wrong with newer ones. Where no
+    checkpoint has a state file, the folder is one of the original: then model and optimizer make a checkpoint.
+    """
+    sets = _sets_in(directory)
+    has_states = any(state_filename(step) in names for step, names in sets.items())
+    for step, names in sorted(sets.items(), reverse=True):
+        last = state_filename(step) if has_states else optimizer_filename(step)
+        if not {model_filename(step), last} <= names:
+            continue  # it was being written, or deleted, when the run ended
+        try:
+            if has_states:
+                listed = dist_util.read_state_dict(bf.join(directory, last)).get("files", [])
+                if not names.issuperset(listed):
+                    raise InputError(f"{bf.join(directory, (set(listed) - names).pop())}: there is no such file")
+            for name in names:
+                if not name.endswith(TEMPORARY):
+                    dist_util.read_state_dict(bf.join(directory, name), map_location="meta")
+        except InputError as e:
+            logger.warn(f"the checkpoint of step {step} is left out: {e}")
+            continue
+        return bf.join(directory, model_filename(step))
+    return None
+
+
+def delete_old_sets(directory, step, keep):
+    """
+    Of the checkpoints up to the one of `step`, leave the newest `keep`, and delete the others with whatever
+    is left of incomplete ones.
+    """
+    sets = {k: names for k, names in _sets_in(directory).items() if k <= step}
+    complete = [k for k, names in sets.items() if model_filename(k) in names and not _is_cut_off(k, names)]
+    for k in sets.keys() - set(sorted(complete)[-keep:]):
+        # the model first: without it nothing takes the rest for a checkpoint
+        for name in sorted(sets[k], key=lambda name: name != model_filename(k)):
+            try:
+                bf.remove(bf.join(directory, name))
+            except OSError as e:
+                logger.warn(f"{bf.join(directory, name)}: cannot be deleted ({e.strerror})")
+
+
+def _is_cut_off(step, names):
+    return state_filename(step) not in names and any(name.endswith(TEMPORARY) for name in names)
+
+
+def _sets_in(directory):
+    """{step: names of its files, temporary ones too} of all checkpoints in a folder."""
+    sets = {}
+    if not bf.isdir(directory):
+        return sets
+    for name in bf.listdir(directory) if _is_remote(directory) else os.listdir(directory):
+        match = re.fullmatch(rf"(?:model|ema_[^_]+_|opt|state)(\d{{6,}})\.pt(?:{re.escape(TEMPORARY)})?", name)
+        if match:
+            sets.setdefault(int(match[1]), set()).add(name)
+    return sets
 
 
 def is_in(path, directory):
@@ -97,7 +163,7 @@ def save_set(directory, step, *, model, emas, optimizer, state):
     contents = {model_filename(step): model}
     contents.update({ema_filename(rate, step): params for rate, params in emas.items()})
     contents[optimizer_filename(step)] = optimizer
-    contents[state_filename(step)] = state
+    contents[state_filename(step)] = {**state, "files": list(contents)}
     write_files(directory, {name: functools.partial(_save_from_cpu, value) for name, value in contents.items()})
     return bf.join(directory, model_filename(step))
 
@@ -134,7 +200,7 @@ def write_files(directory, writers):
                 write(staged[path])
                 continue
             os.makedirs(directory, exist_ok=True)
-            staged[path] = _temporary(path)
+            staged[path] = path + TEMPORARY
             with open(staged[path], "wb") as f:
                 write(f)
                 f.flush()
@@ -159,10 +225,6 @@ def write_files(directory, writers):
                 f.write(temporary.getbuffer())
     if not _is_remote(directory):
         _flush_directory(directory)
-
-
-def _temporary(path):
-    return path + ".tmp"
 
 
 def _is_remote(path):

@@ -6,6 +6,7 @@ The launcher is recognised by the environment it sets:
     torchrun                 RANK, WORLD_SIZE, LOCAL_RANK
     mpiexec (Open MPI)       OMPI_COMM_WORLD_RANK, ..._SIZE, ..._LOCAL_RANK
     mpiexec (MPICH)          PMI_RANK, PMI_SIZE, MPI_LOCALRANKID
+    srun (Slurm)             SLURM_PROCID, SLURM_STEP_NUM_TASKS, SLURM_LOCALID
     none                     one process, rank 0
 
 mpi4py is imported only when an mpiexec started several of us, to agree on an address.
@@ -14,12 +15,16 @@ mpi4py is imported only when an mpiexec started several of us, to agree on an ad
 import atexit
 import contextlib
 import gc
+import io
 import os
 import pickle
+import platform
 import random
-import socket
+import re
 import sys
 import warnings
+import zipfile
+from typing import NamedTuple
 
 import blobfile as bf
 import numpy as np
@@ -33,27 +38,59 @@ LAUNCHERS = (
     ("torchrun", "RANK", "WORLD_SIZE", "LOCAL_RANK"),
     ("mpiexec", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
     ("mpiexec", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
+    # of the job step: a batch script, which is one process, has the job's SLURM_NTASKS as well
+    ("srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
 )
 
 
+class World(NamedTuple):
+    """This process's place among those that a launcher started."""
+
+    launcher: str | None
+    rank: int
+    size: int
+    local_rank: int  # the rank within the node
+
+
 def _world():
-    """(launcher or None, rank, world size, rank within the node), by the environment alone."""
-    for launcher, rank_var, size_var, local_var in LAUNCHERS:
-        if rank_var in os.environ and size_var in os.environ:
-            env_rank = int(os.environ[rank_var])
-            local_rank = int(os.environ.get(local_var, env_rank))
-            return launcher, env_rank, int(os.environ[size_var]), local_rank
-    return None, 0, 1, 0
+    """The World, by the environment alone."""
+    found = [row for row in LAUNCHERS if row[1] in os.environ and row[2] in os.environ]
+    if not found:
+        return World(None, 0, 1, 0)
+    if found[0][1] == "PMI_RANK" and found[-1][0] == "srun" and _values(found[0][1:3]) == _values(found[-1][1:3]):
+        found = found[-1:]  # srun sets MPICH's variables too, and it needs no MPI
+    launcher, rank_var, size_var, local_var = found[0]
+    rank, size = (_whole_number(name) for name in (rank_var, size_var))
+    return World(launcher, rank, size, _whole_number(local_var) if local_var in os.environ else rank)
+
+
+def _values(names):
+    return [os.environ[name] for name in names]
+
+
+def _whole_number(name):
+    try:
+        return int(os.environ[name])
+    except ValueError:
+        raise InputError(f"the environment variable {name} is {os.environ[name]!r}, not a whole number") from None
 
 
 def rank():
     """This process's rank: in the process group, or, before there is one, by the launcher's environment."""
-    return dist.get_rank() if dist.is_initialized() else _world()[1]
+    return dist.get_rank() if dist.is_initialized() else _world().rank
 
 
 def world_size():
     """How many processes run together, found out as rank() is."""
-    return dist.get_world_size() if dist.is_initialized() else _world()[2]
+    return dist.get_world_size() if dist.is_initialized() else _world().size
+
+
+def describe():
+    """This process's place in one line, for the log."""
+    return (
+        f"rank {rank()} of {world_size()}, on {dev()} of {platform.node()}; "
+        f"started by {_world().launcher or 'no launcher'}"
+    )
 
 
 def setup_dist():
@@ -63,21 +100,28 @@ def setup_dist():
     One process alone gets a group too, over a store in its own memory, so that
     code which asks torch.distributed for its rank runs without a launcher.
 
-    :raises InputError: if mpiexec promises several ranks and mpi4py finds another number.
+    :raises InputError: if the ranks that the launcher promises do not find each other.
     """
     if dist.is_initialized():
         return
-    launcher, rank, size, _ = _world()
+    world = _world()
     if th.cuda.is_available():
         th.cuda.set_device(dev())
     backend = "nccl" if th.cuda.is_available() else "gloo"
-    if size == 1:
+    if world.size == 1:
         with _loopback_only():
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     else:
-        if launcher == "mpiexec":
-            _agree_on_address(size)
-        dist.init_process_group(backend, init_method="env://", rank=rank, world_size=size)
+        try:
+            meeting = _meeting_place(world)
+            dist.init_process_group(backend, rank=world.rank, world_size=world.size, **meeting)
+        except InputError:
+            raise
+        except (RuntimeError, ValueError) as e:  # the first is torch's for all that goes wrong in a network
+            raise InputError(
+                f"{world.launcher} promises {world.size} ranks, but rank {world.rank} did not find the others: "
+                f"{str(e).splitlines()[0]}"
+            ) from None
     atexit.register(_leave_group)  # a gloo group left to the interpreter's end can abort it
 
 
@@ -95,24 +139,55 @@ def _loopback_only():
         del os.environ[name]
 
 
-def _agree_on_address(size):
-    """Rank 0 chooses an address and a free port for the group, unless the user did, and tells the others."""
-    from mpi4py import MPI
+def _meeting_place(world):
+    """How the ranks find each other: keyword arguments of init_process_group()."""
+    told_by_user = {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()  # or by torchrun
+    if world.launcher == "mpiexec" and not told_by_user:
+        return {"store": _store_by_mpi(world)}
+    if world.launcher == "srun" and not told_by_user:
+        # the step's first node, and a port that other jobs on it will hardly have
+        first_node = re.match(r"([^,\[]+)(?:\[(\w+))?", os.environ["SLURM_STEP_NODELIST"]).groups(default="")
+        job, step = (_whole_number(name) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
+        os.environ.setdefault("MASTER_ADDR", "".join(first_node))
+        os.environ.setdefault("MASTER_PORT", str(15000 + (31 * job + step) % 15000))
+    return {"init_method": "env://"}
+
+
+def _store_by_mpi(world):
+    """A store on rank 0, whose address MPI tells the others. The port is free, since the store has it already."""
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as e:  # the second if there is no MPI to load
+        raise InputError(
+            f"mpiexec started {world.size} ranks, but mpi4py cannot be used ({str(e).splitlines()[0]}); "
+            "install the MPI of this mpiexec (pip install mpich), or use torchrun"
+        ) from None
 
     comm = MPI.COMM_WORLD
-    if comm.Get_size() != size:
+    if comm.Get_size() != world.size:
         raise InputError(
-            f"mpiexec started {size} ranks, but mpi4py sees {comm.Get_size()}: it belongs to another MPI than "
+            f"mpiexec started {world.size} ranks, but mpi4py sees {comm.Get_size()}: it belongs to another MPI than "
             "this mpiexec; install the one it was built for (pip install mpich), or use torchrun"
         )
+    on_one_node = comm.Split_type(MPI.COMM_TYPE_SHARED).Get_size() == world.size
     address = None
-    if comm.Get_rank() == 0:
-        with socket.socket() as s:
-            s.bind(("", 0))
-            address = socket.gethostname(), str(s.getsockname()[1])
+    if world.rank == 0:
+        # on one node the host's name, which may resolve to anything, is not needed
+        host = os.environ.get("MASTER_ADDR", "localhost" if on_one_node else platform.node())
+        port = int(os.environ.get("MASTER_PORT", 0))
+        store = dist.TCPStore(host, port, world.size, is_master=True, wait_for_workers=False)
+        address = host, store.port
     host, port = comm.bcast(address)
-    os.environ.setdefault("MASTER_ADDR", host)
-    os.environ.setdefault("MASTER_PORT", port)
+    if world.rank > 0:
+        store = dist.TCPStore(host, port, world.size, is_master=False)
+    os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = host, str(port)  # for whoever else wants to meet
+    return store
+
+
+def leave():
+    """Wait for the other ranks and leave the process group: the last thing of a good run."""
+    barrier()
+    _leave_group()
 
 
 def _leave_group():
@@ -121,21 +196,47 @@ def _leave_group():
         dist.destroy_process_group()
 
 
+def is_loss_of_a_rank(error):
+    """Whether an exception tells that another rank is gone."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+
+
 def dev():
     """The device this rank computes on: the GPU of its place in the node, or the CPU."""
     if th.cuda.is_available():
-        return th.device("cuda", _world()[3] % th.cuda.device_count())
+        return th.device("cuda", _world().local_rank % th.cuda.device_count())
     return th.device("cpu")
+
+
+_seed = None  # what seed_everything() was given
 
 
 def seed_everything(seed):
     """
     Seed the global generators of torch, numpy and random; each rank differently, rank 0 with
-    `seed` itself. None leaves them as they are.
+    `seed` itself. None leaves them as they are, which is at random.
     """
-    if seed is None:
-        return
-    seed = seed + rank()
+    global _seed
+    _seed = seed
+    if seed is not None:
+        _seed_generators(seed + rank())
+
+
+def seed_anew(step):
+    """
+    Seed the generators by what seed_everything() was given, a step and the rank: for a run that
+    goes on from a step without the random numbers it had there. None leaves them as they are.
+    """
+    if _seed is not None:
+        _seed_generators(mixed_seed(_seed, step, rank()))
+
+
+def mixed_seed(*numbers):
+    """A seed for a generator of torch that differs wherever one of the whole numbers does."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+
+
+def _seed_generators(seed):
     random.seed(seed)
     np.random.seed(seed % 2**32)
     th.manual_seed(seed)
@@ -143,25 +244,46 @@ def seed_everything(seed):
 
 def load_state_dict(path, **kwargs):
     """
-    Read a file of tensors and plain values, never of code.
+    Read a file of tensors and plain values, never of code. All ranks call it; rank 0 reads, and
+    sends the others what it read.
 
     :param path: a local path or any URL that blobfile reads.
     :param kwargs: for torch.load, such as map_location (without it, and without a GPU: the CPU).
-    :raises InputError: if there is no such file, or it is not a checkpoint, or is cut short,
+    :raises InputError: if there is no such file, or it is not a checkpoint, or is damaged,
                         or holds objects whose loading could run code.
     """
-    has_gpu = th.cuda.is_available()
+    return _decode(path, from_rank_0(_read, path), **kwargs)
+
+
+def read_state_dict(path, **kwargs):
+    """load_state_dict() on this rank alone."""
+    return _decode(path, _read(path), **kwargs)
+
+
+def _read(path):
     try:
-        with bf.BlobFile(path, "rb") as f, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's, about pickles that it refuses in the next moment
-            return th.load(f, **{"weights_only": True, "map_location": None if has_gpu else "cpu", **kwargs})
+        with bf.BlobFile(path, "rb") as f:
+            return f.read()
     except FileNotFoundError:
         raise InputError(f"{path}: there is no such file") from None
     except IsADirectoryError:
         raise InputError(f"{path} is a directory; give the .pt file in it") from None
     except PermissionError:
         raise InputError(f"{path}: no permission to read it") from None
-    except (th.OutOfMemoryError, MemoryError, TypeError, bf.Error):
+
+
+def _decode(path, data, **kwargs):
+    if not th.cuda.is_available():
+        kwargs.setdefault("map_location", "cpu")
+    f = io.BytesIO(data)
+    try:
+        if zipfile.is_zipfile(f) and zipfile.ZipFile(f).testzip():
+            raise ValueError("the checksum of a tensor is wrong")  # which torch does not look at
+        f.seek(0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's, about pickles that it refuses in the next moment
+            return th.load(f, **{"weights_only": True, **kwargs})
+    except (th.OutOfMemoryError, MemoryError):
         raise  # the file is not to blame
     except pickle.UnpicklingError as e:
         if "GLOBAL" in str(e) or "unrecognized function" in str(e):
@@ -169,7 +291,7 @@ def load_state_dict(path, **kwargs):
                 f"{path}: refused, since it holds more than tensors and plain values and loading it could run code"
             ) from None
         raise InputError(f"{path}: not a checkpoint (a file that torch.save wrote)") from None
-    except Exception:  # torch's reader raises anything for a file that is cut short or not its own
+    except Exception:  # the readers raise anything for a file that is cut short or not their own
         raise InputError(f"{path}: not a checkpoint (a file that torch.save wrote), or damaged") from None
 
 
@@ -213,6 +335,43 @@ def all_gather_object(obj):
     objects = [None] * world_size()
     dist.all_gather_object(objects, obj)
     return objects
+
+
+def from_rank_0(function, *args):
+    """What function(*args) returns, or raises, on rank 0, the only one that calls it; every rank gets it."""
+    if world_size() == 1 or not dist.is_initialized():
+        return function(*args)
+    outcome = [None, None]
+    if rank() == 0:
+        try:
+            outcome[0] = function(*args)
+        except Exception as e:  # whatever it is: the other ranks wait
+            outcome[1] = e
+    dist.broadcast_object_list(outcome, 0)
+    result, error = outcome
+    if error is not None:
+        raise error
+    return result
+
+
+def any_rank(flag):
+    """Whether `flag` is true on some rank. One small message; it waits for the other ranks, not for their GPUs."""
+    if world_size() == 1:
+        return flag
+    flags = th.tensor([int(flag)])
+    dist.all_reduce(flags, group=_cpu_group())
+    return bool(flags)
+
+
+_groups = {}  # the default group -> one of the same ranks over gloo
+
+
+def _cpu_group():
+    if dist.get_backend() == "gloo":
+        return dist.group.WORLD
+    if dist.group.WORLD not in _groups:
+        _groups[dist.group.WORLD] = dist.new_group(backend="gloo")
+    return _groups[dist.group.WORLD]
 
 
 def barrier():

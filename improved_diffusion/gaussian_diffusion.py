@@ -267,18 +267,19 @@ class GaussianDiffusion:
             return t.float() * (1000.0 / self.num_timesteps)
         return t
 
-    def p_sample(self, model, x, t, clip_denoised=True, denoised_fn=None, model_kwargs=None):
+    def p_sample(self, model, x, t, clip_denoised=True, denoised_fn=None, model_kwargs=None, noise_fn=th.randn_like):
         """
         One ancestral step: draw x_{t-1} from p(x_{t-1} | x_t). No noise is added at t = 0.
 
         Parameters as of p_mean_variance().
 
+        :param noise_fn: gives standard normal noise like the tensor it is called with.
         :return: a dict of "sample" and "pred_xstart", x's shape.
         """
         out = self.p_mean_variance(
             model, x, t, clip_denoised=clip_denoised, denoised_fn=denoised_fn, model_kwargs=model_kwargs
         )
-        noise = th.randn_like(x)
+        noise = noise_fn(x)
         sample = out["mean"] + _unless_first(t, x) * th.exp(0.5 * out["log_variance"]) * noise
         return {"sample": sample, "pred_xstart": out["pred_xstart"]}
 
@@ -292,6 +293,7 @@ class GaussianDiffusion:
         model_kwargs=None,
         device=None,
         progress=False,
+        noise_fn=None,
     ):
         """
         Samples by the whole ancestral chain.
@@ -300,6 +302,7 @@ class GaussianDiffusion:
         :param noise: where the chain starts; standard normal if None.
         :param device: where to sample; the model's if None.
         :param progress: show a tqdm bar.
+        :param noise_fn: draws all noise, as of p_sample(); th.randn_like if None.
         :return: tensor of `shape`.
         """
         return _last_sample(
@@ -312,6 +315,7 @@ class GaussianDiffusion:
                 model_kwargs=model_kwargs,
                 device=device,
                 progress=progress,
+                noise_fn=noise_fn,
             )
         )
 
@@ -325,6 +329,7 @@ class GaussianDiffusion:
         model_kwargs=None,
         device=None,
         progress=False,
+        noise_fn=None,
     ):
         """Yield what p_sample() returns at each step of p_sample_loop(), noisiest first."""
         yield from self._sample_loop(
@@ -334,15 +339,18 @@ class GaussianDiffusion:
             noise,
             device,
             progress,
+            noise_fn,
             clip_denoised=clip_denoised,
             denoised_fn=denoised_fn,
             model_kwargs=model_kwargs,
         )
 
-    def _sample_loop(self, step, model, shape, noise, device, progress, **step_kwargs):
+    def _sample_loop(self, step, model, shape, noise, device, progress, noise_fn, **step_kwargs):
         if device is None:
             device = next(model.parameters()).device
-        x = th.randn(*shape, device=device) if noise is None else noise
+        x = (noise_fn or th.randn_like)(th.empty(*shape, device=device)) if noise is None else noise
+        if noise_fn is not None:
+            step_kwargs["noise_fn"] = noise_fn  # else not even named: a subclass's step may not know it
         indices = reversed(range(self.num_timesteps))
         if progress:
             from tqdm.auto import tqdm
@@ -357,11 +365,14 @@ class GaussianDiffusion:
 
     # ---------------------------------------------------------------- DDIM
 
-    def ddim_sample(self, model, x, t, clip_denoised=True, denoised_fn=None, model_kwargs=None, eta=0.0):
+    def ddim_sample(
+        self, model, x, t, clip_denoised=True, denoised_fn=None, model_kwargs=None, eta=0.0, noise_fn=th.randn_like
+    ):
         """
         One DDIM step from x_t to x_{t-1} (Song et al. 2020, equation 12).
 
         :param eta: 0 is deterministic, 1 as noisy as the ancestral step.
+        :param noise_fn: as of p_sample().
         :return: a dict of "sample" and "pred_xstart", x's shape.
         """
         out = self.p_mean_variance(
@@ -372,7 +383,7 @@ class GaussianDiffusion:
         alpha_bar = _extract_into_tensor(self.alphas_cumprod, t, x.shape)
         alpha_bar_prev = _extract_into_tensor(self.alphas_cumprod_prev, t, x.shape)
         sigma = eta * th.sqrt((1 - alpha_bar_prev) / (1 - alpha_bar)) * th.sqrt(1 - alpha_bar / alpha_bar_prev)
-        noise = th.randn_like(x)
+        noise = noise_fn(x)
         mean = out["pred_xstart"] * th.sqrt(alpha_bar_prev) + th.sqrt(1 - alpha_bar_prev - sigma**2) * eps
         return {"sample": mean + _unless_first(t, x) * sigma * noise, "pred_xstart": out["pred_xstart"]}
 
@@ -405,6 +416,7 @@ class GaussianDiffusion:
         device=None,
         progress=False,
         eta=0.0,
+        noise_fn=None,
     ):
         """Samples by the whole DDIM chain; parameters as of p_sample_loop() and ddim_sample()."""
         return _last_sample(
@@ -418,6 +430,7 @@ class GaussianDiffusion:
                 device=device,
                 progress=progress,
                 eta=eta,
+                noise_fn=noise_fn,
             )
         )
 
@@ -432,6 +445,7 @@ class GaussianDiffusion:
         device=None,
         progress=False,
         eta=0.0,
+        noise_fn=None,
     ):
         """Yield what ddim_sample() returns at each step of ddim_sample_loop(), noisiest first."""
         yield from self._sample_loop(
@@ -441,6 +455,7 @@ class GaussianDiffusion:
             noise,
             device,
             progress,
+            noise_fn,
             clip_denoised=clip_denoised,
             denoised_fn=denoised_fn,
             model_kwargs=model_kwargs,
@@ -513,11 +528,12 @@ class GaussianDiffusion:
         mean, _, log_variance = self.q_mean_variance(x_start, t)
         return mean_flat(normal_kl(mean, log_variance, 0.0, 0.0)) / math.log(2.0)
 
-    def calc_bpd_loop(self, model, x_start, clip_denoised=True, model_kwargs=None):
+    def calc_bpd_loop(self, model, x_start, clip_denoised=True, model_kwargs=None, noise_fn=th.randn_like):
         """
         The whole variational bound on -log2 p(x_0), and related terms, one noise draw a timestep.
 
         :param x_start: [N, C, ...] in [-1, 1].
+        :param noise_fn: as of p_sample().
         :return: a dict of "total_bpd" [N], "prior_bpd" [N], "vb" [N, T] (bits per dimension of each
                  term), "xstart_mse" [N, T] and "mse" [N, T] (squared errors of the implied x_0 and
                  noise). The first column belongs to the noisiest timestep, T - 1, the last to 0.
@@ -525,7 +541,7 @@ class GaussianDiffusion:
         vb, xstart_mse, mse = [], [], []
         for i in reversed(range(self.num_timesteps)):
             t = th.full((x_start.shape[0],), i, device=x_start.device, dtype=th.long)
-            noise = th.randn_like(x_start)
+            noise = noise_fn(x_start)
             x_t = self.q_sample(x_start, t, noise=noise)
             with th.no_grad():
                 out = self._vb_terms_bpd(model, x_start, x_t, t, clip_denoised=clip_denoised, model_kwargs=model_kwargs)

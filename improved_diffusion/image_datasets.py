@@ -2,6 +2,8 @@
 
 import functools
 import os
+import signal
+import threading
 import time
 
 import blobfile as bf
@@ -85,8 +87,32 @@ def load_data_once(
     :raises InputError: as load_data(), but for a folder with less than a batch.
     """
     dataset = _open_folder(data_dir, image_size, class_cond, image_channels, num_classes, limit)
-    loader = DataLoader(dataset, batch_size=batch_size, num_workers=num_workers, generator=th.Generator())
+    loader = DataLoader(
+        dataset,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        worker_init_fn=_leave_signals_to_the_parent,
+        generator=th.Generator(),
+    )
     return _one_line_errors(loader)
+
+
+def _leave_signals_to_the_parent(worker):
+    """
+    A terminal or a scheduler sends SIGINT and SIGTERM to all processes of a run, and training
+    answers them by going on until it has saved: its workers end when it says so, not before.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if not hasattr(signal, "sigwaitinfo"):
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def wait():
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _one_line_errors(loader):
@@ -237,6 +263,7 @@ class BatchStream:
             num_workers=num_workers,
             collate_fn=collate_fn,
             persistent_workers=num_workers > 0,
+            worker_init_fn=_leave_signals_to_the_parent,
             pin_memory=th.cuda.is_available(),
             generator=th.Generator(),  # the loader's own draws must not disturb the global generator's order
         )

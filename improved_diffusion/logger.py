@@ -78,8 +78,9 @@ class HumanOutputFormat(KVWriter, SeqWriter):
         self.writeseq(["\n".join([rule, *lines, rule])])
 
     def writeseq(self, seq):
-        self.file.write(" ".join(seq) + "\n")
-        self.file.flush()
+        with _one_line_error(getattr(self.file, "name", "the log")):
+            self.file.write(" ".join(seq) + "\n")
+            self.file.flush()
 
     def close(self):
         if self.own_file:
@@ -462,8 +463,16 @@ def _csv_line(row, keys):
     return " ".join(text.getvalue().splitlines()) + "\n"
 
 
+@contextlib.contextmanager
+def _one_line_error(path):
+    try:
+        yield
+    except OSError as e:
+        raise InputError(f"{path}: cannot be written ({e.strerror})") from None
+
+
 def _append(path, text):
-    with open(path, "a", newline="", encoding="utf-8") as f:
+    with _one_line_error(path), open(path, "a", newline="", encoding="utf-8") as f:
         f.write(text)
 
 
@@ -476,8 +485,9 @@ def _drop_cut_line(path):
 
 def _replace(path, text):
     """Give a file new contents: a crash leaves the old ones or the new ones, never a part."""
-    with open(path + ".tmp", "w", newline="", encoding="utf-8") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(path + ".tmp", path)
+    with _one_line_error(path):
+        with open(path + ".tmp", "w", newline="", encoding="utf-8") as f:
+            f.write(text)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(path + ".tmp", path)

@@ -9,14 +9,45 @@ from .checkpoint_util import write_files
 from .errors import InputError
 
 
-def generate(diffusion, model, *, shape, num_samples, batch_size, conditions, use_ddim=False, clip_denoised=True):
+class SampleNoise:
+    """
+    Random numbers that belong to samples, not to batches or ranks: each sample draws from a generator of its own.
+
+    Called with a tensor [N, ...], it gives standard normal noise like it.
+
+    :param seed: of all samples together.
+    :param numbers: the samples' numbers, N of them.
+    """
+
+    def __init__(self, seed, numbers):
+        self.generators = [
+            th.Generator(dist_util.dev()).manual_seed(dist_util.mixed_seed(seed, number)) for number in numbers
+        ]
+
+    def __call__(self, x):
+        noise = th.empty_like(x)
+        for row, generator in zip(noise, self.generators, strict=True):
+            row.normal_(generator=generator)
+        return noise
+
+    def labels(self, num_classes):
+        """Labels below num_classes, int64 [N]."""
+        device = dist_util.dev()
+        return th.stack([th.randint(num_classes, (), generator=g, device=device) for g in self.generators])
+
+
+def generate(
+    diffusion, model, *, shape, num_samples, batch_size, conditions, use_ddim=False, clip_denoised=True, seed=None
+):
     """
     Draw samples batch by batch, the ranks side by side; all ranks call it.
 
     :param shape: of one sample, (C, H, W).
     :param batch_size: samples at once on each rank.
-    :param conditions: maps a range of sample numbers to the model's keyword arguments for them;
-                       "y" among those are labels.
+    :param conditions: maps a range of sample numbers, and their SampleNoise (None without a seed), to the
+                       model's keyword arguments for them; "y" among those are labels.
+    :param seed: makes each sample depend on its number alone, not on batch_size or the number of ranks.
+                 None draws from torch's global generator, batch by batch.
     :return: (uint8 array [num_samples, H, W, C], int64 array [num_samples] or None) in the order of
              the sample numbers on rank 0, (None, None) on the others.
     """
@@ -25,7 +56,8 @@ def generate(diffusion, model, *, shape, num_samples, batch_size, conditions, us
     for first in range(0, num_samples, batch_size * dist_util.world_size()):
         start = min(first + batch_size * dist_util.rank(), num_samples)
         mine = range(start, min(start + batch_size, num_samples))
-        kwargs = conditions(mine)
+        noise_fn = None if seed is None else SampleNoise(seed, mine)
+        kwargs = conditions(mine, noise_fn)
         if len(mine):
             sample = sample_fn(
                 model,
@@ -33,6 +65,7 @@ def generate(diffusion, model, *, shape, num_samples, batch_size, conditions, us
                 clip_denoised=clip_denoised,
                 model_kwargs=kwargs,
                 device=dist_util.dev(),
+                **({"noise_fn": noise_fn} if noise_fn else {}),
             )
         else:
             sample = th.zeros(0, *shape, device=dist_util.dev())
@@ -46,6 +79,13 @@ def generate(diffusion, model, *, shape, num_samples, batch_size, conditions, us
     if dist_util.rank() > 0:
         return None, None
     return np.concatenate(images), np.concatenate(labels) if labels else None
+
+
+def draw_labels(num_classes, count, noise_fn=None):
+    """Random labels, int64 [count] on this rank's device: from a SampleNoise, or torch's global generator."""
+    if noise_fn is not None and count:
+        return noise_fn.labels(num_classes)
+    return th.randint(0, num_classes, (count,), device=dist_util.dev())
 
 
 def to_uint8(x):

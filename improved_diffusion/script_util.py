@@ -8,6 +8,7 @@ original's flags, extra_model_defaults() those that came later.
 import argparse
 import inspect
 import os
+import signal
 import sys
 
 import torch as th
@@ -19,6 +20,7 @@ from .respace import SpacedDiffusion, space_timesteps
 from .unet import SuperResModel, UNetModel
 
 NUM_CLASSES = 1000
+LOG_DIRECTORIES = ("OPENAI_LOGDIR", "DIFFUSION_BLOB_LOGDIR")
 MIN_LINEAR_STEPS = 21  # the linear schedule ends at beta = 20 / steps, and 1 leaves nothing to divide by
 
 CHANNEL_MULT = {  # by image size: channels of each level, as multiples of num_channels
@@ -82,6 +84,7 @@ def train_loop_defaults():
         ema_rate="0.9999",
         log_interval=10,
         save_interval=10000,
+        keep_checkpoints=0,
         resume_checkpoint="",
         use_fp16=False,
         fp16_scale_growth=1e-3,
@@ -421,6 +424,7 @@ _ALLOWED = {  # flag -> (whether a value can work, what can)
     "max_steps": _at_least(0),
     "log_interval": _at_least(1),
     "save_interval": _at_least(1),
+    "keep_checkpoints": _at_least(0),
     "num_workers": _at_least(0),
     "seed": ((lambda v: v is None or 0 <= v < 2**63), "0 or more"),
 }
@@ -445,18 +449,40 @@ def parse_flags(parser):
             parser.error(f"--{flag} {getattr(args, flag)}: give {right}")
     if hasattr(args, "microbatch") and not (args.microbatch == -1 or 1 <= args.microbatch <= args.batch_size):
         parser.error(f"--microbatch {args.microbatch}: give 1 to batch_size ({args.batch_size}), or -1 for all of it")
+    if getattr(args, "resume_checkpoint", "") == "auto" and not any(map(os.environ.get, LOG_DIRECTORIES)):
+        parser.error("--resume_checkpoint auto: set OPENAI_LOGDIR, the folder that the run's files are in")
     if hasattr(args, "small_size") and not 1 <= args.small_size <= args.large_size:
         parser.error(f"--small_size {args.small_size}: give 1 to large_size ({args.large_size})")
     return args
 
 
 def run(main):
-    """Call a script's main(); errors that a user can mend become one line and an exit status."""
+    """
+    Call a script's main(), and leave as a good process does: errors that a user can mend, an interruption
+    and the end of another rank become one line and an exit status.
+    """
     try:
         main()
-    except (InputError, TrainingError) as e:
-        print(f"{os.path.basename(sys.argv[0])}: error: {e}", file=sys.stderr)
-        sys.exit(2 if isinstance(e, InputError) else 1)
+        dist_util.leave()
+    except InputError as e:
+        _exit(2, e)
+    except TrainingError as e:
+        _exit(1, e)
+    except KeyboardInterrupt:
+        _exit(128 + signal.SIGINT, "interrupted")
+    except SystemExit as e:
+        if not e.code:
+            dist_util.leave()
+        raise
+    except Exception as e:
+        if not dist_util.is_loss_of_a_rank(e):
+            raise
+        _exit(1, f"rank {dist_util.rank()}: another rank is gone; its own messages, if any, say why")
+
+
+def _exit(status, message):
+    print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr)
+    sys.exit(status)
 
 
 # ---------------------------------------------------------------- weights

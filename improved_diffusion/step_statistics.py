@@ -65,3 +65,9 @@ class StepStatistics:
     def load_state_dict(self, state):
         """Continue from what state_dict() gave."""
         self._tables = {key: table.to(dist_util.dev()) for key, table in state.items()}
+
+    def load_state_dicts(self, states):
+        """Continue from what each of another number of ranks had: rank 0 takes it all."""
+        totals = {key: sum(state[key] for state in states if key in state) for state in states for key in state}
+        rank_0 = dist_util.rank() == 0
+        self.load_state_dict({key: table if rank_0 else th.zeros_like(table) for key, table in totals.items()})

@@ -19,10 +19,13 @@ from torch.optim import AdamW
 
 from . import dist_util, logger
 from .checkpoint_util import (
+    delete_old_sets,
     find_ema_checkpoint,
+    find_newest_checkpoint,
     find_optimizer_checkpoint,
     find_state_checkpoint,
     is_in,
+    is_of_a_run,
     parse_resume_step_from_filename,
     rng_state,
     save_set,
@@ -39,6 +42,7 @@ from .fp16_util import (
 from .nn import update_ema
 from .resample import LossAwareSampler, UniformSampler
 from .step_statistics import StepStatistics
+from .stop_signals import StopSignals
 
 # In float16 the loss is multiplied by 2^lg_loss_scale, lest small gradients vanish. The scale grows
 # slowly, is halved whenever a gradient overflows, and begins high enough to find its place quickly.
@@ -61,12 +65,16 @@ class TrainLoop:
     :param save_interval: steps between checkpoints.
     :param resume_checkpoint: a model file to continue from, or "". With the state file beside it, the
                               run goes on as if it had not stopped; without, as the original would.
+                              "auto" is the newest complete one of get_blob_logdir(), if there is any.
     :param use_fp16: compute the network's torso in float16, with a dynamic loss scale.
     :param fp16_scale_growth: growth of the loss scale's log2 a step.
     :param schedule_sampler: which timesteps to train on; uniform if None.
     :param weight_decay: of AdamW.
     :param lr_anneal_steps: stop after this many steps, 0 for never.
     :param max_steps: the same without touching the learning rate.
+    :param keep_checkpoints: so many of the newest checkpoints are kept; 0 for all.
+    :param flags: plain values that describe the run, a dict, kept in the state file. A resumed run
+                  logs which of them have changed.
     :raises InputError: if the checkpoint cannot be read or does not belong to this model.
     """
 
@@ -89,6 +97,8 @@ class TrainLoop:
         weight_decay=0.0,
         lr_anneal_steps=0,
         max_steps=0,
+        keep_checkpoints=0,
+        flags=None,
     ):
         self.model = model
         self.diffusion = diffusion
@@ -106,6 +116,8 @@ class TrainLoop:
         self.weight_decay = weight_decay
         self.lr_anneal_steps = lr_anneal_steps
         self.max_steps = max_steps
+        self.keep_checkpoints = keep_checkpoints
+        self.flags = dict(flags or {})
 
         # Steps are counted from resume_step where a run of the original is resumed, which is also how it
         # counted. With a state file, step itself goes on, and resume_step stays 0.
@@ -114,14 +126,14 @@ class TrainLoop:
         self.global_batch = self.batch_size * dist_util.world_size()
         self.lg_loss_scale = INITIAL_LOG_LOSS_SCALE
         self._updates = 0  # steps done since the run's very beginning
-        self._saved_updates = None  # the same when the last checkpoint was written
+        self._saved_label = None  # of the last checkpoint, the number in its name
         self._last_checkpoint = None
         self._overflows_in_a_row = 0
         self._statistics = StepStatistics()
 
         self.model_params = list(self.model.parameters())
         self.master_params = self.model_params
-        main_checkpoint = find_resume_checkpoint() or self.resume_checkpoint
+        main_checkpoint = find_resume_checkpoint() or self._resume_checkpoint()
         if main_checkpoint:
             self._load_parameters(main_checkpoint)
         dist_util.sync_params(self.model_params)
@@ -143,6 +155,15 @@ class TrainLoop:
 
     # ---------------------------------------------------------------- resuming
 
+    def _resume_checkpoint(self):
+        if self.resume_checkpoint != "auto":
+            return self.resume_checkpoint
+        path = dist_util.from_rank_0(find_newest_checkpoint, get_blob_logdir())
+        if path is None:
+            logger.log(f"no complete checkpoint in {get_blob_logdir()}: the run begins anew")
+            logger.get_current().drop_from("step", 0)  # what a run before its first checkpoint logged
+        return path
+
     def _load_parameters(self, main_checkpoint):
         self.resume_step = parse_resume_step_from_filename(main_checkpoint)
         logger.log(f"loading model from checkpoint: {main_checkpoint}...")
@@ -155,22 +176,33 @@ class TrainLoop:
         self._last_checkpoint = main_checkpoint
 
     def _load_the_rest(self, main_checkpoint):
+        self._updates = self.resume_step
+        if not is_of_a_run(main_checkpoint):
+            logger.log(f"{main_checkpoint} is not a model000000.pt: a new run begins at its weights")
+            return
+        paths = dist_util.from_rank_0(self._files_beside, main_checkpoint)
         for i, rate in enumerate(self.ema_rate):
-            path = find_ema_checkpoint(main_checkpoint, self.resume_step, rate)
+            path = paths["ema"][i]
             if path:
                 logger.log(f"loading EMA from checkpoint: {path}...")
                 params = dist_util.load_state_dict(path, map_location=dist_util.dev())
                 self.ema_params[i] = self._state_dict_to_master_params(params, path)
             else:
                 logger.log(f"there is no checkpoint of EMA {rate}: it begins at the model's parameters")
-        self._load_optimizer(find_optimizer_checkpoint(main_checkpoint, self.resume_step))
-        self._updates = self.resume_step
-        state_checkpoint = find_state_checkpoint(main_checkpoint, self.resume_step)
-        if state_checkpoint:
-            self._load_state(dist_util.load_state_dict(state_checkpoint, map_location="cpu"))
-            if is_in(state_checkpoint, get_blob_logdir()):
+        self._load_optimizer(paths["optimizer"])
+        if paths["state"]:
+            self._load_state(dist_util.load_state_dict(paths["state"], map_location="cpu"))
+            if is_in(main_checkpoint, get_blob_logdir()):
                 logger.get_current().drop_from("step", self.step)  # rows that will be written again
-        self._saved_updates = self._updates
+        self._saved_label = parse_resume_step_from_filename(main_checkpoint)
+
+    def _files_beside(self, main_checkpoint):
+        """The paths of a checkpoint's other files; None for each that is missing."""
+        return {
+            "ema": [find_ema_checkpoint(main_checkpoint, self.resume_step, rate) for rate in self.ema_rate],
+            "optimizer": find_optimizer_checkpoint(main_checkpoint, self.resume_step),
+            "state": find_state_checkpoint(main_checkpoint, self.resume_step),
+        }
 
     def _load_optimizer(self, path):
         if not path:
@@ -198,16 +230,25 @@ class TrainLoop:
         self._updates = state["updates"]
         self.lg_loss_scale = state["lg_loss_scale"]
         self._overflows_in_a_row = state["overflows_in_a_row"]
+        self._log_changed_flags(state.get("flags", {}))
         self._continue(self.schedule_sampler, "schedule sampler", state["schedule_sampler"])
-        if len(state["rng"]) == dist_util.world_size():
-            self._continue(self.data, "data", state["data"][dist_util.rank()])
-            set_rng_state(state["rng"][dist_util.rank()])
-            self._statistics.load_state_dict(state["statistics"][dist_util.rank()])
+        ranks, rank = len(state["rng"]), dist_util.rank()
+        if ranks == dist_util.world_size():
+            self._continue(self.data, "data", state["data"][rank])
+            set_rng_state(state["rng"][rank])
+            self._statistics.load_state_dict(state["statistics"][rank])
         else:
             logger.warn(
-                f"the checkpoint is of {len(state['rng'])} ranks, now there are {dist_util.world_size()}: "
-                "the data and the random numbers begin anew"
+                f"the checkpoint is of {ranks} ranks, now there are {dist_util.world_size()}: the data begin anew, and "
+                f"so do the random numbers, from the seed and step {self.step}"
             )
+            dist_util.seed_anew(self.step)
+            self._statistics.load_state_dicts(state["statistics"])
+
+    def _log_changed_flags(self, before):
+        for name in sorted(before.keys() & self.flags.keys() - {"resume_checkpoint", "lr", "weight_decay"}):
+            if before[name] != self.flags[name]:
+                logger.log(f"{name} is {self.flags[name]} from here on, and was {before[name]} in the checkpoint")
 
     def _continue(self, part, name, state):
         if state is None or not hasattr(part, "load_state_dict"):
@@ -218,14 +259,16 @@ class TrainLoop:
             logger.warn(f"the {name} cannot continue where it was: {e}")
 
     def _state(self):
+        ranks = dist_util.all_gather_object(
+            {"data": _state_of(self.data), "rng": rng_state(), "statistics": self._statistics.state_dict()}
+        )
         return {
             "updates": self._updates,
             "lg_loss_scale": self.lg_loss_scale,
             "overflows_in_a_row": self._overflows_in_a_row,
             "schedule_sampler": _state_of(self.schedule_sampler),
-            "data": dist_util.all_gather_object(_state_of(self.data)),
-            "rng": dist_util.all_gather_object(rng_state()),
-            "statistics": dist_util.all_gather_object(self._statistics.state_dict()),
+            "flags": self.flags,
+            **{key: [rank[key] for rank in ranks] for key in ranks[0]},
         }
 
     def _setup_fp16(self):
@@ -238,21 +281,36 @@ class TrainLoop:
         """
         Train until lr_anneal_steps or max_steps is reached; for ever if neither is set.
 
+        SIGTERM or SIGINT, on any rank, ends the run after a step and a save.
+
+        :raises SystemExit: (with status 0) after such a signal.
         :raises TrainingError: if the loss or the gradients are no longer finite.
         """
-        while not self._finished():
-            batch, cond = next(self.data)
-            self.run_step(batch, cond)
-            self._step_done()  # again, for a run_step() of one's own
-            if self.step % self.log_interval == 0:
-                logger.dumpkvs()
-            if self.step % self.save_interval == 0 and not self._is_resumed_from_here():
-                self.save()
-                self._saved_updates = self._updates
-                if os.environ.get("DIFFUSION_TRAINING_TEST", "") and self.step > 0:
-                    return
-            self.step += 1
-        if self._saved_updates != self._updates:
+        with StopSignals() as stop:
+            while not self._finished():
+                batch, cond = next(self.data)
+                self.run_step(batch, cond)
+                self._step_done()  # again, for a run_step() of one's own
+                if self.step % self.log_interval == 0:
+                    logger.dumpkvs()
+                if self.step % self.save_interval == 0 and not self._is_resumed_from_here():
+                    self.save()
+                    if os.environ.get("DIFFUSION_TRAINING_TEST", "") and self.step > 0:
+                        return
+                if dist_util.any_rank(stop.received is not None):
+                    self._stop(stop.received or "a signal to another rank")
+                self.step += 1
+            if (self.step - 1) % self.save_interval != 0:
+                self._save_once()
+
+    def _stop(self, reason):
+        self._save_once()
+        logger.log(f"stopped by {reason} at step {self.step + self.resume_step}: {self._last_checkpoint}")
+        raise SystemExit(0)
+
+    def _save_once(self):
+        """save(), unless the checkpoint of this name was the last one written, or the one resumed from."""
+        if self._saved_label != self.step + self.resume_step:
             self.save()
 
     def _finished(self):
@@ -389,10 +447,13 @@ class TrainLoop:
                 raise self._diverged(f"{key} is {means[key][0]}")
 
     def _diverged(self, what):
-        last = self._last_checkpoint or "none"
+        """The error to raise. All ranks come here together, and learn which of them have a loss that is not finite."""
+        mean, _ = self._statistics.read(over_ranks=False).get("loss", (math.nan, 0))
+        finite = dist_util.all_gather_object(math.isfinite(mean))
+        bad = [rank for rank, is_finite in enumerate(finite) if not is_finite] or range(len(finite))
         return TrainingError(
-            f"{what} at step {self.step + self.resume_step} on rank {dist_util.rank()}; the last good checkpoint is "
-            f"{last}. A lower lr helps, or a look at the data"
+            f"{what} at step {self.step + self.resume_step} on rank {', '.join(map(str, bad))}; "
+            f"the last good checkpoint is {self._last_checkpoint or 'none'}. A lower lr helps, or a look at the data"
         )
 
     # ---------------------------------------------------------------- saving
@@ -404,22 +465,26 @@ class TrainLoop:
         :raises TrainingError: instead of saving a model whose loss or gradients are not finite.
         """
         self._check_finite(self._statistics.read())
-        state = self._state()
-        path = None
-        if dist_util.rank() == 0:
-            logger.log("saving model...")
-            path = save_set(
-                get_blob_logdir(),
-                self.step + self.resume_step,
-                model=self._master_params_to_state_dict(self.master_params),
-                emas={
-                    rate: self._master_params_to_state_dict(params)
-                    for rate, params in zip(self.ema_rate, self.ema_params, strict=True)
-                },
-                optimizer=self.opt.state_dict(),
-                state=state,
-            )
-        self._last_checkpoint = dist_util.all_gather_object(path)[0]  # and every rank waits for rank 0
+        label = self.step + self.resume_step
+        self._last_checkpoint = dist_util.from_rank_0(self._write_checkpoint, label, self._state())
+        self._saved_label = label
+
+    def _write_checkpoint(self, label, state):
+        logger.log("saving model...")
+        path = save_set(
+            get_blob_logdir(),
+            label,
+            model=self._master_params_to_state_dict(self.master_params),
+            emas={
+                rate: self._master_params_to_state_dict(params)
+                for rate, params in zip(self.ema_rate, self.ema_params, strict=True)
+            },
+            optimizer=self.opt.state_dict(),
+            state=state,
+        )
+        if self.keep_checkpoints:
+            delete_old_sets(get_blob_logdir(), label, self.keep_checkpoints)
+        return path
 
     def _master_params_to_state_dict(self, master_params):
         if self.use_fp16:

@@ -9,7 +9,7 @@ import torch as th
 
 from improved_diffusion import dist_util, logger
 from improved_diffusion.image_datasets import load_data_once
-from improved_diffusion.sample_util import save_arrays
+from improved_diffusion.sample_util import SampleNoise, save_arrays
 from improved_diffusion.script_util import (
     args_to_dict,
     create_model_and_diffusion,
@@ -45,11 +45,12 @@ def main():
     )
 
     logger.configure()
+    logger.log(dist_util.describe())
     logger.log("evaluating...")
-    run_bpd_evaluation(model, diffusion, data, args.clip_denoised)
+    run_bpd_evaluation(model, diffusion, data, args.clip_denoised, args.seed)
 
 
-def run_bpd_evaluation(model, diffusion, data, clip_denoised):
+def run_bpd_evaluation(model, diffusion, data, clip_denoised, seed=None):
     # tensors from the start, since a rank may have no image at all
     sums = {key: th.zeros(diffusion.num_timesteps, dtype=th.float64, device=dist_util.dev()) for key in TERMS}
     sums["total_bpd"] = th.zeros((), dtype=th.float64, device=dist_util.dev())
@@ -57,7 +58,14 @@ def run_bpd_evaluation(model, diffusion, data, clip_denoised):
     for batch, cond in data:
         batch = batch.to(dist_util.dev())
         cond = {k: v.to(dist_util.dev()) for k, v in cond.items()}
-        metrics = diffusion.calc_bpd_loop(model, batch, clip_denoised=clip_denoised, model_kwargs=cond)
+        # this rank has every world_size()-th image of the folder
+        numbers = range(count, count + len(batch))
+        noise_fn = th.randn_like
+        if seed is not None:
+            noise_fn = SampleNoise(seed, [dist_util.rank() + dist_util.world_size() * n for n in numbers])
+        metrics = diffusion.calc_bpd_loop(
+            model, batch, clip_denoised=clip_denoised, model_kwargs=cond, noise_fn=noise_fn
+        )
         for key in sums:
             sums[key] += metrics[key].double().sum(dim=0)
         count += len(batch)
@@ -69,7 +77,6 @@ def run_bpd_evaluation(model, diffusion, data, clip_denoised):
         logger.log(f"total bpd over {total} images: {means['total_bpd'].item():.4f} bits/dim")
         for key in TERMS:
             logger.log(f"saved {save_arrays(f'{key}_terms.npz', means[key].cpu().numpy())}")
-    dist_util.barrier()
 
 
 def create_argparser():

@@ -2,10 +2,8 @@
 Draw samples from a trained model and write them to samples_NxHxWxC.npz.
 """
 
-import torch as th
-
 from improved_diffusion import dist_util, logger
-from improved_diffusion.sample_util import generate, save_samples
+from improved_diffusion.sample_util import draw_labels, generate, save_samples
 from improved_diffusion.script_util import (
     args_to_dict,
     create_model_and_diffusion,
@@ -29,12 +27,11 @@ def main():
     load_weights(model, args.model_path)
     model.to(dist_util.dev()).eval()
 
-    def conditions(numbers):
-        if not args.class_cond:
-            return {}
-        return {"y": th.randint(0, args.num_classes, (len(numbers),), device=dist_util.dev())}
+    def conditions(numbers, noise_fn):
+        return {"y": draw_labels(args.num_classes, len(numbers), noise_fn)} if args.class_cond else {}
 
     logger.configure()
+    logger.log(dist_util.describe())
     logger.log("sampling...")
     images, labels = generate(
         diffusion,
@@ -45,10 +42,10 @@ def main():
         conditions=conditions,
         use_ddim=args.use_ddim,
         clip_denoised=args.clip_denoised,
+        seed=args.seed,
     )
     if dist_util.rank() == 0:
         logger.log(f"saved {save_samples(images, labels)}")
-    dist_util.barrier()
 
 
 def create_argparser():

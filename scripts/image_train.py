@@ -27,7 +27,7 @@ def main():
     dist_util.seed_everything(args.seed)
 
     model, diffusion = create_model_and_diffusion(**args_to_dict(args, MODEL_FLAGS))
-    if args.resume_checkpoint:
+    if args.resume_checkpoint not in ("", "auto"):  # the second can be looked for when there is a log
         load_weights(model, args.resume_checkpoint, flag="resume_checkpoint")
     data = load_data(
         data_dir=args.data_dir,
@@ -40,12 +40,14 @@ def main():
     )
 
     logger.configure()
+    logger.log(dist_util.describe())
     logger.log("training...")
     TrainLoop(
         model=model.to(dist_util.dev()),
         diffusion=diffusion,
         data=data,
         schedule_sampler=create_named_schedule_sampler(args.schedule_sampler, diffusion),
+        flags=vars(args),
         **args_to_dict(args, train_loop_defaults()),
     ).run_loop()
 

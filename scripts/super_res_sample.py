@@ -37,7 +37,7 @@ def main():
     load_weights(model, args.model_path)
     model.to(dist_util.dev()).eval()
 
-    def conditions(numbers):
+    def conditions(numbers, _):
         chosen = [i % len(base_images) for i in numbers]
         low_res = th.from_numpy(base_images[chosen]).float().permute(0, 3, 1, 2) / 127.5 - 1
         kwargs = {"low_res": low_res.to(dist_util.dev())}
@@ -46,6 +46,7 @@ def main():
         return kwargs
 
     logger.configure()
+    logger.log(dist_util.describe())
     logger.log(f"creating {args.num_samples} samples from {len(base_images)} images...")
     images, labels = generate(
         diffusion,
@@ -56,10 +57,10 @@ def main():
         conditions=conditions,
         use_ddim=args.use_ddim,
         clip_denoised=args.clip_denoised,
+        seed=args.seed,
     )
     if dist_util.rank() == 0:
         logger.log(f"saved {save_samples(images, labels)}")
-    dist_util.barrier()
 
 
 def create_argparser():

@@ -185,7 +185,7 @@ def test_overflows_are_counted_on(tmp_path):
 def test_a_run_that_is_over(tmp_path, save_interval):
     train(tmp_path, max_steps=3, save_interval=save_interval)
     before = {name: data for name, data in snapshot(tmp_path).items() if name != "log.txt"}
-    _, lines = resume(tmp_path, max_steps=3)
+    _, lines = resume(tmp_path, max_steps=3, save_interval=save_interval)
     assert {name: data for name, data in snapshot(tmp_path).items() if name != "log.txt"} == before
     assert "saving model..." not in lines
 

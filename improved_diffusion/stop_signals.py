@@ -1,0 +1,54 @@
+"""SIGTERM and SIGINT (Ctrl-C) as a wish: training ends its step, saves, and leaves."""
+
+import os
+import signal
+import threading
+import time
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# Seconds in which a second signal is the same wish: launchers pass on what the process may have received itself
+SAME_WISH = 1.0
+
+
+class StopSignals:
+    """
+    Within `with StopSignals() as stop:`, a first signal only sets stop.received, and a later one ends
+    the process at once. Outside the main thread, signals stay as they are.
+    """
+
+    def __init__(self):
+        self.received = None  # the first signal's name
+
+    def __enter__(self):
+        self._handlers = {}
+        if threading.current_thread() is not threading.main_thread():
+            return self
+        # What Python notes of a signal at the moment it comes goes through a pipe to a thread, since the
+        # main thread, and a handler with it, may be waiting in C for a rank that is gone.
+        self._pipe = os.pipe()
+        os.set_blocking(self._pipe[1], False)
+        threading.Thread(target=self._listen, daemon=True).start()
+        self._wakeup_fd = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
+        for number in SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup and the like
+                self._handlers[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        if self._handlers:
+            signal.set_wakeup_fd(self._wakeup_fd)
+            os.close(self._pipe[1])  # which ends the thread
+
+    def _receive(self, number, frame):
+        self.received = self.received or signal.Signals(number).name
+
+    def _listen(self):
+        first = None
+        while byte := os.read(self._pipe[0], 1):
+            if byte[0] in SIGNALS:
+                first = first or time.monotonic()
+                if time.monotonic() - first > SAME_WISH:
+                    os._exit(128 + byte[0])
+        os.close(self._pipe[0])
