@@ -210,21 +210,30 @@ def write_files(directory, writers):
             if isinstance(temporary, str):
                 with contextlib.suppress(OSError):
                     os.remove(temporary)
-        if isinstance(e, (OSError, RuntimeError)):  # torch.save turns a full disk into a RuntimeError
-            reason = str(e).partition("\n")[0]
-            raise InputError(f"{path}: cannot be written ({reason})") from e
+        if isinstance(e, (OSError, RuntimeError)):  # the second is torch.save's for a full disk
+            raise _cannot_be_written(path, e) from e
         raise
 
-    if len(staged) > 1 and bf.exists(path):
-        bf.remove(path)
-    for path, temporary in staged.items():
-        if isinstance(temporary, str):
-            os.replace(temporary, path)
-        else:
-            with bf.BlobFile(path, "wb") as f:
-                f.write(temporary.getbuffer())
+    try:
+        if len(staged) > 1 and bf.exists(path):
+            bf.remove(path)
+        for path, temporary in staged.items():
+            if isinstance(temporary, str):
+                os.replace(temporary, path)
+            else:
+                with bf.BlobFile(path, "wb") as f:
+                    f.write(temporary.getbuffer())
+    except (OSError, bf.Error) as e:
+        raise _cannot_be_written(path, e) from e
     if not _is_remote(directory):
         _flush_directory(directory)
+
+
+def _cannot_be_written(path, error):
+    if isinstance(error.__context__, OSError):
+        error = error.__context__  # torch.save's own words are about its format
+    reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+    return InputError(f"{path}: cannot be written ({reason})")
 
 
 def _is_remote(path):

@@ -113,8 +113,7 @@ def setup_dist():
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     else:
         try:
-            meeting = _meeting_place(world)
-            dist.init_process_group(backend, rank=world.rank, world_size=world.size, **meeting)
+            dist.init_process_group(backend, store=_shared_store(world), rank=world.rank, world_size=world.size)
         except InputError:
             raise
         except (RuntimeError, ValueError) as e:  # the first is torch's for all that goes wrong in a network
@@ -139,36 +138,45 @@ def _loopback_only():
         del os.environ[name]
 
 
-def _meeting_place(world):
-    """How the ranks find each other: keyword arguments of init_process_group()."""
+def _shared_store(world):
+    """The store by which the ranks find each other."""
     told_by_user = {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()  # or by torchrun
     if world.launcher == "mpiexec" and not told_by_user:
-        return {"store": _store_by_mpi(world)}
+        return _store_by_mpi(world)
     if world.launcher == "srun" and not told_by_user:
         # the step's first node, and a port that other jobs on it will hardly have
         first_node = re.match(r"([^,\[]+)(?:\[(\w+))?", os.environ["SLURM_STEP_NODELIST"]).groups(default="")
         job, step = (_whole_number(name) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
         os.environ.setdefault("MASTER_ADDR", "".join(first_node))
         os.environ.setdefault("MASTER_PORT", str(15000 + (31 * job + step) % 15000))
-    return {"init_method": "env://"}
+    store, _, _ = next(dist.rendezvous("env://", world.rank, world.size))
+    if os.environ.get("LOCAL_WORLD_SIZE") == str(world.size):
+        # a torchrun of one node that restarts its ranks gives them the store again, and ranks that are gone are in it
+        store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    return store
 
 
 def _store_by_mpi(world):
     """A store on rank 0, whose address MPI tells the others. The port is free, since the store has it already."""
+    another = (
+        f"mpiexec started {world.size} ranks, but %s: install the MPI of this mpiexec (mpich from PyPI brings its own "
+        "mpiexec), or use torchrun"
+    )
     try:
+        import mpi4py
+
+        mpi4py.rc.initialize, mpi4py.rc.finalize = False, True  # another MPI's initialisation could end the process
         from mpi4py import MPI
     except (ImportError, RuntimeError) as e:  # the second if there is no MPI to load
-        raise InputError(
-            f"mpiexec started {world.size} ranks, but mpi4py cannot be used ({str(e).splitlines()[0]}); "
-            "install the MPI of this mpiexec (pip install mpich), or use torchrun"
-        ) from None
-
+        raise InputError(another % f"mpi4py cannot be used ({str(e).splitlines()[0]})") from None
+    library = " ".join(MPI.Get_library_version().splitlines()[0].partition(",")[0].split())
+    if ("OMPI_COMM_WORLD_RANK" in os.environ) != library.startswith("Open MPI"):
+        raise InputError(another % f"mpi4py has loaded the library of another MPI ({library})")
+    if not MPI.Is_initialized():
+        MPI.Init()
     comm = MPI.COMM_WORLD
     if comm.Get_size() != world.size:
-        raise InputError(
-            f"mpiexec started {world.size} ranks, but mpi4py sees {comm.Get_size()}: it belongs to another MPI than "
-            "this mpiexec; install the one it was built for (pip install mpich), or use torchrun"
-        )
+        raise InputError(another % f"mpi4py sees {comm.Get_size()}")
     on_one_node = comm.Split_type(MPI.COMM_TYPE_SHARED).Get_size() == world.size
     address = None
     if world.rank == 0:

@@ -41,8 +41,11 @@ class KVWriter:
     def writekvs(self, kvs):
         raise NotImplementedError
 
-    def drop_from(self, key, value):
-        """Remove the rows whose `key` is a number >= value. An output that cannot keeps them."""
+    def drop_from(self, key, value, unless_above=math.inf):
+        """
+        Remove the rows whose `key` is a number >= value; none if there is one > unless_above. An output
+        that cannot keeps them.
+        """
 
     def close(self):
         """Nothing to close, unless a subclass holds something open."""
@@ -97,10 +100,10 @@ class JSONOutputFormat(KVWriter):
     def writekvs(self, kvs):
         _append(self.filename, json.dumps(_plain(kvs), default=str) + "\n")
 
-    def drop_from(self, key, value):
+    def drop_from(self, key, value, unless_above=math.inf):
         with open(self.filename, encoding="utf-8") as f:
             lines = f.readlines()
-        kept = [line for line in lines if not _number(json.loads(line).get(key)) >= value]
+        kept = _rows_kept(lines, [json.loads(line).get(key) for line in lines], value, unless_above)
         _replace(self.filename, "".join(kept))
 
 
@@ -125,10 +128,10 @@ class CSVOutputFormat(KVWriter):
         else:
             _append(self.filename, _csv_line(kvs, self.keys))
 
-    def drop_from(self, key, value):
+    def drop_from(self, key, value, unless_above=math.inf):
         keys, rows = self._read()
         if key in keys:
-            self._rewrite(keys, [row for row in rows if not _number(row[key]) >= value])
+            self._rewrite(keys, _rows_kept(rows, [row[key] for row in rows], value, unless_above))
 
     def _read(self):
         """The columns' names, and the rows as dicts of strings, None where a row ends early."""
@@ -243,10 +246,10 @@ class Logger:
         self.name2cnt.clear()
         return row
 
-    def drop_from(self, key, value):
-        """Remove from every output that can the rows whose `key` is a number >= value."""
+    def drop_from(self, key, value, unless_above=math.inf):
+        """KVWriter.drop_from() of every output."""
         for fmt in self._kv_writers():
-            fmt.drop_from(key, value)
+            fmt.drop_from(key, value, unless_above)
 
     def log(self, *args, level=INFO):
         if self.level <= level:
@@ -444,6 +447,14 @@ def _plain(kvs):
     return {key: plain(val) for key, val in kvs.items()}
 
 
+def _rows_kept(rows, values, least, unless_above):
+    """The rows whose value is not a number >= least; all of them if there is a number > unless_above."""
+    numbers = [_number(value) for value in values]
+    if any(number > unless_above for number in numbers):
+        return rows
+    return [row for row, number in zip(rows, numbers, strict=True) if not number >= least]
+
+
 def _number(val):
     """val as a float; NaN, which is >= nothing, where it is no number."""
     try:
@@ -486,8 +497,13 @@ def _drop_cut_line(path):
 def _replace(path, text):
     """Give a file new contents: a crash leaves the old ones or the new ones, never a part."""
     with _one_line_error(path):
-        with open(path + ".tmp", "w", newline="", encoding="utf-8") as f:
-            f.write(text)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(path + ".tmp", path)
+        try:
+            with open(path + ".tmp", "w", newline="", encoding="utf-8") as f:
+                f.write(text)
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(path + ".tmp", path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.remove(path + ".tmp")
+            raise

@@ -166,6 +166,8 @@ def _read_npz(path, flag):
         raise InputError(f"{flag} {path}: there is no such file")
     try:
         with bf.BlobFile(path, "rb") as f, np.load(f, allow_pickle=False) as arrays:
+            if arrays.zip.testzip():
+                raise ValueError("a checksum is wrong")  # numpy reads no further than a shape says
             return dict(arrays)
     except Exception as e:  # a damaged zip archive raises anything
         raise InputError(f"{flag} {path}: not an npz file of numbers ({e})") from None

@@ -20,7 +20,7 @@ class StopSignals:
         self.received = None  # the first signal's name
 
     def __enter__(self):
-        self._handlers = {}
+        self._handlers, self._pipe = {}, None
         if threading.current_thread() is not threading.main_thread():
             return self
         # What Python notes of a signal at the moment it comes goes through a pipe to a thread, since the
@@ -37,7 +37,7 @@ class StopSignals:
     def __exit__(self, *_):
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
-        if self._handlers:
+        if self._pipe:
             signal.set_wakeup_fd(self._wakeup_fd)
             os.close(self._pipe[1])  # which ends the thread
 

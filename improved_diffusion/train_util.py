@@ -126,7 +126,7 @@ class TrainLoop:
         self.global_batch = self.batch_size * dist_util.world_size()
         self.lg_loss_scale = INITIAL_LOG_LOSS_SCALE
         self._updates = 0  # steps done since the run's very beginning
-        self._saved_label = None  # of the last checkpoint, the number in its name
+        self._saved = None  # of the last checkpoint: the number in its name, and the updates it follows
         self._last_checkpoint = None
         self._overflows_in_a_row = 0
         self._statistics = StepStatistics()
@@ -161,7 +161,8 @@ class TrainLoop:
         path = dist_util.from_rank_0(find_newest_checkpoint, get_blob_logdir())
         if path is None:
             logger.log(f"no complete checkpoint in {get_blob_logdir()}: the run begins anew")
-            logger.get_current().drop_from("step", 0)  # what a run before its first checkpoint logged
+            # the row of step 0, if that is all: a run logged it and ended before its first checkpoint
+            logger.get_current().drop_from("step", 0, unless_above=0)
         return path
 
     def _load_parameters(self, main_checkpoint):
@@ -194,7 +195,7 @@ class TrainLoop:
             self._load_state(dist_util.load_state_dict(paths["state"], map_location="cpu"))
             if is_in(main_checkpoint, get_blob_logdir()):
                 logger.get_current().drop_from("step", self.step)  # rows that will be written again
-        self._saved_label = parse_resume_step_from_filename(main_checkpoint)
+        self._saved = parse_resume_step_from_filename(main_checkpoint), self._updates
 
     def _files_beside(self, main_checkpoint):
         """The paths of a checkpoint's other files; None for each that is missing."""
@@ -309,8 +310,8 @@ class TrainLoop:
         raise SystemExit(0)
 
     def _save_once(self):
-        """save(), unless the checkpoint of this name was the last one written, or the one resumed from."""
-        if self._saved_label != self.step + self.resume_step:
+        """save(), unless it would write what was written last, or resumed from."""
+        if self._saved != (self.step + self.resume_step, self._updates):
             self.save()
 
     def _finished(self):
@@ -467,7 +468,7 @@ class TrainLoop:
         self._check_finite(self._statistics.read())
         label = self.step + self.resume_step
         self._last_checkpoint = dist_util.from_rank_0(self._write_checkpoint, label, self._state())
-        self._saved_label = label
+        self._saved = label, self._updates
 
     def _write_checkpoint(self, label, state):
         logger.log("saving model...")

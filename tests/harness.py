@@ -44,10 +44,11 @@ def load_script(name):
     return module
 
 
-def run_script(name, words, logdir):
+def run_script(name, words, logdir, **environment):
     """
     What `OPENAI_LOGDIR=logdir python scripts/NAME.py WORDS` does, in this process.
 
+    :param environment: further variables.
     :return: the exit status.
     """
     with pytest.MonkeyPatch.context() as patch:
@@ -57,6 +58,8 @@ def run_script(name, words, logdir):
         patch.setenv("OPENAI_LOGDIR", str(logdir))
         for variable in [*LAUNCHER_VARIABLES, "OPENAI_LOG_FORMAT", "DIFFUSION_BLOB_LOGDIR"]:
             patch.delenv(variable, raising=False)
+        for variable, value in environment.items():
+            patch.setenv(variable, value)
         threads = th.get_num_threads()
         th.set_num_threads(1)  # in so small a network several only wait for each other
         try:

@@ -1,0 +1,101 @@
+"""SIGKILL at any moment: what is on disk is a checkpoint, and the run goes on from it as if nothing had been."""
+
+import collections
+import random
+import time
+
+import pytest
+from processes import (
+    LONG,
+    SHORT,
+    assert_equals_uninterrupted,
+    finish,
+    lines_of,
+    newest_set,
+    start,
+    steps_with,
+    wait_for,
+    where_it_began,
+)
+from training import read_rows
+
+KILLS = 30
+
+
+def times_of(folder):
+    """Seconds that a run took to its first checkpoint and from one to the next."""
+    steps = steps_with(folder)
+    born = (folder / "born").stat().st_mtime
+    first, last = ((folder / f"state{step:06d}.pt").stat().st_mtime for step in (steps[0], steps[-2]))
+    return first - born, (last - first) / (len(steps) - 2)
+
+
+def what_it_did(folder, lines):
+    """Where a kill met the run, by what is on disk and in the log."""
+    if where_it_began(lines) == "unsaid":
+        return "while starting"
+    if list(folder.glob("*.tmp")):
+        return "while writing files"
+    return "while saving" if lines[-1] == "saving model..." else "between saves"
+
+
+@pytest.mark.parametrize("ranks, workers", [(1, 1), (2, 0)], ids=["one rank", "two ranks"])
+def test_killed_at_random_moments(server, images, uninterrupted, tmp_path, ranks, workers):
+    """Each resumed run begins at the newest set that is complete, and all together equal one that was left alone."""
+    whole = uninterrupted(ranks, LONG)
+    start_up, save = times_of(whole)
+    moments = random.Random(ranks)
+    met, begun, kills = collections.Counter(), [], 0
+    flags = dict(max_steps=LONG, resume_checkpoint="auto", num_workers=workers)
+    while kills < KILLS:
+        expected, lines_before = newest_set(tmp_path), len(lines_of(tmp_path))
+        processes = start(server, images, tmp_path, ranks, **flags)
+        time.sleep(moments.uniform(0, 1.3 * (start_up + 1.5 * save)))
+        ended = [process.wait(0) for process in processes]
+        if any(status is not None for status in ended):  # too late
+            assert set(ended) <= {0, None}, processes[0].stderr
+            finish([process for process, status in zip(processes, ended, strict=True) if status is None])
+            continue
+        for process in moments.sample(processes, ranks):
+            process.kill()
+        ended = [process.wait() for process in processes]
+        if ended[0] == 0:
+            continue
+        lines = lines_of(tmp_path)[lines_before:]
+        assert where_it_began(lines) in (expected, "unsaid"), lines
+        begun.append(where_it_began(lines))
+        met[what_it_did(tmp_path, lines)] += 1
+        kills += 1
+
+    expected, lines_before = newest_set(tmp_path), len(lines_of(tmp_path))
+    finish(start(server, images, tmp_path, ranks, **flags))
+    assert where_it_began(lines_of(tmp_path)[lines_before:]) == expected
+    print(f"{kills} kills of {ranks} rank(s): {dict(met)}; the runs began at {[*begun, expected]}")
+    assert_equals_uninterrupted(tmp_path, whole)
+    assert len(met) >= 2 and len({*begun} - {"unsaid", None}) > KILLS // 10
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_one_rank_of_two_killed(server, images, uninterrupted, tmp_path, victim):
+    """The other neither hangs nor prints a traceback, and the run goes on from the last save."""
+    flags = dict(max_steps=SHORT, resume_checkpoint="auto")
+    processes = start(server, images, tmp_path, 2, **flags)
+    wait_for(lambda: steps_with(tmp_path)[3:], processes)
+    processes[victim].kill()
+    assert processes[victim].wait() == -9
+    other = processes[1 - victim]
+    began = time.monotonic()
+    status = other.wait(60)
+    print(f"rank {victim} killed; rank {1 - victim} ended after {time.monotonic() - began:.2f} s with {status}")
+    print(other.stderr)
+    assert status == 1
+    (line,) = other.stderr.splitlines()
+    assert line == (
+        f"image_train.py: error: rank {1 - victim}: another rank is gone; its own messages, if any, say why"
+    )
+
+    expected, lines_before = newest_set(tmp_path), len(lines_of(tmp_path))
+    finish(start(server, images, tmp_path, 2, **flags))
+    assert where_it_began(lines_of(tmp_path)[lines_before:]) == expected >= 6
+    assert_equals_uninterrupted(tmp_path, uninterrupted(2))
+    assert [row["step"] for row in read_rows(tmp_path)] == list(range(SHORT))
