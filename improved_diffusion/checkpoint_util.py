@@ -15,6 +15,7 @@ complete set; it names the others.
 import contextlib
 import functools
 import io
+import math
 import os
 import re
 
@@ -23,7 +24,7 @@ import numpy as np
 import torch as th
 
 from . import dist_util, logger
-from .errors import InputError
+from .errors import InputError, first_line
 
 TEMPORARY = ".tmp"  # ends the name of a file until it is whole
 
@@ -46,14 +47,18 @@ def state_filename(step):
 
 def parse_resume_step_from_filename(filename):
     """The step in a name such as path/to/model000100.pt; 0 if it has none."""
-    _, found, end = bf.basename(filename).rpartition("model")
-    digits = end.split(".")[0]
-    return int(digits) if found and digits.isdecimal() else 0
+    return _step_in(filename) or 0
 
 
 def is_of_a_run(filename):
-    """Whether a name such as path/to/model000100.pt says that a run can go on from it; an ema_ file's does not."""
-    return re.search(r"model\d+[^/]*$", filename) is not None
+    """Whether a name such as path/to/model000100.pt has a step that a run can go on from; an ema_ file's does not."""
+    return _step_in(filename) is not None
+
+
+def _step_in(filename):
+    _, found, end = bf.basename(filename).rpartition("model")
+    digits = end.split(".")[0]
+    return int(digits) if found and digits.isdecimal() else None
 
 
 def find_ema_checkpoint(main_checkpoint, step, rate):
@@ -84,18 +89,18 @@ def find_newest_checkpoint(directory):
     """
     The model file of the newest complete checkpoint in a folder, None if there is none. On this rank alone.
 
-    Complete is one whose files are all there and undamaged; the log says what is wrong with newer ones. Where no
-    checkpoint has a state file, the folder is one of the original: then model and optimizer make a checkpoint.
+    Complete is one whose files are all there and undamaged; the log says what is wrong with newer ones. One of the
+    original, which is older than all with a state file, is complete with model and optimizer.
     """
     sets = _sets_in(directory)
-    has_states = any(state_filename(step) in names for step, names in sets.items())
+    first_of_ours = min((step for step, names in sets.items() if state_filename(step) in names), default=math.inf)
     for step, names in sorted(sets.items(), reverse=True):
-        last = state_filename(step) if has_states else optimizer_filename(step)
-        if not {model_filename(step), last} <= names:
+        last = state_filename(step) if step >= first_of_ours else optimizer_filename(step)
+        if not {model_filename(step), last} <= names or _is_cut_off(step, names):
             continue  # it was being written, or deleted, when the run ended
         try:
-            if has_states:
-                listed = dist_util.read_state_dict(bf.join(directory, last)).get("files", [])
+            if state_filename(step) in names:
+                listed = dist_util.read_state_dict(bf.join(directory, state_filename(step))).get("files", [])
                 if not names.issuperset(listed):
                     raise InputError(f"{bf.join(directory, (set(listed) - names).pop())}: there is no such file")
             for name in names:
@@ -232,7 +237,7 @@ def write_files(directory, writers):
 def _cannot_be_written(path, error):
     if isinstance(error.__context__, OSError):
         error = error.__context__  # torch.save's own words are about its format
-    reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+    reason = getattr(error, "strerror", None) or first_line(error)
     return InputError(f"{path}: cannot be written ({reason})")
 
 

@@ -31,7 +31,7 @@ import numpy as np
 import torch as th
 import torch.distributed as dist
 
-from .errors import InputError
+from .errors import InputError, first_line
 
 LAUNCHERS = (
     # launcher, and its variables for rank, world size and rank within the node
@@ -119,7 +119,7 @@ def setup_dist():
         except (RuntimeError, ValueError) as e:  # the first is torch's for all that goes wrong in a network
             raise InputError(
                 f"{world.launcher} promises {world.size} ranks, but rank {world.rank} did not find the others: "
-                f"{str(e).splitlines()[0]}"
+                f"{first_line(e)}"
             ) from None
     atexit.register(_leave_group)  # a gloo group left to the interpreter's end can abort it
 
@@ -145,9 +145,9 @@ def _shared_store(world):
         return _store_by_mpi(world)
     if world.launcher == "srun" and not told_by_user:
         # the step's first node, and a port that other jobs on it will hardly have
-        first_node = re.match(r"([^,\[]+)(?:\[(\w+))?", os.environ["SLURM_STEP_NODELIST"]).groups(default="")
+        first_node = re.sub(r"\[(\w+)[^]]*\]", r"\1", os.environ["SLURM_STEP_NODELIST"]).split(",")[0]
         job, step = (_whole_number(name) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
-        os.environ.setdefault("MASTER_ADDR", "".join(first_node))
+        os.environ.setdefault("MASTER_ADDR", first_node)
         os.environ.setdefault("MASTER_PORT", str(15000 + (31 * job + step) % 15000))
     store, _, _ = next(dist.rendezvous("env://", world.rank, world.size))
     if os.environ.get("LOCAL_WORLD_SIZE") == str(world.size):
@@ -168,7 +168,7 @@ def _store_by_mpi(world):
         mpi4py.rc.initialize, mpi4py.rc.finalize = False, True  # another MPI's initialisation could end the process
         from mpi4py import MPI
     except (ImportError, RuntimeError) as e:  # the second if there is no MPI to load
-        raise InputError(another % f"mpi4py cannot be used ({str(e).splitlines()[0]})") from None
+        raise InputError(another % f"mpi4py cannot be used ({first_line(e)})") from None
     library = " ".join(MPI.Get_library_version().splitlines()[0].partition(",")[0].split())
     if ("OMPI_COMM_WORLD_RANK" in os.environ) != library.startswith("Open MPI"):
         raise InputError(another % f"mpi4py has loaded the library of another MPI ({library})")
@@ -193,9 +193,10 @@ def _store_by_mpi(world):
 
 
 def leave():
-    """Wait for the other ranks and leave the process group: the last thing of a good run."""
-    barrier()
-    _leave_group()
+    """Wait for the other ranks and leave the process group: the last thing of a good run. Without one, nothing."""
+    if dist.is_initialized():
+        barrier()
+        _leave_group()
 
 
 def _leave_group():
@@ -240,8 +241,8 @@ def seed_anew(step):
 
 
 def mixed_seed(*numbers):
-    """A seed for a generator of torch that differs wherever one of the whole numbers does."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+    """A seed for a generator of torch that looks like no other, whichever of the whole numbers differs."""
+    return int(np.random.SeedSequence(numbers[0], spawn_key=numbers[1:]).generate_state(1, np.uint64)[0] >> 1)
 
 
 def _seed_generators(seed):

@@ -1,4 +1,4 @@
-"""The one exception a user should ever see."""
+"""The exceptions a user should ever see, and what to take over from others."""
 
 
 class InputError(ValueError):
@@ -15,3 +15,8 @@ class TrainingError(RuntimeError):
     Training cannot go on (the network yields NaN). str() is one line that says at which step, on which
     rank, and which checkpoint is the last good one; scripts print it and leave with status 1.
     """
+
+
+def first_line(error):
+    """What another library's exception says, without what it says below that."""
+    return str(error).partition("\n")[0]

@@ -20,12 +20,12 @@ class SampleNoise:
     """
 
     def __init__(self, seed, numbers):
-        self.generators = [
-            th.Generator(dist_util.dev()).manual_seed(dist_util.mixed_seed(seed, number)) for number in numbers
-        ]
+        # A generator of the CPU looks at 32 bits of its seed: among as many samples, no two have one
+        base = dist_util.mixed_seed(seed)
+        self.generators = [th.Generator(dist_util.dev()).manual_seed((base + number) % 2**32) for number in numbers]
 
     def __call__(self, x):
-        noise = th.empty_like(x)
+        noise = th.empty(x.shape, dtype=x.dtype, device=x.device)  # whatever the layout of x
         for row, generator in zip(noise, self.generators, strict=True):
             row.normal_(generator=generator)
         return noise

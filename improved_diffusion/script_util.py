@@ -462,7 +462,11 @@ def run(main):
     and the end of another rank become one line and an exit status.
     """
     try:
-        main()
+        try:
+            main()
+        except SystemExit as e:
+            if e.code:
+                raise
         dist_util.leave()
     except InputError as e:
         _exit(2, e)
@@ -470,10 +474,6 @@ def run(main):
         _exit(1, e)
     except KeyboardInterrupt:
         _exit(128 + signal.SIGINT, "interrupted")
-    except SystemExit as e:
-        if not e.code:
-            dist_util.leave()
-        raise
     except Exception as e:
         if not dist_util.is_loss_of_a_rank(e):
             raise

@@ -9,14 +9,19 @@ import numpy as np
 import pytest
 import torch as th
 from harness import snapshot
+from hypothesis import example, given
+from hypothesis import strategies as st
 from training import assert_same, load, on_one_cpu
 
-from improved_diffusion import checkpoint_util
+from improved_diffusion import checkpoint_util, logger
 from improved_diffusion.checkpoint_util import (
+    delete_old_sets,
     ema_filename,
     find_ema_checkpoint,
+    find_newest_checkpoint,
     find_optimizer_checkpoint,
     find_state_checkpoint,
+    is_of_a_run,
     model_filename,
     optimizer_filename,
     parse_resume_step_from_filename,
@@ -99,11 +104,38 @@ def test_files_beside_a_model(tmp_path, find, name):
     assert find("") is None
 
 
-def test_a_run_goes_on_from_its_own_model_only(tmp_path):
+@pytest.mark.parametrize(
+    "name, answer",
+    [
+        ("model000000.pt", True),
+        ("path/to/model1234567.pt", True),
+        ("gs://bucket/model7/model000020.pt", True),
+        ("my_model000003.pt", True),
+        ("ema_0.9999_000100.pt", False),
+        ("model000100/weights.pt", False),
+        ("model000100/ema_0.9_000100.pt", False),
+        ("64x64_diffusion.pt", False),
+        ("model.pt", False),
+        ("000100.pt", False),
+        ("", False),
+    ],
+)
+def test_a_run_goes_on_from_its_own_model_only(name, answer):
     """An average beside the state of step 0 is the start of another run."""
-    (tmp_path / "state000000.pt").touch()
-    assert find_state_checkpoint(str(tmp_path / "model000000.pt"), 0)
-    assert find_state_checkpoint(str(tmp_path / "ema_0.9_000007.pt"), 0) is None
+    assert is_of_a_run(name) is answer
+
+
+@given(st.from_regex(r"[a-z/_]{0,4}(model){0,2}[0-9a-z_./]{0,8}(\.pt)?", fullmatch=True))
+@example("model000100_best.pt")
+@example("model000100.pt")
+def test_the_step_is_known_where_a_run_goes_on(name):
+    """Else the averages, the optimizer and the state of step 0 would be taken for this model's."""
+    step = parse_resume_step_from_filename(name)
+    if is_of_a_run(name):
+        digits = os.path.basename(name).rpartition("model")[2].split(".")[0]
+        assert digits.isdecimal() and step == int(digits)
+    else:
+        assert step == 0
 
 
 # ---------------------------------------------------------------- sets of files
@@ -140,7 +172,10 @@ def test_a_set_on_disk(tmp_path, monkeypatch):
     assert [name for what, name in events if what == "rename"][-1] == "state000003.pt"  # it stands for the set
     names = ["ema_0.5_000003.pt", "ema_0.9999_000003.pt", "model000003.pt", "opt000003.pt", "state000003.pt"]
     assert sorted(os.listdir(tmp_path)) == names
-    expected = [*parts["emas"].values(), parts["model"], parts["optimizer"], parts["state"]]
+    # in the order of their writing, but for the state, which tells the others
+    files = ["model000003.pt", "ema_0.5_000003.pt", "ema_0.9999_000003.pt", "opt000003.pt"]
+    state = {**parts["state"], "files": files}
+    expected = [*parts["emas"].values(), parts["model"], parts["optimizer"], state]
     assert_same([load(tmp_path / name) for name in names], expected)
 
 
@@ -162,7 +197,7 @@ def test_no_leftover_counts(tmp_path):
 @pytest.mark.parametrize(
     "error, raised, reason",
     [
-        (OSError(28, "No space left on device"), InputError, r"\[Errno 28\] No space left on device"),
+        (OSError(28, "No space left on device"), InputError, "No space left on device"),
         (RuntimeError("unexpected pos 64 vs 0\nand a traceback"), InputError, "unexpected pos 64 vs 0"),
         (RuntimeError(), InputError, ""),
         (KeyboardInterrupt(), KeyboardInterrupt, None),
@@ -259,6 +294,254 @@ def test_files_in_a_cloud(monkeypatch):
     write_files("gs://bucket/run", {"model": writer(b"new"), "state": writer(b"new")})
     assert bucket.blobs == {"gs://bucket/run/model": b"new", "gs://bucket/run/state": b"new"}
     assert bucket.removed == [("gs://bucket/run/state", b"old")]
+
+
+# ---------------------------------------------------------------- many sets in a folder
+
+
+def write_set(folder, step, rates=(0.9,), state=True):
+    """A checkpoint, or one of the original, which has no state."""
+    weights = {"w": th.full((50,), float(step))}
+    emas = dict.fromkeys(rates, weights)
+    save_set(str(folder), step, model=weights, emas=emas, optimizer={"state": {}}, state={"updates": step})
+    if not state:
+        os.remove(folder / state_filename(step))
+
+
+def names_of(step, rates=(0.9,), state=True):
+    names = {model_filename(step), optimizer_filename(step), *(ema_filename(rate, step) for rate in rates)}
+    return names | ({state_filename(step)} if state else set())
+
+
+def files_in(folder):
+    return {path.name for path in folder.iterdir()}
+
+
+@pytest.fixture
+def lines(tmp_path_factory):
+    """What the log says."""
+
+    def read():
+        return (folder / "log.txt").read_text().splitlines()[1:]  # the first tells where it is
+
+    folder = tmp_path_factory.mktemp("log")
+    with logger.scoped_configure(dir=str(folder), format_strs=["log"]):
+        yield read
+
+
+@pytest.mark.parametrize("state", [True, False], ids=["ours", "original"])
+@pytest.mark.parametrize("steps", [[0], [0, 5, 10], [10, 5], [999999, 1000000], [999998, 1234567, 200]])
+def test_the_newest_checkpoint(tmp_path, steps, state, lines):
+    """By its number, not by the alphabet."""
+    for step in steps:
+        write_set(tmp_path, step, rates=(0.9, 0.9999), state=state)
+    assert find_newest_checkpoint(str(tmp_path)) == str(tmp_path / model_filename(max(steps)))
+    assert lines() == []
+
+
+@pytest.mark.parametrize("folder", ["empty", "not there"])
+def test_no_checkpoint_at_all(tmp_path, folder, lines):
+    (tmp_path / "empty").mkdir()
+    assert find_newest_checkpoint(str(tmp_path / folder)) is None
+    assert lines() == [] and files_in(tmp_path) == {"empty"}
+
+
+def test_no_checkpoint_among_other_files(tmp_path, lines):
+    for name in ["model.pt", "model12.pt", "opt12.pt", "my_model000003.pt", "state000003.pt.bak", "xopt000003.pt"]:
+        (tmp_path / name).touch()
+    for name in ["model000007.pt.tmp", "state000007.pt.tmp", "opt000007.pt.tmp"]:  # all that was written of a set
+        (tmp_path / name).touch()
+    assert find_newest_checkpoint(str(tmp_path)) is None
+    assert lines() == []
+
+
+@pytest.mark.parametrize("state", [True, False], ids=["ours", "original"])
+@pytest.mark.parametrize("missing", ["model", "last"])
+def test_an_incomplete_checkpoint_is_passed_over(tmp_path, state, missing, lines):
+    """It was being written, or deleted: no reason for a word."""
+    write_set(tmp_path, 5, state=state)
+    write_set(tmp_path, 10, state=state)
+    last = state_filename if state else optimizer_filename
+    os.remove(tmp_path / (model_filename if missing == "model" else last)(10))
+    assert find_newest_checkpoint(str(tmp_path)) == str(tmp_path / "model000005.pt")
+    assert lines() == []
+
+
+@pytest.mark.parametrize("missing", ["ema_0.9999_000010.pt", "opt000010.pt"])
+def test_a_checkpoint_without_one_of_its_files_is_left_out(tmp_path, missing, lines):
+    """The state tells which there were."""
+    write_set(tmp_path, 5)
+    write_set(tmp_path, 10, rates=(0.9, 0.9999))
+    os.remove(tmp_path / missing)
+    assert find_newest_checkpoint(str(tmp_path)) == str(tmp_path / "model000005.pt")
+    assert lines() == [f"the checkpoint of step 10 is left out: {tmp_path / missing}: there is no such file"]
+
+
+@pytest.mark.parametrize("name", sorted(names_of(10)))
+@pytest.mark.parametrize("damage", ["flipped", "cut", "empty", "folder"])
+def test_a_damaged_checkpoint_is_left_out(tmp_path, name, damage, lines):
+    write_set(tmp_path, 5)
+    write_set(tmp_path, 10)
+    path = tmp_path / name
+    data = bytearray(path.read_bytes())
+    if damage == "folder":
+        path.unlink()
+        path.mkdir()
+    else:
+        data[data.index(b"\x80\x02}q") + 3] ^= 1  # each file has a pickle, of a dict
+        path.write_bytes({"flipped": data, "cut": data[:-200], "empty": b""}[damage])
+    assert find_newest_checkpoint(str(tmp_path)) == str(tmp_path / "model000005.pt")
+    (line,) = lines()
+    assert line.startswith(f"the checkpoint of step 10 is left out: {path}")
+
+
+def test_only_damaged_checkpoints(tmp_path, lines):
+    for step in (5, 10):
+        write_set(tmp_path, step)
+        (tmp_path / model_filename(step)).write_bytes(b"")
+    assert find_newest_checkpoint(str(tmp_path)) is None
+    assert [line.split(" is left out")[0].split()[-1] for line in lines()] == ["10", "5"]
+
+
+def test_temporary_files_beside_whole_ones_do_not_matter(tmp_path, lines):
+    """A crash left them where a checkpoint of the same step was written again later."""
+    write_set(tmp_path, 10)
+    for name in names_of(10):
+        (tmp_path / (name + ".tmp")).write_bytes(b"half of")
+    assert find_newest_checkpoint(str(tmp_path)) == str(tmp_path / "model000010.pt")
+    assert lines() == []
+
+
+def test_a_state_that_does_not_name_files(tmp_path, lines):
+    """Earlier runs wrote such."""
+    write_set(tmp_path, 10)
+    th.save({"updates": 10}, tmp_path / "state000010.pt")
+    assert find_newest_checkpoint(str(tmp_path)) == str(tmp_path / "model000010.pt")
+
+
+def test_code_in_a_checkpoint_is_not_run_in_the_search(tmp_path, lines):
+    write_set(tmp_path, 5)
+    write_set(tmp_path, 10)
+    th.save({"path": tmp_path}, tmp_path / "opt000010.pt")
+    assert find_newest_checkpoint(str(tmp_path)) == str(tmp_path / "model000005.pt")
+    assert "refused" in lines()[0]
+
+
+@pytest.mark.parametrize("state", [True, False], ids=["ours", "original"])
+@pytest.mark.parametrize("keep", [1, 2, 3, 9])
+def test_the_newest_sets_are_kept(tmp_path, keep, state, lines):
+    """Averages of rates that a run no longer has go with their set; what is no checkpoint stays."""
+    steps = [0, 5, 10, 1000000]
+    for step in steps:
+        write_set(tmp_path, step, rates=(0.9, 0.5), state=state)
+    others = {"log.txt", "progress.csv", "model.pt", "my_model000000.pt", "samples.npz", "opt0.pt"}
+    for name in others:
+        (tmp_path / name).touch()
+    delete_old_sets(str(tmp_path), 1000000, keep)
+    kept = [names_of(step, (0.9, 0.5), state) for step in steps[-keep:]]
+    assert files_in(tmp_path) == set().union(*kept, others)
+    assert lines() == []
+
+
+def test_a_set_newer_than_the_step_stays(tmp_path, lines):
+    """A run that goes on from an older checkpoint spoils none of those it came behind."""
+    for step in (5, 10, 20, 30):
+        write_set(tmp_path, step)
+    (tmp_path / "model000040.pt.tmp").touch()
+    delete_old_sets(str(tmp_path), 10, 1)
+    assert files_in(tmp_path) == names_of(10) | names_of(20) | names_of(30) | {"model000040.pt.tmp"}
+
+
+def test_leftovers_of_incomplete_sets_go_and_do_not_count(tmp_path, lines):
+    write_set(tmp_path, 0)
+    write_set(tmp_path, 5)
+    write_set(tmp_path, 6)
+    os.remove(tmp_path / "model000006.pt")  # its deletion was cut off
+    write_set(tmp_path, 7)
+    os.rename(tmp_path / "state000007.pt", tmp_path / "state000007.pt.tmp")  # its writing was cut off
+    (tmp_path / "model000008.pt.tmp").touch()
+    (tmp_path / "ema_0.5_000009.pt").touch()
+    write_set(tmp_path, 10)
+    delete_old_sets(str(tmp_path), 10, 2)
+    assert files_in(tmp_path) == names_of(5) | names_of(10)
+
+
+@given(
+    sets=st.dictionaries(
+        st.integers(0, 12), st.sets(st.sampled_from(["model", "opt", "state", "model.tmp", "state.tmp"]), min_size=1)
+    ),
+    newest=st.integers(0, 12),
+    keep=st.integers(1, 4),
+)
+def test_what_is_deleted(tmp_path_factory, sets, newest, keep):
+    """Whatever crashes left: the step just written stays, with as many before it as asked for; none behind it goes."""
+    folder = tmp_path_factory.mktemp("sets")
+    sets[newest] = {"model", "opt", "state"}
+    for step, kinds in sets.items():
+        for kind in kinds:
+            stem, _, suffix = kind.partition(".")
+            (folder / f"{stem}{step:06d}.pt{'.tmp' if suffix else ''}").touch()
+    before = files_in(folder)
+    delete_old_sets(str(folder), newest, keep)
+    after = files_in(folder)
+    assert {name for name in before if int(name.split(".")[0][-6:]) > newest} <= after <= before
+    left = {step: kinds for step, kinds in sets.items() if step <= newest and f"{step:06d}" in "".join(after)}
+    assert newest in left and len(left) <= keep
+    for step, kinds in left.items():  # whole as they were
+        assert len([name for name in after if f"{step:06d}" in name]) == len(kinds) and "model" in kinds
+    usable = [step for step, kinds in sets.items() if {"model", "state"} <= kinds and step <= newest]
+    if len(usable) >= keep and not any("model" in sets[k] and "state" not in sets[k] for k in sets):
+        assert set(left) == set(sorted(usable)[-keep:])
+
+
+def test_the_model_goes_first(tmp_path, monkeypatch, lines):
+    """Without it nothing takes the rest for a checkpoint, wherever a crash comes."""
+    write_set(tmp_path, 0)
+    write_set(tmp_path, 10)
+    removed, remove = [], bf.remove
+
+    def crash(path):
+        if removed:
+            raise KeyboardInterrupt
+        removed.append(os.path.basename(path))
+        remove(path)
+
+    monkeypatch.setattr(bf, "remove", crash)
+    with pytest.raises(KeyboardInterrupt):
+        delete_old_sets(str(tmp_path), 10, 1)
+    assert removed == ["model000000.pt"]
+
+
+def test_a_file_that_cannot_be_deleted_is_a_warning(tmp_path, monkeypatch, lines):
+    """And the rest goes all the same."""
+    for step in (0, 5, 10):
+        write_set(tmp_path, step)
+    remove = bf.remove
+
+    def refuse(path):
+        if path.endswith("opt000000.pt"):
+            raise PermissionError(13, "Permission denied", path)
+        remove(path)
+
+    monkeypatch.setattr(bf, "remove", refuse)
+    delete_old_sets(str(tmp_path), 10, 1)
+    assert files_in(tmp_path) == names_of(10) | {"opt000000.pt"}
+    assert lines() == [f"{tmp_path}/opt000000.pt: cannot be deleted (Permission denied)"]
+
+
+def test_sets_in_a_cloud(monkeypatch):
+    """Found and deleted through blobfile."""
+    bucket, there = "gs://bucket/run", {f"{kind}{step:06d}.pt" for kind in ("model", "opt") for step in (1, 2)}
+    monkeypatch.setattr(bf, "isdir", lambda path: path == bucket)
+    monkeypatch.setattr(bf, "listdir", lambda path: iter(sorted(there)))
+    monkeypatch.setattr(bf, "remove", lambda path: there.remove(path.removeprefix(bucket + "/")))
+    read = []
+    monkeypatch.setattr(checkpoint_util.dist_util, "read_state_dict", lambda path, **_: read.append(path))
+    assert find_newest_checkpoint(bucket) == f"{bucket}/model000002.pt"
+    assert sorted(read) == [f"{bucket}/model000002.pt", f"{bucket}/opt000002.pt"]
+    delete_old_sets(bucket, 2, 1)
+    assert there == {"model000002.pt", "opt000002.pt"}
+    assert find_newest_checkpoint("gs://bucket/other") is None
 
 
 # ---------------------------------------------------------------- random generators

@@ -4,10 +4,14 @@ import io
 import json
 import os
 import pickle
+import platform
 import random
 import subprocess
 import sys
+import threading
 import types
+import typing
+from datetime import timedelta
 from pathlib import Path
 
 import blobfile as bf
@@ -16,6 +20,8 @@ import pytest
 import torch as th
 import torch.distributed as dist
 from harness import LAUNCHER_VARIABLES, ROOT, write_images
+from hypothesis import example, given
+from hypothesis import strategies as st
 from training import assert_same, checkpoint_names, load, on_one_cpu, read_rows
 
 from improved_diffusion import dist_util
@@ -25,13 +31,16 @@ MPIEXEC = Path(sys.executable).parent / "mpiexec"
 OPEN_MPI = ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK")
 MPICH = ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID")
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+SLURM = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
+SLURM_STEP = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS")
 
 
 @pytest.fixture(autouse=True)
 def one_cpu(monkeypatch):
     on_one_cpu(monkeypatch)
-    for name in [*OPEN_MPI, *MPICH, *TORCHRUN, "MASTER_ADDR", "MASTER_PORT"]:
+    for name in [*OPEN_MPI, *MPICH, *TORCHRUN, *SLURM, *SLURM_STEP, "MASTER_ADDR", "MASTER_PORT"]:
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(dist_util, "_seed", None)
 
 
 def started_by(monkeypatch, variables, *values):
@@ -42,7 +51,10 @@ def started_by(monkeypatch, variables, *values):
 # ---------------------------------------------------------------- the environment
 
 
-@pytest.mark.parametrize("variables", [TORCHRUN, OPEN_MPI, MPICH], ids=["torchrun", "Open MPI", "MPICH"])
+ALL = {"torchrun": TORCHRUN, "Open MPI": OPEN_MPI, "MPICH": MPICH, "Slurm": SLURM}
+
+
+@pytest.mark.parametrize("variables", ALL.values(), ids=ALL)
 @pytest.mark.parametrize("rank, size, local_rank", [(0, 1, 0), (5, 8, 1), (11, 12, 3)])
 def test_world(monkeypatch, variables, rank, size, local_rank):
     started_by(monkeypatch, variables, rank, size, local_rank)
@@ -52,7 +64,7 @@ def test_world(monkeypatch, variables, rank, size, local_rank):
     assert dist_util.dev() == th.device("cuda", local_rank)
 
 
-@pytest.mark.parametrize("variables", [(), *[v[:1] for v in (TORCHRUN, OPEN_MPI, MPICH)]])
+@pytest.mark.parametrize("variables", [(), *[v[:1] for v in ALL.values()]])
 def test_no_launcher(monkeypatch, variables):
     """A rank without a size, which some schedulers set, is none."""
     started_by(monkeypatch, variables, 3)
@@ -60,11 +72,56 @@ def test_no_launcher(monkeypatch, variables):
     assert dist_util.dev() == th.device("cpu")
 
 
-def test_torchrun_under_mpiexec(monkeypatch):
-    """One torchrun a node, started by mpiexec: the inner launcher counts."""
-    started_by(monkeypatch, MPICH, 1, 2, 0)
+@pytest.mark.parametrize("outer", [OPEN_MPI, MPICH, SLURM])
+def test_torchrun_under_another_launcher(monkeypatch, outer):
+    """One torchrun a node, started by mpiexec or srun: the inner launcher counts."""
+    started_by(monkeypatch, outer, 1, 2, 0)
     started_by(monkeypatch, TORCHRUN, 5, 8, 1)
-    assert (dist_util.rank(), dist_util.world_size()) == (5, 8)
+    assert dist_util._world() == ("torchrun", 5, 8, 1)
+
+
+def test_a_batch_script_of_slurm_is_one_process(monkeypatch):
+    """It has the number of tasks that the job may start, and is none of them."""
+    started_by(monkeypatch, ["SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS", "SLURM_JOB_ID"], 0, 0, 8, 77)
+    assert dist_util._world() == (None, 0, 1, 0)
+    dist_util.setup_dist()
+    assert dist.get_world_size() == 1
+
+
+def test_srun_sets_the_variables_of_mpich_too(monkeypatch):
+    """srun --mpi=pmi2: the same world twice, and no MPI is needed to meet in it."""
+    started_by(monkeypatch, SLURM, 5, 8, 1)
+    started_by(monkeypatch, MPICH[:2], 5, 8)
+    assert dist_util._world() == ("srun", 5, 8, 1)
+
+
+@pytest.mark.parametrize("variables, local_rank", [(OPEN_MPI, 3), (MPICH, 3), (MPICH[:2], 3)])
+def test_mpiexec_in_a_shell_of_srun(monkeypatch, variables, local_rank):
+    """srun --pty bash is a step of one task, whose variables the ranks of an mpiexec in it inherit."""
+    started_by(monkeypatch, SLURM, 0, 1, 0)
+    started_by(monkeypatch, variables, 3, 4, 3)
+    assert dist_util._world() == ("mpiexec", 3, 4, local_rank)
+
+
+@pytest.mark.parametrize("variables", ALL.values(), ids=ALL)
+@pytest.mark.parametrize("place", range(3))
+@pytest.mark.parametrize("value", ["", "one", "1.5", "2(x3)"])
+def test_a_variable_that_is_no_number(monkeypatch, variables, place, value):
+    started_by(monkeypatch, variables, 0, 2, 0)
+    monkeypatch.setenv(variables[place], value)
+    with pytest.raises(InputError) as info:
+        dist_util.setup_dist()
+    assert str(info.value) == f"the environment variable {variables[place]} is {value!r}, not a whole number"
+
+
+@pytest.mark.parametrize(
+    "variables, launcher", [((), "no launcher"), (TORCHRUN, "torchrun"), (OPEN_MPI, "mpiexec"), (SLURM, "srun")]
+)
+def test_a_place_in_one_line(monkeypatch, variables, launcher):
+    monkeypatch.setattr(platform, "node", lambda: "n7")
+    started_by(monkeypatch, variables, 2, 4, 0)
+    rank, size = (2, 4) if variables else (0, 1)
+    assert dist_util.describe() == f"rank {rank} of {size}, on cpu of n7; started by {launcher}"
 
 
 def test_more_ranks_than_gpus_in_a_node(monkeypatch):
@@ -78,19 +135,32 @@ def test_more_ranks_than_gpus_in_a_node(monkeypatch):
 # ---------------------------------------------------------------- joining the group
 
 
+class Meeting(typing.NamedTuple):
+    """Instead of a store: how it was asked for."""
+
+    url: str
+    rank: int
+    size: int
+
+
 @pytest.fixture
 def group(monkeypatch):
     """Calls instead of a group: what init_process_group() and the GPU are asked."""
     calls = []
     monkeypatch.setattr(dist, "is_initialized", lambda: bool(calls))
     monkeypatch.setattr(dist, "init_process_group", lambda backend, **kwargs: calls.append((backend, kwargs)))
+    monkeypatch.setattr(dist, "rendezvous", lambda url, rank, size: iter([(Meeting(url, rank, size), rank, size)]))
+    monkeypatch.setattr(dist, "PrefixStore", lambda prefix, store: (prefix, store))
     monkeypatch.setattr(dist_util.atexit, "register", lambda function: None)
     monkeypatch.setattr(th.cuda, "set_device", calls.append)
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     return calls
 
 
-def use_mpi(monkeypatch, rank, size, from_rank_0=None):
+MPI_LIBRARIES = {OPEN_MPI: "Open MPI v5.0.8, package: Open MPI", MPICH: "MPICH Version:      4.3.2\nMPICH Release date"}
+
+
+def use_mpi(monkeypatch, rank, size, from_rank_0=None, nodes=1, library=MPI_LIBRARIES[MPICH]):
     """mpi4py for a world of its own. :return: what rank 0 tells the others."""
     told = []
 
@@ -98,9 +168,18 @@ def use_mpi(monkeypatch, rank, size, from_rank_0=None):
         told.append(address)
         return from_rank_0 or address
 
-    comm = types.SimpleNamespace(Get_rank=lambda: rank, Get_size=lambda: size, bcast=bcast)
-    mpi4py = types.SimpleNamespace(MPI=types.SimpleNamespace(COMM_WORLD=comm))
-    monkeypatch.setitem(sys.modules, "mpi4py", mpi4py)
+    node = types.SimpleNamespace(Get_size=lambda: size // nodes)
+    comm = types.SimpleNamespace(
+        Get_rank=lambda: rank, Get_size=lambda: size, bcast=bcast, Split_type=lambda kind: {"shared": node}[kind]
+    )
+    mpi = types.SimpleNamespace(
+        COMM_WORLD=comm,
+        COMM_TYPE_SHARED="shared",
+        Get_library_version=lambda: library,
+        Is_initialized=lambda: "started" in told,
+        Init=lambda: told.append("started"),
+    )
+    monkeypatch.setitem(sys.modules, "mpi4py", types.SimpleNamespace(MPI=mpi, rc=types.SimpleNamespace()))
     return told
 
 
@@ -112,26 +191,115 @@ def test_group_of_torchrun(monkeypatch, group, gpus, backend):
     started_by(monkeypatch, TORCHRUN, 6, 8, 2)
     dist_util.setup_dist()
     dist_util.setup_dist()
-    joined = (backend, dict(init_method="env://", rank=6, world_size=8))
+    joined = (backend, dict(store=Meeting("env://", 6, 8), rank=6, world_size=8))
     assert group == ([th.device("cuda", 2)] if gpus else []) + [joined]
 
 
 @pytest.mark.parametrize("variables", [OPEN_MPI, MPICH], ids=["Open MPI", "MPICH"])
-@pytest.mark.parametrize("rank", [0, 1])
-def test_group_of_mpiexec(monkeypatch, group, variables, rank):
-    """Rank 0 tells the others where to meet."""
-    started_by(monkeypatch, variables, rank, 2, 0)
-    told = use_mpi(monkeypatch, rank, 2, from_rank_0=("there", "1234") if rank else None)
+@pytest.mark.parametrize("nodes", [1, 2])
+@pytest.mark.parametrize("chosen", [{}, {"MASTER_ADDR": "127.0.0.1"}, {"MASTER_PORT": "free"}])
+def test_group_of_mpiexec(monkeypatch, group, variables, nodes, chosen):
+    """Rank 0 has a store already when it tells the others where; on one node no name has to resolve."""
+    port = dist.TCPStore("localhost", 0, 1, is_master=True).port  # free again: nothing holds the store
+    chosen = {name: str(port) if value == "free" else value for name, value in chosen.items()}
+    monkeypatch.setattr(platform, "node", lambda: "127.0.0.2")
+    met = []
+    for rank in (0, 1):
+        started_by(monkeypatch, variables, rank, 2, 0)
+        for name in ("MASTER_ADDR", "MASTER_PORT"):
+            monkeypatch.delenv(name, raising=False)
+        if rank == 0:
+            started_by(monkeypatch, chosen, *chosen.values())
+        told = use_mpi(monkeypatch, rank, 2, met[0] if rank else None, nodes, MPI_LIBRARIES[variables])
+        group.clear()
+        dist_util.setup_dist()
+        ((backend, how),) = group
+        store = how.pop("store")
+        met.append((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])))
+        assert (backend, how) == ("gloo", dict(rank=rank, world_size=2))
+        assert told == ["started", None if rank else met[0]] and (store.host, store.port) == met[0]
+        if rank == 0:
+            store.set("greeting", "hello")
+            of_rank_0 = store  # lives as long as the others look for it
+        else:
+            assert store.get("greeting") == of_rank_0.get("greeting") == b"hello"
+    assert met[0] == met[1]
+    assert met[0][0] == chosen.get("MASTER_ADDR", "localhost" if nodes == 1 else "127.0.0.2")
+    assert met[0][1] == int(chosen.get("MASTER_PORT", met[0][1])) > 0
+
+
+@pytest.mark.parametrize("error", [ImportError("no mpi4py"), RuntimeError("cannot load MPI library\n\n")])
+def test_mpiexec_without_mpi(monkeypatch, group, error):
+    """mpi4py is not there, or no MPI for it: one line that says what to install."""
+
+    class Broken(types.SimpleNamespace):
+        def __getattr__(self, name):
+            raise error
+
+    monkeypatch.setitem(sys.modules, "mpi4py", Broken(rc=types.SimpleNamespace()))
+    started_by(monkeypatch, MPICH, 1, 2, 1)
+    with pytest.raises(InputError) as info:
+        dist_util.setup_dist()
+    reason = str(error).strip()
+    assert f"mpiexec started 2 ranks, but mpi4py cannot be used ({reason})" in str(info.value)
+    assert "install the MPI of this mpiexec" in str(info.value) and "\n" not in str(info.value)
+    assert group == []
+
+
+@pytest.mark.parametrize(
+    "nodes, first",
+    [
+        ("node[01-04,07]", "node01"),
+        ("gpu-a,gpu-b", "gpu-a"),
+        ("n1", "n1"),
+        ("gpu-[3,5]", "gpu-3"),
+        ("a-7,c[1-2]", "a-7"),
+    ],
+)
+@pytest.mark.parametrize("pmi2", [False, True])
+def test_group_of_srun(monkeypatch, group, nodes, first, pmi2):
+    """On the step's first node, without MPI."""
+    monkeypatch.setitem(sys.modules, "mpi4py", None)
+    started_by(monkeypatch, SLURM, 6, 8, 2)
+    started_by(monkeypatch, SLURM_STEP, 4711, 3, nodes)
+    if pmi2:
+        started_by(monkeypatch, MPICH[:2], 6, 8)
     dist_util.setup_dist()
-    assert group == [("gloo", dict(init_method="env://", rank=rank, world_size=2))]
-    met_at = (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"])
-    if rank:
-        assert told == [None] and met_at == ("there", "1234")
-    else:
-        assert told == [met_at] and 0 < int(met_at[1]) < 2**16
+    assert group == [("gloo", dict(store=Meeting("env://", 6, 8), rank=6, world_size=8))]
+    assert os.environ["MASTER_ADDR"] == first
 
 
-@pytest.mark.parametrize("variables", [(), TORCHRUN, MPICH], ids=["none", "torchrun", "MPICH"])
+@given(job=st.integers(1, 2**32 - 1), step=st.integers(0, 5000))
+def test_port_of_a_job_step(job, step):
+    """The same on all its ranks, one that a user may open, and another for the steps and jobs beside it."""
+
+    def port(job, step):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.delenv("MASTER_PORT", raising=False)
+            patch.delenv("MASTER_ADDR", raising=False)
+            started_by(patch, SLURM_STEP, job, step, "n1")
+            patch.setattr(dist, "rendezvous", lambda *args: iter([(None, 0, 2)]))
+            dist_util._shared_store(dist_util.World("srun", 0, 2, 0))
+            found = os.environ["MASTER_PORT"]
+            del os.environ["MASTER_PORT"], os.environ["MASTER_ADDR"]
+        return int(found)
+
+    assert 1024 <= port(job, step) == port(job, step) < 32768  # below the ports that the system hands out
+    assert len({port(job, step), port(job, step + 1), port(job + 1, step)}) == 3
+
+
+@pytest.mark.parametrize("chosen", [{"MASTER_ADDR": "10.0.0.1"}, {"MASTER_PORT": "4321"}])
+def test_half_an_address_of_the_user_under_srun(monkeypatch, group, chosen):
+    """What the user set holds; the rest is found."""
+    started_by(monkeypatch, SLURM, 1, 2, 0)
+    started_by(monkeypatch, SLURM_STEP, 100, 0, "n[3-4]")
+    started_by(monkeypatch, chosen, *chosen.values())
+    dist_util.setup_dist()
+    met_at = {name: os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT")}
+    assert met_at == {"MASTER_ADDR": "n3", "MASTER_PORT": str(15000 + 3100), **chosen}
+
+
+@pytest.mark.parametrize("variables", [(), TORCHRUN, MPICH, SLURM], ids=["none", "torchrun", "MPICH", "Slurm"])
 def test_group_of_one(monkeypatch, group, variables):
     """However it was started, it needs neither MPI nor a port."""
     monkeypatch.setitem(sys.modules, "mpi4py", None)
@@ -142,13 +310,45 @@ def test_group_of_one(monkeypatch, group, variables):
     assert (backend, how) == ("gloo", dict(rank=0, world_size=1))
 
 
-def test_address_of_the_user(monkeypatch, group):
-    started_by(monkeypatch, MPICH, 0, 2, 0)
-    use_mpi(monkeypatch, 0, 2)
+@pytest.mark.parametrize("variables", ALL.values(), ids=ALL)
+def test_address_of_the_user(monkeypatch, group, variables):
+    """Whatever the launcher; then nobody asks MPI or Slurm."""
+    monkeypatch.setitem(sys.modules, "mpi4py", None)
+    started_by(monkeypatch, variables, 0, 2, 0)
     monkeypatch.setenv("MASTER_ADDR", "10.0.0.1")
     monkeypatch.setenv("MASTER_PORT", "4321")
     dist_util.setup_dist()
+    assert group == [("gloo", dict(store=Meeting("env://", 0, 2), rank=0, world_size=2))]
     assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("10.0.0.1", "4321")
+
+
+@pytest.mark.parametrize("error", [dist.DistNetworkError("no route\nC++ stack"), ValueError("port must be"), None])
+@pytest.mark.parametrize("variables, launcher", [(TORCHRUN, "torchrun"), (OPEN_MPI, "mpiexec"), (SLURM, "srun")])
+def test_ranks_that_do_not_meet(monkeypatch, group, variables, launcher, error):
+    """One line; anything but the network's errors keeps its traceback."""
+    started_by(monkeypatch, variables, 1, 2, 0)
+    started_by(monkeypatch, ["MASTER_ADDR", "MASTER_PORT"], "10.0.0.1", 4321)
+
+    def fail(*args, **kwargs):
+        raise error or KeyError("a bug")
+
+    monkeypatch.setattr(dist, "init_process_group", fail)
+    with pytest.raises(InputError if error else KeyError) as info:
+        dist_util.setup_dist()
+    if error:
+        first_line = str(error).splitlines()[0]
+        assert str(info.value) == f"{launcher} promises 2 ranks, but rank 1 did not find the others: {first_line}"
+
+
+def test_a_rank_that_nobody_joins(monkeypatch):
+    """The same for real: rank 1, and nobody at the address."""
+    port = dist.TCPStore("localhost", 0, 1, is_master=True).port
+    started_by(monkeypatch, [*TORCHRUN, "MASTER_ADDR", "MASTER_PORT"], 1, 2, 1, "localhost", port)
+    meet = dist.rendezvous
+    monkeypatch.setattr(dist, "rendezvous", lambda *args: meet(*args, timeout=timedelta(seconds=1)))
+    with pytest.raises(InputError, match=r"^torchrun promises 2 ranks, but rank 1 did not find the others: .+$"):
+        dist_util.setup_dist()
+    assert not dist.is_initialized()
 
 
 def test_mpiexec_of_another_mpi(monkeypatch, group):
@@ -158,6 +358,17 @@ def test_mpiexec_of_another_mpi(monkeypatch, group):
     with pytest.raises(InputError, match=r"^mpiexec started 2 ranks, but mpi4py sees 1: "):
         dist_util.setup_dist()
     assert group == []
+
+
+@pytest.mark.parametrize("variables, other", [(OPEN_MPI, MPICH), (MPICH, OPEN_MPI)], ids=["Open MPI", "MPICH"])
+def test_the_library_of_another_mpi_is_not_started(monkeypatch, group, variables, other):
+    """Its initialisation could end the process."""
+    started_by(monkeypatch, variables, 1, 2, 1)
+    told = use_mpi(monkeypatch, 1, 2, library=MPI_LIBRARIES[other])
+    with pytest.raises(InputError, match=r"^mpiexec started 2 ranks, but mpi4py has loaded .* another MPI \(.*\): "):
+        dist_util.setup_dist()
+    assert group == [] and told == []
+    assert sys.modules["mpi4py"].rc.initialize is False
 
 
 def clean_environment():
@@ -232,6 +443,43 @@ def test_no_seed():
     dist_util.seed_everything(3)
     dist_util.seed_everything(None)
     assert draws() == want
+
+
+@pytest.mark.parametrize("seed", [0, 2**40])
+def test_seeds_of_a_run_that_goes_on(monkeypatch, seed):
+    """Others at each step and on each rank, the same ones each time; without a seed nothing is touched."""
+    found = []
+    dist_util.seed_everything(seed)
+    for rank in (0, 1):
+        started_by(monkeypatch, TORCHRUN, rank, 2, rank)
+        for step in (0, 1, 50):
+            dist_util.seed_anew(step)
+            found.append(draws())
+            draws()
+            dist_util.seed_anew(step)
+            assert draws() == found[-1]
+    assert len({number for numbers in found for number in numbers}) == 3 * len(found)
+    dist_util.seed_everything(None)
+    random.seed(1), np.random.seed(1), th.manual_seed(1)
+    want = draws()
+    random.seed(1), np.random.seed(1), th.manual_seed(1)
+    dist_util.seed_anew(3)
+    assert draws() == want
+
+
+whole_numbers = st.integers(0, 2**63 - 1)
+LARGE_SEED = 2**32  # numpy takes numbers apart into 32 bits each
+
+
+@given(st.tuples(whole_numbers, st.integers(0, 2**31)), st.tuples(whole_numbers, st.integers(0, 2**31)))
+@example((LARGE_SEED, 0), (0, 1))
+@example((LARGE_SEED + 5, 1), (5, 1))
+@example((3, 4), (4, 3))
+@example((3, 4), (3, 4))
+def test_mixed_seeds_differ_where_a_number_does(one, other):
+    seeds = dist_util.mixed_seed(*one), dist_util.mixed_seed(*other)
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert (seeds[0] == seeds[1]) == (one == other)
 
 
 # ---------------------------------------------------------------- checkpoint files
@@ -313,6 +561,52 @@ def test_cut_short(tmp_path, zipped):
         assert refusal(path), length
 
 
+def test_a_flipped_byte_in_a_tensor(tmp_path):
+    """torch would load other numbers without a word."""
+    whole = bytearray(saved(CHECKPOINT))
+    path = tmp_path / "model.pt"
+    begin = whole.index(th.arange(600.0).numpy().tobytes())
+    for place in range(begin, begin + 2400, 59):
+        whole[place] ^= 64
+        path.write_bytes(whole)
+        assert not th.equal(th.load(path, weights_only=True)["weight"], CHECKPOINT["weight"])  # nor does it object
+        assert refusal(path) == ": not a checkpoint (a file that torch.save wrote), or damaged"
+        whole[place] ^= 64
+    path.write_bytes(whole)
+    assert_same(dist_util.load_state_dict(str(path)), CHECKPOINT)
+
+
+def test_a_flipped_byte_anywhere(tmp_path):
+    """It is noticed, or it does not matter."""
+    whole = bytearray(saved({"weight": th.arange(20.0), "step": 3}))
+    path = tmp_path / "model.pt"
+    noticed = 0
+    for place in range(len(whole)):
+        whole[place] ^= 1 << place % 8
+        path.write_bytes(whole)
+        try:
+            assert_same(dist_util.load_state_dict(str(path)), {"weight": th.arange(20.0), "step": 3}, place)
+        except InputError:
+            noticed += 1
+        whole[place] ^= 1 << place % 8
+    assert noticed > 100
+
+
+def test_a_file_that_one_rank_reads(tmp_path, monkeypatch):
+    """load_state_dict() is for all ranks together, read_state_dict() for one."""
+    path = str(tmp_path / "model.pt")
+    (tmp_path / "model.pt").write_bytes(saved(CHECKPOINT))
+    asked = []
+    monkeypatch.setattr(dist_util, "from_rank_0", lambda function, *args: asked.append(args) or function(*args))
+    assert_same(dist_util.read_state_dict(path), CHECKPOINT)
+    assert dist_util.read_state_dict(path, map_location="meta")["weight"].device.type == "meta"
+    with pytest.raises(InputError, match="there is no such file"):
+        dist_util.read_state_dict(str(tmp_path / "no such file.pt"))
+    assert asked == []
+    assert_same(dist_util.load_state_dict(path), CHECKPOINT)
+    assert asked == [(path,)]
+
+
 @pytest.mark.parametrize(
     "dump, reason",
     [
@@ -338,16 +632,176 @@ def test_no_permission(tmp_path, monkeypatch):
     assert refusal(tmp_path / "model.pt") == ": no permission to read it"
 
 
-@pytest.mark.parametrize("error", [th.OutOfMemoryError("no memory"), bf.Error("no network")])
-def test_what_is_not_the_files_fault(tmp_path, monkeypatch, error):
+@pytest.mark.parametrize(
+    "module, name, error",
+    [
+        (th, "load", th.OutOfMemoryError("no memory")),
+        (th, "load", MemoryError()),
+        (bf, "BlobFile", bf.Error("no network")),
+        (bf, "BlobFile", OSError(5, "Input/output error")),
+    ],
+    ids=["GPU memory", "memory", "network", "disk"],
+)
+def test_what_is_not_the_files_fault(tmp_path, monkeypatch, module, name, error):
     (tmp_path / "model.pt").write_bytes(saved(CHECKPOINT))
 
     def fail(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr(th, "load", fail)
-    with pytest.raises(type(error)):
+    monkeypatch.setattr(module, name, fail)
+    with pytest.raises(type(error)) as info:
         dist_util.load_state_dict(str(tmp_path / "model.pt"))
+    assert info.value is error
+
+
+# ---------------------------------------------------------------- what one rank finds out for all
+
+
+@pytest.fixture
+def on_ranks(monkeypatch):
+    """Runs a function on several ranks: threads, with as much of torch.distributed as they ask for."""
+
+    def run(size, function):
+        here, meeting, table = threading.local(), threading.Barrier(size, timeout=60), {}
+
+        def broadcast_object_list(objects, source):
+            if here.rank == source:
+                table["sent"] = pickle.dumps(objects)  # the others get copies
+            meeting.wait()
+            objects[:] = pickle.loads(table["sent"]) if here.rank != source else objects
+            meeting.wait()
+
+        def all_reduce(tensor, group=None):
+            table[here.rank] = (tensor.clone(), group)
+            meeting.wait()
+            tensor.copy_(sum(table[rank][0] for rank in range(size)))
+            meeting.wait()
+
+        monkeypatch.setattr(dist, "is_initialized", lambda: hasattr(here, "rank"))
+        monkeypatch.setattr(dist, "get_rank", lambda: here.rank)
+        monkeypatch.setattr(dist, "get_world_size", lambda: size)
+        monkeypatch.setattr(dist, "get_backend", lambda: "gloo")
+        monkeypatch.setattr(dist, "broadcast_object_list", broadcast_object_list)
+        monkeypatch.setattr(dist, "all_reduce", all_reduce)
+        results = [None] * size
+
+        def work(rank):
+            here.rank = rank
+            try:
+                results[rank] = function(rank)
+            except BaseException as e:
+                results[rank] = e
+
+        threads = [threading.Thread(target=work, args=(rank,)) for rank in range(size)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return results
+
+    return run
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("result", [None, 0, "a path", {"ema": [None, "x"]}, b"bytes"])
+def test_a_result_of_rank_0(on_ranks, size, result):
+    calls = []
+
+    def find(*args):
+        calls.append(args)
+        return result
+
+    assert on_ranks(size, lambda rank: dist_util.from_rank_0(find, "here", 3)) == [result] * size
+    assert calls == [("here", 3)]
+
+
+@pytest.mark.parametrize("error", [InputError("a.pt: there is no such file"), KeyError("a bug"), OSError(28, "full")])
+def test_an_exception_of_rank_0(on_ranks, error):
+    """Every rank raises it, and none waits for ever."""
+    calls = []
+
+    def fail():
+        calls.append(1)
+        raise error
+
+    raised = on_ranks(3, lambda rank: dist_util.from_rank_0(fail))
+    assert [(type(e), e.args) for e in raised] == [(type(error), error.args)] * 3
+    assert calls == [1]
+
+
+def test_a_checkpoint_is_read_once(on_ranks, tmp_path, monkeypatch):
+    path = tmp_path / "model.pt"
+    path.write_bytes(saved(CHECKPOINT))
+    opened, real = [], bf.BlobFile
+    monkeypatch.setattr(bf, "BlobFile", lambda *args: opened.append(args) or real(*args))
+    for found in on_ranks(2, lambda rank: dist_util.load_state_dict(str(path))):
+        assert_same(found, CHECKPOINT)
+    assert len(opened) == 1
+    path.unlink()
+    lines = [str(e) for e in on_ranks(2, lambda rank: dist_util.load_state_dict(str(path)))]
+    assert lines == [f"{path}: there is no such file"] * 2
+
+
+def test_before_there_is_a_group_each_rank_asks_for_itself(monkeypatch):
+    started_by(monkeypatch, TORCHRUN, 1, 2, 1)
+    assert dist_util.from_rank_0(dist_util.rank) == 1
+
+
+@pytest.mark.parametrize(
+    "flags", [(False, False, False), (False, True, False), (True, True, True), (True, False, False)]
+)
+def test_whether_any_rank(on_ranks, flags):
+    assert on_ranks(3, lambda rank: dist_util.any_rank(flags[rank])) == [any(flags)] * 3
+
+
+@pytest.mark.parametrize("flag", [False, True])
+def test_whether_the_only_rank(flag):
+    assert dist_util.any_rank(flag) is flag
+
+
+def test_flags_do_not_wait_for_gpus(monkeypatch):
+    """They go through a group of their own where the ranks' is NCCL's; one is made for each group, once."""
+    made, used = [], []
+    monkeypatch.setattr(dist_util, "_groups", {})
+    monkeypatch.setattr(dist_util, "world_size", lambda: 2)
+    monkeypatch.setattr(dist, "get_backend", lambda: "nccl")
+    monkeypatch.setattr(dist, "new_group", lambda backend: made.append(backend) or f"group {len(made)}")
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor, group: used.append((tensor.device.type, group)))
+    assert dist_util.any_rank(True) is True and dist_util.any_rank(False) is False
+    assert made == ["gloo"] and used == [("cpu", "group 1")] * 2
+
+
+@pytest.mark.parametrize(
+    "error, answer",
+    [
+        (dist.DistBackendError("NCCL error"), True),
+        (dist.DistNetworkError("reset"), True),
+        (RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer"), True),
+        (RuntimeError("CUDA error"), False),
+        (ValueError("gloo"), False),
+        (InputError("gloo"), False),
+    ],
+)
+def test_what_the_loss_of_a_rank_looks_like(error, answer):
+    assert dist_util.is_loss_of_a_rank(error) is answer
+
+
+def test_leaving(monkeypatch):
+    """After the others, once, and without a group not at all."""
+    dist_util.setup_dist()
+    waited = []
+    monkeypatch.setattr(dist_util, "barrier", lambda: waited.append(dist.is_initialized()))
+    dist_util.leave()
+    assert waited == [True] and not dist.is_initialized()
+    dist_util.leave()
+    assert not dist.is_initialized()
+
+
+def test_leaving_what_was_never_joined(monkeypatch):
+    """--help under torchrun ends before the ranks have met."""
+    started_by(monkeypatch, TORCHRUN, 0, 2, 0)
+    dist_util.leave()
+    assert not dist.is_initialized()
 
 
 # ---------------------------------------------------------------- two ranks
@@ -427,8 +881,8 @@ def test_resumed_on_ranks(two_ranks):
 
 def test_divergence_of_one_rank_ends_all(two_ranks):
     folder, *found = two_ranks
-    for rank, message in enumerate(f["error"] for f in found):
-        assert f"at step 3 on rank {rank}; the last good checkpoint is {folder}/diverged/model000002.pt" in message
+    for message in [f["error"] for f in found]:
+        assert f"at step 3 on rank 1; the last good checkpoint is {folder}/diverged/model000002.pt" in message
 
 
 def test_a_group_of_ones_own_tells_the_rank(monkeypatch):

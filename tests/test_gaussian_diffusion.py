@@ -460,6 +460,76 @@ def test_loops_sample_on_the_models_device(loop):
     assert (sample.shape, sample.device.type) == ((2, 3), "meta")
 
 
+@pytest.mark.parametrize("loop", LOOP_NAMES)
+@pytest.mark.parametrize("eta", [0.0, 0.7])
+def test_noise_of_ones_own(loop, eta):
+    """All of it: the start, and each step's; the global generator is left alone."""
+    kwargs = dict(eta=eta) if loop == "ddim_sample_loop" else {}
+    d, shape = make_diffusion(12, "cosine"), (2, 3, 5)
+    th.manual_seed(3)
+    want = getattr(d, loop)(ToyModel(), shape, **kwargs)
+    th.manual_seed(3)
+    drawn = iter([th.randn(*shape) for _ in range(13)])
+    before, likes = th.get_rng_state(), []
+
+    def noise_fn(x):
+        likes.append((x.shape, x.dtype, x.device.type))
+        return next(drawn)
+
+    assert th.equal(getattr(d, loop)(ToyModel(), shape, noise_fn=noise_fn, **kwargs), want)
+    assert likes == [(th.Size(shape), th.float32, "cpu")] * 13
+    assert th.equal(th.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("loop", LOOP_NAMES)
+def test_noise_of_ones_own_and_a_start_of_ones_own(loop):
+    d, start, calls = make_diffusion(12, "cosine"), tensor("start", 2, 3), []
+    steps = list(
+        getattr(d, loop + "_progressive")(
+            ToyModel(), (2, 3), noise=start, noise_fn=lambda x: calls.append(x) or th.zeros_like(x)
+        )
+    )
+    assert len(calls) == len(steps) == 12 and calls[0] is start
+
+
+@pytest.mark.parametrize("step", ["p_sample", "ddim_sample"])
+def test_noise_of_a_single_step(step):
+    d, x, t = make_diffusion(steps=30, var="FIXED_SMALL"), tensor("x", 2, 3), th.tensor([4, 9])
+    kwargs = {"eta": 1.0} if step == "ddim_sample" else {}
+    th.manual_seed(0)
+    default = getattr(d, step)(ToyModel(), x, t, **kwargs)["sample"]
+    th.manual_seed(0)
+    noise = th.randn(2, 3)
+    assert th.equal(getattr(d, step)(ToyModel(), x, t, noise_fn=lambda like: noise, **kwargs)["sample"], default)
+    assert not th.equal(getattr(d, step)(ToyModel(), x, t, noise_fn=th.zeros_like, **kwargs)["sample"], default)
+
+
+def test_steps_of_a_subclass_written_for_the_original():
+    """They know no noise_fn, and the loops do not name it unless they are given one."""
+
+    class Old(GaussianDiffusion):
+        def p_sample(self, model, x, t, clip_denoised=True, denoised_fn=None, model_kwargs=None):
+            return super().p_sample(model, x, t, clip_denoised, denoised_fn, model_kwargs)
+
+        def ddim_sample(self, model, x, t, clip_denoised=True, denoised_fn=None, model_kwargs=None, eta=0.0):
+            return super().ddim_sample(model, x, t, clip_denoised, denoised_fn, model_kwargs, eta)
+
+    parameters = dict(
+        betas=get_named_beta_schedule("cosine", 7),
+        model_mean_type=ModelMeanType.EPSILON,
+        model_var_type=ModelVarType.FIXED_LARGE,
+        loss_type=LossType.KL,
+    )
+    for loop in LOOP_NAMES:
+        samples = []
+        for cls in (Old, GaussianDiffusion):
+            th.manual_seed(2)
+            samples.append(getattr(cls(**parameters), loop)(ToyModel(), (2, 3)))
+        assert th.equal(*samples)
+        with pytest.raises(TypeError, match="noise_fn"):
+            getattr(Old(**parameters), loop)(ToyModel(), (2, 3), noise_fn=th.randn_like)
+
+
 def test_the_last_step_adds_no_noise():
     d, model = make_diffusion(steps=30), ToyModel()
     x, t = tensor("x", 2, 3), th.tensor([0, 5])
@@ -715,6 +785,22 @@ def test_the_whole_bound_adds_up_and_begins_at_the_noisiest_step():
     mean, v = d.sqrt_alphas_cumprod[-1] * x_start.double(), 1 - d.alphas_cumprod[-1]
     prior = (0.5 * (mean**2 + v - 1 - math.log(v))).mean(dim=(1, 2)) / math.log(2)
     th.testing.assert_close(out["prior_bpd"].double(), prior, rtol=1e-3, atol=1e-9)
+
+
+def test_the_whole_bound_with_noise_of_ones_own():
+    """One draw a timestep, the noisiest first; the global generator is left alone."""
+    d, x_start = make_diffusion(9, "cosine"), image_batch("x0", 3, 2, 5)
+    th.manual_seed(1)
+    want = d.calc_bpd_loop(ToyModel(), x_start)
+    th.manual_seed(1)
+    drawn, likes = iter([th.randn(3, 2, 5) for _ in range(9)]), []
+    before = th.get_rng_state()
+    got = d.calc_bpd_loop(ToyModel(), x_start, noise_fn=lambda x: likes.append(x) or next(drawn))
+    assert all(th.equal(got[key], want[key]) for key in want)
+    assert len(likes) == 9 and all(x is x_start for x in likes)
+    assert th.equal(th.get_rng_state(), before)
+    still = d.calc_bpd_loop(ToyModel(), x_start, noise_fn=th.zeros_like)
+    assert not th.equal(still["mse"], want["mse"])
 
 
 def test_the_whole_bound_of_a_perfect_model_is_the_decoders():

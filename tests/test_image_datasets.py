@@ -1,7 +1,11 @@
 """From files to batches: which images, which pixels, which labels, in which order, and what is said of bad ones."""
 
 import io
+import multiprocessing
 import os
+import signal
+import subprocess
+import threading
 
 import numpy as np
 import pytest
@@ -315,6 +319,63 @@ def test_the_same_workers_serve_all_epochs(num_workers):
     ids = {i for _ in range(4 * 3) for i in next(stream)[0].tolist()}
     assert len(ids) == max(num_workers, 1)
     assert (os.getpid() in ids) == (num_workers == 0)
+
+
+class ProcessIdsOnce(ProcessIds):
+    def __len__(self):
+        return 40
+
+
+def worker_of(pid):
+    (process,) = [child for child in multiprocessing.active_children() if child.pid == pid]
+    return process
+
+
+def stream_of_batches(num_workers):
+    return BatchStream(ProcessIds(), batch_size=1, shuffle=False, num_workers=num_workers)
+
+
+def loader_of_a_folder(num_workers, monkeypatch, greys):
+    """load_data_once(), whose images are the process ids of those that read them."""
+    monkeypatch.setattr(image_datasets, "_open_folder", lambda *_, **__: ProcessIdsOnce())
+    return load_data_once(data_dir="", batch_size=1, image_size=8, num_workers=num_workers)
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="who sent a signal is known on Linux only")
+@pytest.mark.parametrize("kind", ["stream", "once"])
+def test_signals_leave_workers_alone_until_their_parent_ends_them(monkeypatch, greys, kind):
+    """A scheduler's reach all processes of a run; training still needs its batches."""
+    made = stream_of_batches(2) if kind == "stream" else loader_of_a_folder(2, monkeypatch, greys)
+    data = iter(made)
+    pids = sorted({next(data)[0].item() for _ in range(4)})
+    assert len(pids) == 2 and os.getpid() not in pids
+    for name in ("INT", "TERM", "TERM", "INT"):
+        subprocess.run(["/bin/sh", "-c", f"kill -{name} {pids[0]} {pids[1]}"], check=True)
+    for _ in range(8):  # more than they have read ahead
+        assert next(data)[0].item() in pids
+    workers = [worker_of(pid) for pid in pids]
+    assert all(worker.is_alive() for worker in workers)
+    for worker in workers:
+        os.kill(worker.pid, signal.SIGINT)  # the terminal's, whoever sends it
+    assert next(data)[0].item() in pids
+    for worker in workers:
+        worker.terminate()  # as the loader itself does with one that does not end when told to
+        worker.join(timeout=60)
+    assert [worker.exitcode for worker in workers] == [0, 0]
+
+
+def test_signals_where_their_senders_are_not_known(monkeypatch):
+    """SIGINT is left to the parent there too, SIGTERM works as ever."""
+    monkeypatch.delattr(signal, "sigwaitinfo", raising=False)
+    before, threads = signal.getsignal(signal.SIGINT), threading.active_count()
+    try:
+        image_datasets._leave_signals_to_the_parent(0)
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        assert (
+            signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, []) and threading.active_count() == threads
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 # ---------------------------------------------------------------- going on where another stream was

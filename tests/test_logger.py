@@ -15,6 +15,7 @@ import pytest
 import torch as th
 
 from improved_diffusion import logger
+from improved_diffusion.errors import InputError
 from improved_diffusion.logger import (
     CSVOutputFormat,
     HumanOutputFormat,
@@ -185,11 +186,25 @@ def test_drop_from_reaches_every_output_of_rows():
     calls = []
 
     class Recorder(Memory):
-        def drop_from(self, key, value):
-            calls.append((key, value))
+        def drop_from(self, key, value, unless_above):
+            calls.append((key, value, unless_above))
 
     Logger("d", [Recorder(), Recorder()]).drop_from("step", 10)
-    assert calls == [("step", 10)] * 2
+    Logger("d", [Recorder()]).drop_from("step", 0, unless_above=0)
+    assert calls == [("step", 10, math.inf)] * 2 + [("step", 0, 0)]
+
+
+@pytest.mark.parametrize("output", [CSVOutputFormat, JSONOutputFormat])
+@pytest.mark.parametrize(
+    "steps, left", [([0], []), ([0, 0], []), ([0, 1], [0, 1]), ([5], [5]), ([-1, 0], [-1]), ([], [])]
+)
+def test_rows_are_dropped_unless_there_is_one_above(tmp_path, output, steps, left):
+    out = output(str(tmp_path / "progress"))
+    out.writekvs({"step": "none"})
+    for step in steps:
+        out.writekvs({"step": step})
+    out.drop_from("step", 0, unless_above=0)
+    assert [int(number) for number in re.findall(r"-?\d+", (tmp_path / "progress").read_text())] == left
 
 
 # ---------------------------------------------------------------- levels
@@ -433,12 +448,13 @@ def test_csv_rewrite_survives_a_crash(path, monkeypatch):
 
     def crash(src, dst):
         seen.append((os.path.dirname(src), os.fspath(dst), open_and_read(src)))
-        raise OSError("crash")
+        raise OSError(5, "crash")
 
     monkeypatch.setattr(os, "replace", crash)
     for change in (lambda: out.writekvs({"step": 2, "new": 5}), lambda: out.drop_from("step", 0)):
-        with pytest.raises(OSError, match="crash"):
+        with pytest.raises(InputError) as info:
             change()
+        assert str(info.value) == f"{path}: cannot be written (crash)"
     assert path.read_text() == "step\n1\n"
     beside, target = str(path.parent), str(path)
     assert seen == [(beside, target, "step,new\n1,\n2,5\n"), (beside, target, "step\n")]
@@ -510,8 +526,8 @@ def test_json_drop_from(path, monkeypatch):
     out = JSONOutputFormat(path)
 
     real = os.replace
-    monkeypatch.setattr(os, "replace", lambda src, dst: (_ for _ in ()).throw(OSError("crash")))
-    with pytest.raises(OSError, match="crash"):
+    monkeypatch.setattr(os, "replace", lambda src, dst: (_ for _ in ()).throw(OSError(5, "crash")))
+    with pytest.raises(InputError, match=r"progress: cannot be written \(crash\)$"):
         out.drop_from("step", 10)
     assert path.read_text() == text
 
@@ -762,3 +778,91 @@ def test_an_unknown_format_leaves_no_directory(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="'paper'"):
         logger.configure(dir=str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+# ---------------------------------------------------------------- a full disk
+
+FULL = "/dev/full"
+on_a_full_disk = pytest.mark.skipif(not os.path.exists(FULL), reason="the device that is always full is Linux's")
+
+
+def one_line(path, write):
+    with pytest.raises(InputError) as info:
+        write()
+    assert str(info.value) == f"{path}: cannot be written (No space left on device)"
+    assert info.value.__suppress_context__  # nor a traceback of what is behind it
+
+
+@on_a_full_disk
+def test_a_row_on_a_full_disk_is_one_line(path):
+    for output in (CSVOutputFormat, JSONOutputFormat):
+        out = output(path)
+        out.writekvs({"step": 0})
+        out.writekvs({"step": 1})
+        before = path.read_bytes()
+        os.rename(path, f"{path}.aside")
+        os.symlink(FULL, path)
+        one_line(path, lambda out=out: out.writekvs({"step": 2}))
+        os.remove(path)
+        os.rename(f"{path}.aside", path)
+        assert path.read_bytes() == before
+        os.symlink(FULL, f"{path}.tmp")  # where a file is written anew
+        one_line(path, lambda out=out: out.drop_from("step", 1))
+        assert not os.path.lexists(f"{path}.tmp")
+        assert path.read_bytes() == before
+        out.writekvs({"step": 3})  # there is room again
+        assert len(path.read_text().splitlines()) == len(before.splitlines()) + 1
+        os.remove(path)
+
+
+@on_a_full_disk
+def test_a_new_column_on_a_full_disk_is_one_line(path):
+    out = CSVOutputFormat(path)
+    out.writekvs({"step": 1})
+    os.symlink(FULL, f"{path}.tmp")
+    one_line(path, lambda: out.writekvs({"step": 2, "new": 1}))
+    assert path.read_text() == "step\n1\n"
+
+
+@on_a_full_disk
+@pytest.mark.parametrize("write", [lambda out: out.writeseq(["text"]), lambda out: out.writekvs({"a": 1})])
+def test_text_on_a_full_disk_is_one_line(write):
+    file = open(FULL, "w")  # noqa: SIM115
+    one_line(FULL, lambda: write(HumanOutputFormat(file)))
+    with pytest.raises(OSError, match="No space left"):  # what is in its buffer has nowhere to go
+        file.close()
+
+
+def test_text_to_a_stream_without_a_name_is_one_line():
+    class Closed(io.StringIO):
+        def flush(self):
+            raise BrokenPipeError(32, "Broken pipe")
+
+    with pytest.raises(InputError, match=r"^the log: cannot be written \(Broken pipe\)$"):
+        HumanOutputFormat(Closed()).writeseq(["text"])
+
+
+PROGRAM = """
+import sys
+from improved_diffusion import logger, script_util
+
+def main():
+    logger.configure(sys.argv[1])
+    logger.logkv("a", 1)
+    logger.dumpkvs()
+
+script_util.run(main)
+"""
+
+
+@on_a_full_disk
+@pytest.mark.parametrize("name, full", [("log.txt", "log.txt"), ("progress.csv", "progress.csv.tmp")])
+def test_a_whole_process_on_a_full_disk_says_one_line(tmp_path, name, full):
+    """The interpreter's end, which closes files, adds nothing."""
+    os.symlink(FULL, tmp_path / full)
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("OPENAI_LOG")}
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, tmp_path], env=environment, capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == 2
+    assert done.stderr == f"-c: error: {tmp_path / name}: cannot be written (No space left on device)\n"

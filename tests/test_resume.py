@@ -3,6 +3,8 @@
 import itertools
 import math
 import os
+import signal
+import threading
 
 import numpy as np
 import pytest
@@ -23,7 +25,7 @@ from training import (
     train,
 )
 
-from improved_diffusion import logger, train_util
+from improved_diffusion import dist_util, logger, train_util
 from improved_diffusion.errors import InputError
 from improved_diffusion.image_datasets import load_data
 from improved_diffusion.resample import LossSecondMomentResampler, UniformSampler
@@ -312,14 +314,67 @@ def test_data_without_a_place(tmp_path):
 
 
 def test_another_number_of_ranks(tmp_path, images):
-    run(tmp_path, images, max_steps=2)
-    state = load(tmp_path / "state000002.pt")
-    for key in ("rng", "data", "statistics"):
+    """Data and random numbers begin anew, from the seed and the step; what was taken in for the log is not lost."""
+    run(tmp_path, images, max_steps=3, save_interval=1000, log_interval=2)
+    state = load(tmp_path / "state000003.pt")
+    for key in ("rng", "data"):
         state[key] = state[key] * 2
-    th.save(state, tmp_path / "state000002.pt")
-    loop, lines = resume(tmp_path, max_steps=4)
-    warning = "the checkpoint is of 2 ranks, now there are 1: the data and the random numbers begin anew"
-    assert warning in lines and loop.step == 4
+    other = {key: table * 3 for key, table in state["statistics"][0].items()}
+    state["statistics"].append(other)
+    th.save(state, tmp_path / "state000003.pt")
+    drawn = []
+    for seed in (0, 7, 7):
+        dist_util.seed_everything(seed)
+        with logger.scoped_configure(dir=str(tmp_path / "new"), format_strs=["log"]):
+            loop = make_loop(resume_checkpoint=str(tmp_path / "model000003.pt"))
+        drawn.append([th.rand(1).item(), np.random.rand()])
+        dist_util.seed_anew(3)
+        assert [th.rand(1).item(), np.random.rand()] == drawn[-1]
+        assert loop.step == 3
+        for key, table in loop._statistics.state_dict().items():
+            th.testing.assert_close(table, state["statistics"][0][key] * 4)
+    assert drawn[0] != drawn[1] == drawn[2]
+    warning = (
+        "the checkpoint is of 2 ranks, now there are 1: the data begin anew, and so do the random numbers, "
+        "from the seed and step 3"
+    )
+    assert (tmp_path / "new" / "log.txt").read_text().splitlines().count(warning) == 3
+
+
+@pytest.fixture(autouse=True)
+def no_seed_left(monkeypatch):
+    monkeypatch.setattr(dist_util, "_seed", None)
+
+
+def test_changed_flags_are_told(tmp_path):
+    """By name, old and new value; not what has a line of its own, nor what must change or is new."""
+    before = dict(batch_size=4, dropout=0.1, seed=None, lr=0.01, weight_decay=0.0, resume_checkpoint="", gone=1)
+    train(tmp_path, flags=before)
+    for label in (0, 3):
+        assert load(tmp_path / f"state{label:06d}.pt")["flags"] == before
+    after = dict(
+        batch_size=4, dropout=0.3, seed=5, lr=0.5, weight_decay=0.25, resume_checkpoint=latest(tmp_path), new=2
+    )
+    _, lines = resume(tmp_path, flags=after, max_steps=4)
+    assert [line for line in lines if "from here on" in line] == [
+        "dropout is 0.3 from here on, and was 0.1 in the checkpoint",
+        "seed is 5 from here on, and was None in the checkpoint",
+    ]
+    assert load(tmp_path / "state000004.pt")["flags"] == after
+
+
+def test_flags_are_a_copy_and_may_be_missing(tmp_path):
+    """A loop of one's own has none, and a state of earlier runs neither."""
+    given_flags = {"a": 1}
+    loop = make_loop(flags=given_flags)
+    given_flags["a"] = 2
+    assert loop.flags == {"a": 1} and make_loop().flags == {}
+    train(tmp_path)
+    state = load(tmp_path / "state000003.pt")
+    assert state.pop("flags") == {}
+    th.save(state, tmp_path / "state000003.pt")
+    _, lines = resume(tmp_path, flags={"a": 1}, max_steps=4)
+    assert not [line for line in lines if "from here on" in line]
 
 
 @pytest.mark.parametrize(
@@ -433,12 +488,32 @@ def test_missing_parts(original, tmp_path, removed, ema_rate, lines):
 
 
 def test_weights_of_another_kind_of_file(tmp_path):
-    """An average of one's own run starts a new one, at step 0, and no row of the log is taken back."""
+    """
+    An average of one's own run starts a new one, at step 0: no row of the log is taken back, and what lies beside
+    it under the names of step 0 is not its own.
+    """
     train(tmp_path, max_steps=4)
-    loop = make_loop(resume_checkpoint=str(tmp_path / "ema_0.9_000004.pt"))
-    assert (loop.step, loop.resume_step) == (0, 0)
-    assert_same(loop.model.state_dict(), load(tmp_path / "ema_0.9_000004.pt"))
+    assert {"opt000000.pt", "ema_0.9_000000.pt", "state000000.pt"} <= set(checkpoint_names(tmp_path))
+    path = str(tmp_path / "ema_0.9_000004.pt")
+    with logger.scoped_configure(dir=str(tmp_path), format_strs=["log", "csv"]):
+        loop = make_loop(resume_checkpoint=path)
+    assert f"{path} is not a model000000.pt: a new run begins at its weights" in (tmp_path / "log.txt").read_text()
+    assert (loop.step, loop.resume_step, loop.opt.state_dict()["state"]) == (0, 0, {})
+    assert_same(loop.model.state_dict(), load(path))
+    assert_same([p.detach() for p in loop.ema_params[0]], list(load(path).values()))
     assert len(read_rows(tmp_path)) == 4
+
+
+def test_a_new_run_at_weights_of_another_kind_of_file(tmp_path):
+    """It writes all the checkpoints that a run writes."""
+    train(tmp_path / "a", max_steps=4)
+    train(tmp_path / "b", max_steps=3, resume_checkpoint=str(tmp_path / "a" / "ema_0.9_000004.pt"))
+    assert checkpoint_names(tmp_path / "b") == checkpoint_names_of(0, 3)
+    assert [row["step"] for row in read_rows(tmp_path / "b")] == [0, 1, 2]
+
+
+def checkpoint_names_of(*labels):
+    return sorted(f"{kind}{label:06d}.pt" for label in labels for kind in ("model", "ema_0.9_", "opt", "state"))
 
 
 def test_a_loop_of_ones_own_logs_and_resumes(tmp_path):
@@ -504,3 +579,271 @@ def test_a_sampler_of_ones_own_needs_no_state(tmp_path):
 
     train(tmp_path, schedule_sampler=FirstStep())
     assert load(tmp_path / "state000003.pt")["schedule_sampler"] is None
+
+
+# ---------------------------------------------------------------- the newest checkpoint of the folder
+
+
+def lines_of(folder):
+    return (folder / "log.txt").read_text().splitlines()
+
+
+@pytest.mark.parametrize("stop", [1, 4, 5])
+@pytest.mark.parametrize("save_interval", [1, 2, 3])
+def test_the_same_command_again_goes_on(tmp_path, images, stop, save_interval):
+    """However often it is killed, the files end up as if it never was."""
+    common = dict(max_steps=STEPS, save_interval=save_interval, dropout=0.3, resume_checkpoint="auto")
+    run(tmp_path / "whole", images, **common)
+    for i, step in enumerate((0, stop, stop + 1)):
+        with pytest.raises(Killed):
+            run(tmp_path / "parts", images, killed_after(step), seed=i, **common)
+    run(tmp_path / "parts", images, seed=9, **common)
+    assert_continues(tmp_path / "parts", tmp_path / "whole")
+    assert checkpoint_names(tmp_path / "parts") == checkpoint_names(tmp_path / "whole")
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_anew(tmp_path):
+    """The row that it left would be there twice."""
+
+    class DyingBeforeItsSave(TrainLoop):
+        def save(self):
+            raise Killed
+
+    with pytest.raises(Killed):
+        train(tmp_path, DyingBeforeItsSave, resume_checkpoint="auto")
+    assert [row["step"] for row in read_rows(tmp_path)] == [0] and checkpoint_names(tmp_path) == []
+    loop = train(tmp_path, resume_checkpoint="auto")
+    assert [row["step"] for row in read_rows(tmp_path)] == [0, 1, 2]
+    assert (loop.step, checkpoint_names(tmp_path)) == (3, checkpoint_names_of(0, 3))
+    assert lines_of(tmp_path).count(f"no complete checkpoint in {tmp_path}: the run begins anew") == 2
+
+
+def test_the_newest_is_of_the_folder_for_checkpoints(tmp_path, monkeypatch):
+    """DIFFUSION_BLOB_LOGDIR, if it is set; the log's rows are those of another folder, and stay."""
+    monkeypatch.setenv("DIFFUSION_BLOB_LOGDIR", str(tmp_path / "blobs"))
+    train(tmp_path / "log", resume_checkpoint="auto")
+    loop = train(tmp_path / "log", resume_checkpoint="auto", max_steps=5)
+    assert loop.step == 5 and f"loading model from checkpoint: {tmp_path}/blobs/model000003.pt..." in lines_of(
+        tmp_path / "log"
+    )
+    assert checkpoint_names(tmp_path / "blobs") == checkpoint_names_of(0, 3, 5)
+
+
+def test_past_a_damaged_checkpoint(tmp_path):
+    """From the one before it, over the damaged one."""
+    train(tmp_path, max_steps=6, save_interval=2)
+    (tmp_path / "opt000006.pt").write_bytes(b"")
+    loop = train(tmp_path, max_steps=6, save_interval=2, resume_checkpoint="auto")
+    assert loop.step == 6
+    warnings = [line for line in lines_of(tmp_path) if "left out" in line]
+    assert len(warnings) == 1 and warnings[0].startswith("the checkpoint of step 6 is left out: ")
+    assert load(tmp_path / "opt000006.pt")["state"][0]["step"] == 6
+    assert [row["step"] for row in read_rows(tmp_path)] == list(range(6))
+
+
+def test_an_original_goes_on_by_itself(tmp_path):
+    train(tmp_path, max_steps=4)
+    for path in tmp_path.glob("state*.pt"):
+        path.unlink()
+    loop = train(tmp_path, max_steps=6, resume_checkpoint="auto")
+    assert (loop.step, loop.resume_step) == (2, 4)
+
+
+def test_a_path_that_is_no_checkpoint_does_not_begin_anew(tmp_path):
+    """Only the word auto may find nothing."""
+    with pytest.raises(InputError, match="there is no such file"):
+        train(tmp_path, resume_checkpoint=str(tmp_path / "auto"))
+
+
+# ---------------------------------------------------------------- how many checkpoints stay
+
+
+@pytest.mark.parametrize("keep", [0, 1, 2, 3, 9])
+def test_as_many_checkpoints_as_asked_for(tmp_path, keep):
+    train(tmp_path, max_steps=8, save_interval=2, keep_checkpoints=keep)
+    labels = [0, 2, 4, 6, 8]
+    assert checkpoint_names(tmp_path) == checkpoint_names_of(*(labels[-keep:] if keep else labels))
+    assert {"progress.csv", "log.txt"} <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_kept_checkpoints_of_a_resumed_run(tmp_path):
+    """Those of the part before count, those of a longer run stay."""
+    train(tmp_path, max_steps=8, save_interval=2)
+    train(
+        tmp_path, max_steps=6, save_interval=2, keep_checkpoints=2, resume_checkpoint=str(tmp_path / "model000004.pt")
+    )
+    assert checkpoint_names(tmp_path) == checkpoint_names_of(4, 6, 8)
+
+
+def test_a_full_disk_deletes_nothing(tmp_path, monkeypatch):
+    """Old checkpoints go when the new one is there, not before."""
+    train(tmp_path, max_steps=3, keep_checkpoints=1)
+    before = checkpoint_names(tmp_path)
+
+    def full(value, f):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(th, "save", full)
+    with pytest.raises(InputError, match="No space left on device"):
+        train(tmp_path, max_steps=5, keep_checkpoints=1, resume_checkpoint="auto")
+    assert checkpoint_names(tmp_path) == before == checkpoint_names_of(3)
+
+
+# ---------------------------------------------------------------- stopped by a signal
+
+
+def stopped_at(step, number=signal.SIGTERM, when="forward_backward"):
+    """A TrainLoop that receives a signal in the middle of a step; counts its saves."""
+
+    class Stopped(TrainLoop):
+        saves = []
+
+        def _signal(self, name):
+            if name == when and self.step + self.resume_step == step:
+                signal.raise_signal(number)
+
+        def forward_backward(self, batch, cond):
+            self._signal("forward_backward")
+            super().forward_backward(batch, cond)
+
+        def log_step(self):
+            super().log_step()
+            self._signal("log_step")
+
+        def save(self):
+            self._signal("save")
+            self.saves.append(self.step + self.resume_step)
+            super().save()
+
+    return Stopped
+
+
+def signal_state():
+    descriptor = signal.set_wakeup_fd(-1)
+    signal.set_wakeup_fd(descriptor)
+    return signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT), descriptor
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+@pytest.mark.parametrize("when", ["forward_backward", "log_step"])
+@pytest.mark.parametrize(
+    "step, save_interval, saves",
+    [(0, 1000, [0]), (0, 1, [0]), (2, 1000, [0, 2]), (4, 2, [0, 2, 4]), (5, 2, [0, 2, 4, 5]), (7, 1000, [0, 7])],
+)
+def test_a_signal_ends_the_run_after_its_step_and_one_save(tmp_path, number, when, step, save_interval, saves):
+    before = signal_state()
+    cls = stopped_at(step, number, when)
+    with pytest.raises(SystemExit) as left:
+        train(tmp_path, cls, max_steps=8, save_interval=save_interval)
+    assert left.value.code == 0
+    assert cls.saves == saves
+    assert load(tmp_path / f"state{step:06d}.pt")["updates"] == step + 1
+    assert [row["step"] for row in read_rows(tmp_path)] == list(range(step + 1))
+    path = tmp_path / f"model{step:06d}.pt"
+    assert lines_of(tmp_path)[-1] == f"stopped by {number.name} at step {step}: {path}"
+    assert signal_state() == before
+
+
+def test_a_signal_during_a_save(tmp_path):
+    """It is finished, and is the run's last."""
+    cls = stopped_at(4, when="save")
+    with pytest.raises(SystemExit):
+        train(tmp_path, cls, max_steps=8, save_interval=4)
+    assert cls.saves == [0, 4] and checkpoint_names(tmp_path) == checkpoint_names_of(0, 4)
+
+
+@pytest.mark.parametrize("stop", range(STEPS))
+@pytest.mark.parametrize("save_interval", [1, 3, 7, 1000])
+def test_stopped_and_continued_is_uninterrupted(tmp_path, images, stop, save_interval):
+    """With the closing checkpoint too, wherever the signal came."""
+    common = dict(max_steps=STEPS, save_interval=save_interval, dropout=0.3, log_interval=2)
+    run(tmp_path / "whole", images, **common)
+    with pytest.raises(SystemExit):
+        run(tmp_path / "parts", images, stopped_at(stop), **common)
+    run(tmp_path / "parts", images, seed=1, resume_checkpoint="auto", **common)
+    assert_continues(tmp_path / "parts", tmp_path / "whole")
+
+
+def test_stopped_in_the_first_step_after_a_closing_checkpoint(tmp_path, images):
+    """Its number is that of the checkpoint it came from, but the step is in it."""
+    run(tmp_path / "whole", images, max_steps=STEPS)
+    run(tmp_path / "parts", images, max_steps=5)
+    with pytest.raises(SystemExit):
+        run(tmp_path / "parts", images, stopped_at(5), max_steps=STEPS, resume_checkpoint="auto")
+    assert load(tmp_path / "parts" / "state000005.pt")["updates"] == 6
+    run(tmp_path / "parts", images, max_steps=STEPS, resume_checkpoint="auto")
+    assert_continues(tmp_path / "parts", tmp_path / "whole")
+
+
+def test_a_stopped_run_of_the_original(tmp_path):
+    """Labels go on from the file's name; the original's own checkpoint is not written over in the step after it."""
+    train(tmp_path, max_steps=4)
+    for path in tmp_path.glob("state*.pt"):
+        path.unlink()
+    before = (tmp_path / "model000004.pt").read_bytes()
+    with pytest.raises(SystemExit):
+        train(tmp_path / "new", stopped_at(6), max_steps=9, resume_checkpoint=latest(tmp_path))
+    assert checkpoint_names(tmp_path / "new") == checkpoint_names_of(6)
+    assert (tmp_path / "model000004.pt").read_bytes() == before
+
+
+def test_a_signal_to_another_rank(tmp_path, monkeypatch):
+    """All ranks end together, after the same step."""
+    asked = []
+    monkeypatch.setattr(dist_util, "any_rank", lambda flag: asked.append(flag) or len(asked) == 3)
+    with pytest.raises(SystemExit) as left:
+        train(tmp_path, max_steps=8)
+    assert left.value.code == 0 and asked == [False] * 3
+    assert lines_of(tmp_path)[-1] == f"stopped by a signal to another rank at step 2: {tmp_path}/model000002.pt"
+
+
+def test_a_run_that_is_ignored_signals_goes_on(tmp_path):
+    """Under nohup and the like, say for SIGINT."""
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        loop = train(tmp_path, stopped_at(1, signal.SIGINT))
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert loop.step == 3 and "stopped" not in (tmp_path / "log.txt").read_text()
+
+
+def test_a_run_in_a_thread(tmp_path):
+    """It cannot handle signals, and does without."""
+    before, found = signal_state(), []
+
+    def work():
+        with logger.scoped_configure(dir=str(tmp_path), format_strs=["csv"]):
+            loop = make_loop()
+            loop.save = lambda: found.append((signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)))
+            loop.run_loop()
+            found.append(loop.step)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert found == [before[:2], before[:2], 3] and signal_state() == before
+
+
+@pytest.mark.parametrize("error", [InputError("x"), KeyError("x"), KeyboardInterrupt()], ids=repr)
+def test_signals_are_given_back_when_a_run_fails(tmp_path, error):
+    before = signal_state()
+
+    class Failing(TrainLoop):
+        def log_step(self):
+            raise error
+
+    with pytest.raises(type(error)):
+        train(tmp_path, Failing)
+    assert signal_state() == before
+
+
+def test_a_stop_does_not_save_what_is_not_finite(tmp_path):
+    """The last good checkpoint stays the last."""
+    with pytest.raises(
+        train_util.TrainingError, match=r"at step 3 on rank 0; the last good checkpoint is .*model000002"
+    ):
+        train(
+            tmp_path, stopped_at(3), data=batches(changes={3: math.nan}), max_steps=9, save_interval=2, log_interval=10
+        )
+    assert checkpoint_names(tmp_path) == checkpoint_names_of(0, 2)

@@ -5,10 +5,15 @@ import threading
 import numpy as np
 import pytest
 import torch as th
+from hypothesis import given
+from hypothesis import strategies as st
+from parity_cases import ToyModel, make_diffusion
 
 from improved_diffusion import dist_util, logger
 from improved_diffusion.errors import InputError
 from improved_diffusion.sample_util import (
+    SampleNoise,
+    draw_labels,
     generate,
     load_base_samples,
     load_labelled_samples,
@@ -36,7 +41,7 @@ class StubDiffusion:
         return self._loop(model, shape, plus=10, **kwargs)
 
 
-def numbered(numbers):
+def numbered(numbers, noise_fn):
     return {"number": th.tensor(list(numbers)), "y": th.tensor([100 + i for i in numbers])}
 
 
@@ -72,7 +77,7 @@ def test_ddim_and_clipping_are_passed_on():
 
 
 def test_without_labels_there_are_none():
-    images, labels = draw(StubDiffusion(), conditions=lambda numbers: {"number": th.tensor(list(numbers))})
+    images, labels = draw(StubDiffusion(), conditions=lambda numbers, _: {"number": th.tensor(list(numbers))})
     assert (len(images), labels) == (7, None)
 
 
@@ -116,6 +121,157 @@ def test_order_and_labels_are_kept_over_ranks(on_ranks, world_size, num_samples)
     assert images[:, 0, 0, 0].tolist() == list(range(num_samples))
     assert labels.tolist() == [100 + i for i in range(num_samples)]
     assert others == [(None, None)] * (world_size - 1)
+
+
+# ---------------------------------------------------------------- random numbers of a sample's own
+
+seeds = st.integers(0, 2**63 - 1)
+some_numbers = st.lists(st.integers(0, 2**20), min_size=1, max_size=8)
+
+
+def noise_of(seed, numbers, shape=(2, 3), calls=3):
+    """What a chain would draw, as [call, sample, ...]."""
+    noise_fn = SampleNoise(seed, numbers)
+    return th.stack([noise_fn(th.zeros(len(numbers), *shape)) for _ in range(calls)])
+
+
+@given(seed=seeds, numbers=some_numbers, data=st.data())
+def test_noise_depends_on_the_seed_and_the_samples_number_only(seed, numbers, data):
+    """Not on the other samples of its batch, on its place there, or on what is drawn elsewhere."""
+    whole = noise_of(seed, numbers)
+    cut = data.draw(st.integers(0, len(numbers)))
+    th.rand(cut)
+    before = th.get_rng_state()
+    parts = [noise_of(seed, part) for part in (numbers[:cut], numbers[cut:]) if part]
+    assert th.equal(th.cat(parts, dim=1), whole)
+    order = data.draw(st.permutations(range(len(numbers))))
+    assert th.equal(noise_of(seed, [numbers[i] for i in order]), whole[:, list(order)])
+    assert th.equal(th.get_rng_state(), before)
+
+
+@given(seed=st.integers(0, 2**31), other=st.integers(0, 2**31), numbers=some_numbers)
+def test_other_seeds_samples_and_calls_have_other_noise(seed, other, numbers):
+    rows = {row.numpy().tobytes() for s in {seed, other} for row in noise_of(s, sorted(set(numbers))).flatten(0, 1)}
+    assert len(rows) == 3 * len({seed, other}) * len(set(numbers))
+
+
+def test_no_two_samples_of_a_large_set_are_one():
+    """
+    Fifty thousand are what an FID takes. The CPU's generator uses 32 bits of its seed, in which that many seeds at
+    random meet by chance; samples that draw the same noise are the same picture.
+    """
+    numbers = range(60000)
+    first = SampleNoise(0, numbers)(th.empty(len(numbers), 4, dtype=th.float64))
+    assert len(first.unique(dim=0)) == len(numbers)
+
+
+def test_noise_is_standard_normal():
+    noise = noise_of(0, range(2000), shape=(4, 4), calls=2)
+    assert abs(noise.mean()) < 0.02 and abs(noise.std() - 1) < 0.02
+    for a, b in [(noise[0, :-1], noise[0, 1:]), (noise[0], noise[1])]:  # nor does a sample tell of the next one
+        assert abs((a * b).mean()) < 0.02
+    assert abs((noise**4).mean() - 3) < 0.1
+
+
+@pytest.mark.parametrize("dtype", [th.float32, th.float64, th.float16])
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 4, 4), (5,), ()])
+def test_noise_is_like_the_tensor(dtype, shape):
+    x = th.full((2, *shape), 7, dtype=dtype)
+    noise = SampleNoise(1, [4, 9])(x)
+    assert (noise.dtype, noise.shape, noise.device) == (dtype, x.shape, x.device)
+    assert (x == 7).all() and not (noise == 7).any()
+
+
+@given(seed=seeds, numbers=some_numbers, num_classes=st.integers(1, 1000), cut=st.integers(0, 8))
+def test_labels_of_samples(seed, numbers, num_classes, cut):
+    """In range, and of each sample alone."""
+    labels = SampleNoise(seed, numbers).labels(num_classes)
+    assert (labels.dtype, labels.shape) == (th.int64, (len(numbers),))
+    assert labels.min() >= 0 and labels.max() < num_classes
+    parts = [draw_labels(num_classes, len(p), SampleNoise(seed, p)) for p in (numbers[:cut], numbers[cut:])]
+    assert th.equal(th.cat(parts), labels)
+
+
+def test_all_labels_come_up():
+    counts = SampleNoise(0, range(3000)).labels(3).bincount()
+    assert len(counts) == 3 and counts.min() > 900
+
+
+def test_labels_without_a_seed_are_those_of_the_global_generator():
+    th.manual_seed(5)
+    want = th.randint(0, 10, (6,)), th.rand(1)
+    th.manual_seed(5)
+    assert th.equal(draw_labels(10, 6), want[0]) and th.equal(th.rand(1), want[1])
+
+
+def by_seed(seed, batch_size, num_samples=7, use_ddim=False, labelled=True):
+    def conditions(numbers, noise_fn):
+        return {"y": draw_labels(10, len(numbers), noise_fn)} if labelled else {}
+
+    return generate(
+        make_diffusion(6, "cosine"),
+        ToyModel(),
+        shape=(3, 4, 4),
+        num_samples=num_samples,
+        batch_size=batch_size,
+        conditions=conditions,
+        use_ddim=use_ddim,
+        seed=seed,
+    )
+
+
+@pytest.mark.parametrize("use_ddim", [False, True])
+@pytest.mark.parametrize("labelled", [False, True])
+def test_with_a_seed_the_batch_size_changes_nothing(use_ddim, labelled):
+    """Nor how many samples come behind, nor what was drawn before."""
+    images, labels = by_seed(3, 7, use_ddim=use_ddim, labelled=labelled)
+    assert len({image.tobytes() for image in images}) == 7
+    for batch_size in (1, 2, 3, 100):
+        th.rand(batch_size)
+        same_images, same_labels = by_seed(3, batch_size, use_ddim=use_ddim, labelled=labelled)
+        np.testing.assert_array_equal(same_images, images)
+        np.testing.assert_array_equal(same_labels, labels)
+    more, _ = by_seed(3, 4, num_samples=11, use_ddim=use_ddim, labelled=labelled)
+    np.testing.assert_array_equal(more[:7], images)
+    other, _ = by_seed(4, 7, use_ddim=use_ddim, labelled=labelled)
+    assert (other != images).any(axis=(1, 2, 3)).all()
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("num_samples", [1, 5, 6, 13])
+def test_with_a_seed_the_number_of_ranks_changes_nothing(on_ranks, world_size, num_samples):
+    images, labels = by_seed(3, 4, num_samples)
+    (many, many_labels), *_ = on_ranks(world_size, lambda: by_seed(3, 2, num_samples))
+    np.testing.assert_array_equal(many, images)
+    np.testing.assert_array_equal(many_labels, labels)
+
+
+def test_without_a_seed_samples_are_drawn_from_the_global_generator():
+    """Batch by batch, labels first, as ever."""
+    th.manual_seed(8)
+    images, labels = by_seed(None, 4)
+    th.manual_seed(8)
+    for part in (slice(0, 4), slice(4, 7)):
+        y = th.randint(0, 10, (len(labels[part]),))
+        assert y.tolist() == labels[part].tolist()
+        x = make_diffusion(6, "cosine").p_sample_loop(ToyModel(), (len(y), 3, 4, 4), model_kwargs={"y": y})
+        np.testing.assert_array_equal(to_uint8(x).numpy(), images[part])
+
+
+def test_conditions_are_given_the_noise_of_their_samples():
+    """So that what they draw belongs to samples too; without a seed there is none."""
+    given_noise = []
+
+    def conditions(numbers, noise_fn):
+        given_noise.append(noise_fn)
+        return numbered(numbers, noise_fn)
+
+    draw(StubDiffusion(), conditions=conditions)
+    assert given_noise == [None] * 3
+    diffusion = StubDiffusion()
+    draw(diffusion, conditions=conditions, seed=0)
+    assert [len(noise_fn.generators) for noise_fn in given_noise[3:]] == [3, 3, 1]
+    assert [kwargs["noise_fn"] for _, kwargs in diffusion.calls] == given_noise[3:]
 
 
 def test_pixels_are_clamped_and_their_fractions_dropped_as_in_the_original():

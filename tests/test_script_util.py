@@ -1,6 +1,7 @@
 """Defaults, factories, flags, and loading weights that may not fit."""
 
 import argparse
+import contextlib
 import random
 import sys
 
@@ -77,7 +78,7 @@ ORIGINAL_FLAGS = {
     "super_res_sample": dict(SUPER_RESOLUTION, **SAMPLING, base_samples=""),
 }
 NEW_FLAGS = dict(num_classes=1000, image_channels=3, channel_mult="", seed=None)
-NEW_TRAINING_FLAGS = dict(NEW_FLAGS, max_steps=0, num_workers=1)
+NEW_TRAINING_FLAGS = dict(NEW_FLAGS, max_steps=0, num_workers=1, keep_checkpoints=0)
 NEW_BY_SCRIPT = {
     "image_train": NEW_TRAINING_FLAGS,
     "super_res_train": NEW_TRAINING_FLAGS,
@@ -433,11 +434,15 @@ def test_seed_is_absent_or_a_number(monkeypatch):
         (["--ema_rate", "0.9,1"], ["--ema_rate 0.9,1", "below 1"]),
         (["--ema_rate", "0.9;0.99"], ["--ema_rate 0.9;0.99", "commas"]),
         (["--seed", "-1"], ["--seed -1", "0 or more"]),
+        (["--keep_checkpoints", "-1"], ["--keep_checkpoints -1", "0 or more"]),
+        (["--keep_checkpoints", "all"], ["--keep_checkpoints", "invalid int value"]),
     ],
     ids=" ".join,
 )
 def test_bad_flags_are_one_line_and_status_2(monkeypatch, capfd, words, parts):
-    defaults = dict(batch_size=4, microbatch=-1, small=True, ema_rate="0.9", large_size=8, small_size=4)
+    defaults = dict(
+        batch_size=4, microbatch=-1, small=True, ema_rate="0.9", large_size=8, small_size=4, keep_checkpoints=0
+    )
     with pytest.raises(SystemExit) as left:
         parse(monkeypatch, words, **defaults)
     assert left.value.code == 2
@@ -455,6 +460,24 @@ def test_flags_at_their_limits_are_taken(monkeypatch):
     )
 
 
+@pytest.mark.parametrize("variable", ["OPENAI_LOGDIR", "DIFFUSION_BLOB_LOGDIR"])
+def test_resuming_by_itself_needs_a_folder_to_look_in(monkeypatch, capfd, variable):
+    """Without one, each run has a new folder, with nothing in it."""
+    for name in script_util.LOG_DIRECTORIES:
+        monkeypatch.setenv(name, "")
+    words = ["--resume_checkpoint", "auto"]
+    with pytest.raises(SystemExit) as left:
+        parse(monkeypatch, words, resume_checkpoint="")
+    assert left.value.code == 2
+    out, err = capfd.readouterr()
+    assert (out, err.count("\n")) == ("", 1) and err.startswith(
+        "script.py: error: --resume_checkpoint auto: set OPENAI"
+    )
+    assert parse(monkeypatch, ["--resume_checkpoint", "auto.pt"], resume_checkpoint="").resume_checkpoint == "auto.pt"
+    monkeypatch.setenv(variable, "runs/1")
+    assert parse(monkeypatch, words, resume_checkpoint="").resume_checkpoint == "auto"
+
+
 def raise_(error):
     raise error
 
@@ -469,6 +492,73 @@ def test_run_turns_errors_a_user_can_mend_into_a_line_and_a_status(monkeypatch, 
     with pytest.raises(KeyError):  # a mistake of ours keeps its traceback
         script_util.run(lambda: raise_(KeyError("x")))
     script_util.run(lambda: None)
+
+
+@pytest.fixture
+def left(monkeypatch):
+    """How often the ranks were left."""
+    calls = []
+    monkeypatch.setattr(dist_util, "leave", lambda: calls.append(1))
+    monkeypatch.setattr(sys, "argv", ["here/script.py"])
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer"), 1, GONE := "another rank is gone"),
+        (th.distributed.DistBackendError("NCCL error"), 1, GONE),
+        (th.distributed.DistNetworkError("reset by peer"), 1, GONE),
+        (InputError("no such file"), 2, "no such file"),
+        (TrainingError("loss is nan"), 1, "loss is nan"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else None,
+)
+@pytest.mark.parametrize("in_main", [True, False])
+def test_run_ends_in_one_line_and_a_status(monkeypatch, capfd, left, error, status, message, in_main):
+    """Wherever it comes from: the others may be lost in the last wait for them, too. Nobody waits after an error."""
+    if not in_main:
+        monkeypatch.setattr(dist_util, "leave", lambda: raise_(error))
+    with pytest.raises(SystemExit) as exit_:
+        script_util.run((lambda: raise_(error)) if in_main else (lambda: None))
+    assert exit_.value.code == status and left == []
+    out, err = capfd.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert err.startswith("script.py: error: ") and message in err
+    if message == GONE:
+        assert "rank 0: another rank is gone; its own messages, if any, say why" in err
+
+
+@pytest.mark.parametrize("error", [RuntimeError("CUDA error"), ValueError("gloo"), KeyError("x")], ids=repr)
+def test_run_leaves_mistakes_their_traceback(capfd, left, error):
+    with pytest.raises(type(error)) as info:
+        script_util.run(lambda: raise_(error))
+    assert info.value is error and left == []
+    assert capfd.readouterr() == ("", "")
+
+
+def test_run_waits_for_the_other_ranks_at_a_good_end(left):
+    script_util.run(lambda: None)
+    assert left == [1]
+
+
+@pytest.mark.parametrize(("code", "waits"), [(0, [1]), (None, [1]), (2, []), ("text", [])])
+def test_run_of_a_main_that_exits(left, code, waits):
+    """A run that a signal stopped has come to a good end; one that failed waits for nobody."""
+    with pytest.raises(SystemExit) if code else contextlib.nullcontext() as exit_:
+        script_util.run(lambda: raise_(SystemExit(code)))
+    assert (exit_.value.code if code else None) == (code or None) and left == waits
+
+
+def test_run_of_a_stopped_run_whose_other_ranks_are_gone(monkeypatch, capfd):
+    """One line here too."""
+    monkeypatch.setattr(sys, "argv", ["here/script.py"])
+    monkeypatch.setattr(dist_util, "leave", lambda: raise_(th.distributed.DistNetworkError("reset by peer")))
+    with pytest.raises(SystemExit) as exit_:
+        script_util.run(lambda: raise_(SystemExit(0)))
+    assert exit_.value.code == 1
+    assert capfd.readouterr().err.count("\n") == 1
 
 
 def draws():

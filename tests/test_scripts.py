@@ -3,16 +3,19 @@
 import collections
 import csv
 import re
+import sys
 
 import numpy as np
 import pytest
 import torch as th
 from harness import TINY, flags, load_script, run_script, run_subprocess, save_weights, snapshot, write_images
 from PIL import Image
+from training import assert_same
 
-from improved_diffusion import dist_util
+from improved_diffusion import script_util
 from improved_diffusion.gaussian_diffusion import GaussianDiffusion
 from improved_diffusion.image_datasets import load_data_once
+from improved_diffusion.sample_util import SampleNoise
 from improved_diffusion.script_util import (
     create_model_and_diffusion,
     model_and_diffusion_defaults,
@@ -145,11 +148,30 @@ def test_microbatch_changes_memory_only(tmp_path, images, microbatch):
 def test_num_workers_changes_nothing(tmp_path, images, num_workers):
     train(tmp_path / "none", images, seed=1, batch_size=3)
     train(tmp_path / "some", images, seed=1, batch_size=3, num_workers=num_workers)
-    assert checkpoints(tmp_path / "none") == checkpoints(tmp_path / "some")
+    assert progress(tmp_path / "some") == progress(tmp_path / "none")
+    assert_same_files(tmp_path / "some", tmp_path / "none", differ={"num_workers"})
 
 
 def checkpoints(logdir):
     return {name: data for name, data in snapshot(logdir).items() if name.endswith((".pt", ".csv"))}
+
+
+def assert_same_files(some, others, differ):
+    """
+    Those of `some` to the last bit, but for what the state files tell of the flags.
+
+    :param differ: the flags whose values differ.
+    """
+    got, want = checkpoints(some), checkpoints(others)
+    for name in got:
+        if name.startswith("state"):
+            states = [th.load(folder / name, weights_only=True) for folder in (some, others)]
+            flags = [state.pop("flags") for state in states]
+            assert flags[0].keys() == flags[1].keys()
+            assert {flag for flag in flags[0] if flags[0][flag] != flags[1][flag]} == differ, name
+            assert_same(*states, name)
+        elif name.endswith(".pt"):
+            assert got[name] == want[name], name
 
 
 def test_another_seed_gives_other_weights_and_other_order(tmp_path, images):
@@ -175,12 +197,30 @@ def test_a_resumed_run_is_an_uninterrupted_one(tmp_path, images, use_fp16, num_w
     )
     train(tmp_path / "whole", images, **words)
     train(tmp_path / "resumed", images, **words, resume_checkpoint=tmp_path / "whole" / "model000003.pt")
-    whole, resumed = checkpoints(tmp_path / "whole"), checkpoints(tmp_path / "resumed")
+    resumed = checkpoints(tmp_path / "resumed")
     assert sorted(name for name in resumed if name.startswith("model")) == ["model000006.pt", "model000008.pt"]
-    for name in resumed:
-        if name.endswith(".pt"):
-            assert resumed[name] == whole[name], name
+    assert_same_files(tmp_path / "resumed", tmp_path / "whole", differ={"resume_checkpoint"})
     assert progress(tmp_path / "resumed") == progress(tmp_path / "whole")[4:]
+
+
+@pytest.mark.parametrize("script", ["image_train", "super_res_train"])
+def test_resumed_by_itself_and_few_checkpoints_kept(tmp_path, images, script):
+    """The same command line twice: what is left is what one longer run leaves."""
+    sizes = dict(image_size=None, large_size=8, small_size=4) if script == "super_res_train" else {}
+    words = dict(sizes, script=script, save_interval=2, keep_checkpoints=2, resume_checkpoint="auto", seed=1)
+    train(tmp_path / "whole", images, **words, max_steps=6)
+    assert {name for name in checkpoints(tmp_path / "whole") if "model" in name} == {"model000004.pt", "model000006.pt"}
+    for max_steps in (3, 6):
+        train(tmp_path / "parts", images, **words, max_steps=max_steps)
+    assert checkpoints(tmp_path / "parts").keys() == checkpoints(tmp_path / "whole").keys()
+    assert_same_files(tmp_path / "parts", tmp_path / "whole", differ=set())
+    assert progress(tmp_path / "parts") == progress(tmp_path / "whole")
+    log = (tmp_path / "parts" / "log.txt").read_text()
+    assert "max_steps is 6 from here on, and was 3 in the checkpoint" in log
+    assert f"no complete checkpoint in {tmp_path / 'parts'}: the run begins anew" in log
+    assert re.search(r"^rank 0 of 1, on \S+ of \S+; started by no launcher$", log, re.M)
+    flags_kept = th.load(tmp_path / "parts" / "state000006.pt", weights_only=True)["flags"]
+    assert flags_kept["max_steps"] == 6 and flags_kept["seed"] == 1 and flags_kept["data_dir"] == str(images)
 
 
 @pytest.mark.slow
@@ -309,17 +349,65 @@ def test_nll_prints_a_total_and_writes_its_terms(tmp_path, capfd, images, respac
     assert all(values.shape == (steps,) and np.isfinite(values).all() for values in terms.values())
 
     # the same by hand
-    dist_util.seed_everything(4)
     model, diffusion = create_model_and_diffusion(
         **{**model_and_diffusion_defaults(), **TINY, "image_size": 8, **words}
     )
     model.load_state_dict(th.load(weights, weights_only=True))
     data = load_data_once(data_dir=str(images), batch_size=4, image_size=8, num_workers=0)
-    batches = [diffusion.calc_bpd_loop(model.eval(), x) for x, _ in data]
+    numbers = iter([range(4), range(4, 8), range(8, 10)])  # the noise is of the image's number
+    batches = [diffusion.calc_bpd_loop(model.eval(), x, noise_fn=SampleNoise(4, next(numbers))) for x, _ in data]
     joined = {key: th.cat([batch[key] for batch in batches]) for key in ("total_bpd", "vb", "mse", "xstart_mse")}
     assert total == pytest.approx(joined["total_bpd"].mean().item(), abs=6e-5)
     for key in ("vb", "mse", "xstart_mse"):
         np.testing.assert_allclose(terms[f"{key}_terms"], joined[key].double().mean(dim=0), rtol=1e-5)
+
+
+def test_with_a_seed_the_likelihood_does_not_depend_on_the_batch_size(tmp_path, capfd, images):
+    weights = save_weights(tmp_path / "model.pt", channel_mult="1", fill=0.02)
+    words = dict(channel_mult="1", timestep_respacing=6)
+    found = {}
+    for batch_size, num_workers in ((1, 0), (3, 1), (10, 0)):
+        logdir = tmp_path / f"{batch_size}"
+        _, _, found[batch_size] = measure(
+            capfd, logdir, images, weights, **words, seed=4, batch_size=batch_size, num_workers=num_workers
+        )
+    _, _, other = measure(capfd, tmp_path / "other", images, weights, **words, seed=5)
+    for key, values in found[10].items():
+        np.testing.assert_allclose(found[1][key], values, rtol=1e-5)
+        np.testing.assert_allclose(found[3][key], values, rtol=1e-5)
+        assert np.abs(other[key] / values - 1).max() > 1e-4
+
+
+@pytest.mark.parametrize("script", ["image_sample", "super_res_sample"])
+def test_with_a_seed_samples_do_not_depend_on_the_batch_size(tmp_path, script):
+    words = dict(seed=3, class_cond=True, num_classes=4)
+    if script == "super_res_sample":
+        np.savez(
+            tmp_path / "base.npz",
+            np.random.default_rng(0).integers(0, 256, (5, 4, 4, 3)).astype(np.uint8),
+            np.arange(5) % 4,
+        )
+        words.update(image_size=None, large_size=8, small_size=4, base_samples=tmp_path / "base.npz")
+    weights = save_weights(
+        tmp_path / "model.pt", super_resolution=script == "super_res_sample", fill=0.02, class_cond=True, num_classes=4
+    )
+    _, want = sample(tmp_path / "5", weights, script, **words, batch_size=5)
+    for batch_size in (1, 2):
+        _, got = sample(tmp_path / f"{batch_size}", weights, script, **words, batch_size=batch_size)
+        np.testing.assert_array_equal(got["arr_1"], want["arr_1"])
+        # networks may round otherwise in batches of another size
+        assert np.abs(got["arr_0"].astype(int) - want["arr_0"]).max() <= 1
+
+
+def test_help_under_a_launcher(monkeypatch, tmp_path, capfd):
+    """It ends before the ranks meet, and well."""
+    monkeypatch.setattr(sys, "argv", ["scripts/image_sample.py", "--help"])
+    for name, value in dict(RANK="0", WORLD_SIZE="2", LOCAL_RANK="0").items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as left:
+        script_util.run(load_script("image_sample").main)
+    out, err = capfd.readouterr()
+    assert (left.value.code, err) == (0, "") and "--model_path" in out
 
 
 @pytest.mark.parametrize(("num_samples", "counted"), [(1, 1), (7, 7), (1000, 10)])

@@ -144,3 +144,42 @@ def test_state_goes_through_a_file(tmp_path):
     second.load_state_dict(th.load(tmp_path / "state.pt", weights_only=True))
     take_in(second, steps[1])
     assert second.read() == whole.read()
+
+
+rows = st.lists(st.tuples(st.sampled_from("abc"), finite), max_size=5)
+
+
+@given(ranks=st.lists(rows, min_size=1, max_size=4), world_size=st.integers(1, 3))
+def test_states_of_another_number_of_ranks(ranks, world_size):
+    """Together the new ranks have what the old ones had together, and the same keys each, lest they wait in vain."""
+    states, everything = [], defaultdict(list)
+    for taken_in in ranks:
+        statistics = StepStatistics()
+        for key, value in taken_in:
+            statistics.add(key, th.tensor(value))
+            everything[key].append(value)
+        states.append(statistics.state_dict())
+    loaded = []
+    for rank in range(world_size):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(dist_util, "rank", lambda rank=rank: rank)
+            statistics = StepStatistics()
+            statistics.load_state_dicts(states)
+            loaded.append(statistics)
+    assert len({tuple(statistics.state_dict()) for statistics in loaded}) == 1
+    totals = {key: sum(one.state_dict()[key] for one in loaded) for key in everything}
+    together = StepStatistics()
+    together.load_state_dict(totals)
+    assert means(together) == pytest.approx({key: np.mean(values) for key, values in everything.items()}, abs=1e-6)
+    assert counts(together) == {key: len(values) for key, values in everything.items()}
+
+
+def test_quarters_of_another_number_of_ranks():
+    statistics = StepStatistics()
+    states = []
+    for t in (0, 7):
+        one = StepStatistics()
+        one.add_losses(Steps(8), th.tensor([t]), {"loss": th.tensor([float(t)])})
+        states.append(one.state_dict())
+    statistics.load_state_dicts(states)
+    assert statistics.read() == {"loss": (3.5, 2), "loss_q0": (0.0, 1), "loss_q3": (7.0, 1)}
