@@ -27,6 +27,7 @@ setup(
         "test": [
             "pytest>=9.2,<10",
             "pytest-cov>=7.1,<8",
+            "pytest-xdist>=3.8,<4",
             "hypothesis>=6.170,<7",
             "ruff>=0.17,<0.18",
             "mpich>=5.0,<6",
