@@ -17,6 +17,7 @@ import functools
 import io
 import math
 import os
+import pickle
 import re
 
 import blobfile as bf
@@ -89,9 +90,12 @@ def find_newest_checkpoint(directory):
     """
     The model file of the newest complete checkpoint in a folder, None if there is none. On this rank alone.
 
+    :raises InputError: if there are checkpoints, but each of them is damaged or cannot be read.
+
     Complete is one whose files are all there and undamaged; the log says what is wrong with newer ones. One of the
     original, which is older than all with a state file, is complete with model and optimizer.
     """
+    problem = None
     sets = _sets_in(directory)
     first_of_ours = min((step for step, names in sets.items() if state_filename(step) in names), default=math.inf)
     for step, names in sorted(sets.items(), reverse=True):
@@ -108,25 +112,40 @@ def find_newest_checkpoint(directory):
                     dist_util.read_state_dict(bf.join(directory, name), map_location="meta")
         except InputError as e:
             logger.warn(f"the checkpoint of step {step} is left out: {e}")
+            problem = problem or e
             continue
         return bf.join(directory, model_filename(step))
+    if problem:
+        raise InputError(f"no checkpoint in {directory} can be read; to begin anew, take another folder. {problem}")
     return None
+
+
+def newest_step(directory):
+    """The largest number in the name of a model file in a folder, None if there is none."""
+    return max((step for step, names in _sets_in(directory).items() if model_filename(step) in names), default=None)
 
 
 def delete_old_sets(directory, step, keep):
     """
-    Of the checkpoints up to the one of `step`, leave the newest `keep`, and delete the others with whatever
-    is left of incomplete ones.
+    Of the checkpoints up to the one of `step`, leave the newest `keep`, and delete the others with what is left of
+    those whose writing or deletion was cut off. Files that somebody has put there or kept, an average alone, stay.
     """
-    sets = {k: names for k, names in _sets_in(directory).items() if k <= step}
-    complete = [k for k, names in sets.items() if model_filename(k) in names and not _is_cut_off(k, names)]
-    for k in sets.keys() - set(sorted(complete)[-keep:]):
+    complete, rest = [], []
+    sets = _sets_in(directory)
+    for k, names in sorted(sets.items()):
+        if k <= step and model_filename(k) in names and not _is_cut_off(k, names):
+            complete.append(k)
+        elif k <= step and (state_filename(k) in names or _is_cut_off(k, names)):
+            rest.append(k)
+    for k in rest + complete[:-keep]:
         # the model first: without it nothing takes the rest for a checkpoint
         for name in sorted(sets[k], key=lambda name: name != model_filename(k)):
             try:
                 bf.remove(bf.join(directory, name))
-            except OSError as e:
-                logger.warn(f"{bf.join(directory, name)}: cannot be deleted ({e.strerror})")
+            except (OSError, bf.Error) as e:
+                logger.warn(
+                    f"{bf.join(directory, name)}: cannot be deleted ({getattr(e, 'strerror', None) or first_line(e)})"
+                )
 
 
 def _is_cut_off(step, names):
@@ -168,8 +187,9 @@ def save_set(directory, step, *, model, emas, optimizer, state):
     contents = {model_filename(step): model}
     contents.update({ema_filename(rate, step): params for rate, params in emas.items()})
     contents[optimizer_filename(step)] = optimizer
-    contents[state_filename(step)] = {**state, "files": list(contents)}
-    write_files(directory, {name: functools.partial(_save_from_cpu, value) for name, value in contents.items()})
+    state = {**state, "files": list(contents)}
+    writers = {name: functools.partial(_save_from_cpu, value) for name, value in contents.items()}
+    write_files(directory, {**writers, state_filename(step): functools.partial(_save_state, state)})
     return bf.join(directory, model_filename(step))
 
 
@@ -184,6 +204,23 @@ def _save_from_cpu(contents, f):
         return [copied(v) for v in value] if isinstance(value, list) else value
 
     th.save(copied(contents), f)
+
+
+def _save_state(state, f):
+    """
+    :raises InputError: for what could be saved, but not loaded again.
+    """
+    saved = io.BytesIO()
+    _save_from_cpu(state, saved)
+    saved.seek(0)
+    try:
+        th.load(saved, weights_only=True)
+    except pickle.UnpicklingError:
+        state = {key: state[key] for key in ("data", "schedule_sampler", "flags") if key in state}
+        raise InputError(
+            f"the state of data, schedule sampler or flags is more than tensors and plain values: {state}"
+        ) from None
+    f.write(saved.getbuffer())
 
 
 def write_files(directory, writers):
@@ -219,26 +256,28 @@ def write_files(directory, writers):
             raise _cannot_be_written(path, e) from e
         raise
 
+    last = path
     try:
-        if len(staged) > 1 and bf.exists(path):
-            bf.remove(path)
+        if len(staged) > 1 and bf.exists(last):
+            bf.remove(last)
         for path, temporary in staged.items():
             if isinstance(temporary, str):
+                if path == last and len(staged) > 1:
+                    _flush_directory(directory)  # the others are there before the one that stands for them
                 os.replace(temporary, path)
             else:
                 with bf.BlobFile(path, "wb") as f:
                     f.write(temporary.getbuffer())
+        if not _is_remote(directory):
+            _flush_directory(directory)
     except (OSError, bf.Error) as e:
         raise _cannot_be_written(path, e) from e
-    if not _is_remote(directory):
-        _flush_directory(directory)
 
 
 def _cannot_be_written(path, error):
     if isinstance(error.__context__, OSError):
         error = error.__context__  # torch.save's own words are about its format
-    reason = getattr(error, "strerror", None) or first_line(error)
-    return InputError(f"{path}: cannot be written ({reason})")
+    return InputError(f"{path}: cannot be written ({first_line(error)})")
 
 
 def _is_remote(path):

@@ -61,6 +61,8 @@ def _world():
         found = found[-1:]  # srun sets MPICH's variables too, and it needs no MPI
     launcher, rank_var, size_var, local_var = found[0]
     rank, size = (_whole_number(name) for name in (rank_var, size_var))
+    if not 0 <= rank < size:
+        raise InputError(f"the environment variable {rank_var} is {rank}: give 0 to {size - 1}, below {size_var}")
     return World(launcher, rank, size, _whole_number(local_var) if local_var in os.environ else rank)
 
 
@@ -68,11 +70,11 @@ def _values(names):
     return [os.environ[name] for name in names]
 
 
-def _whole_number(name):
+def _whole_number(name, default=None):
     try:
-        return int(os.environ[name])
-    except ValueError:
-        raise InputError(f"the environment variable {name} is {os.environ[name]!r}, not a whole number") from None
+        return int(os.environ.get(name, default))
+    except (ValueError, TypeError):
+        raise InputError(f"the environment variable {name} is {os.environ.get(name)!r}, not a whole number") from None
 
 
 def rank():
@@ -114,6 +116,8 @@ def setup_dist():
     else:
         try:
             dist.init_process_group(backend, store=_shared_store(world), rank=world.rank, world_size=world.size)
+            if backend == "nccl":
+                _cpu_group()  # now, so that ranks that cannot meet by it say so here
         except InputError:
             raise
         except (RuntimeError, ValueError) as e:  # the first is torch's for all that goes wrong in a network
@@ -145,7 +149,7 @@ def _shared_store(world):
         return _store_by_mpi(world)
     if world.launcher == "srun" and not told_by_user:
         # the step's first node, and a port that other jobs on it will hardly have
-        first_node = re.sub(r"\[(\w+)[^]]*\]", r"\1", os.environ["SLURM_STEP_NODELIST"]).split(",")[0]
+        first_node = re.sub(r"\[(\w+)[^]]*\]", r"\1", os.environ.get("SLURM_STEP_NODELIST", "localhost")).split(",")[0]
         job, step = (_whole_number(name) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
         os.environ.setdefault("MASTER_ADDR", first_node)
         os.environ.setdefault("MASTER_PORT", str(15000 + (31 * job + step) % 15000))
@@ -178,14 +182,20 @@ def _store_by_mpi(world):
     if comm.Get_size() != world.size:
         raise InputError(another % f"mpi4py sees {comm.Get_size()}")
     on_one_node = comm.Split_type(MPI.COMM_TYPE_SHARED).Get_size() == world.size
-    address = None
+    port = _whole_number("MASTER_PORT", default=0)
+    address = problem = None
     if world.rank == 0:
         # on one node the host's name, which may resolve to anything, is not needed
         host = os.environ.get("MASTER_ADDR", "localhost" if on_one_node else platform.node())
-        port = int(os.environ.get("MASTER_PORT", 0))
-        store = dist.TCPStore(host, port, world.size, is_master=True, wait_for_workers=False)
-        address = host, store.port
-    host, port = comm.bcast(address)
+        try:
+            store = dist.TCPStore(host, port, world.size, is_master=True, wait_for_workers=False)
+            address = host, store.port
+        except RuntimeError as e:
+            problem = f"rank 0 cannot use port {port} of {host} ({first_line(e)})"
+    address, problem = comm.bcast((address, problem))  # either of them: the other ranks wait for it
+    if problem:
+        raise InputError(problem)
+    host, port = address
     if world.rank > 0:
         store = dist.TCPStore(host, port, world.size, is_master=False)
     os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = host, str(port)  # for whoever else wants to meet
@@ -197,6 +207,13 @@ def leave():
     if dist.is_initialized():
         barrier()
         _leave_group()
+
+
+def end_at_once(status):
+    """End this process without waiting for anything: for when another rank is gone, and a GPU may wait for it."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _leave_group():
@@ -354,8 +371,11 @@ def from_rank_0(function, *args):
     if rank() == 0:
         try:
             outcome[0] = function(*args)
-        except Exception as e:  # whatever it is: the other ranks wait
+        except InputError as e:
             outcome[1] = e
+        except Exception as e:  # whatever it is: the other ranks wait, and cannot unpickle every exception
+            outcome[1] = RuntimeError(f"on rank 0: {type(e).__name__}: {e}")
+            outcome[1].__cause__ = e
     dist.broadcast_object_list(outcome, 0)
     result, error = outcome
     if error is not None:
@@ -385,5 +405,4 @@ def _cpu_group():
 
 def barrier():
     """Wait until every rank is here."""
-    if world_size() > 1:
-        dist.barrier()
+    any_rank(False)

@@ -19,4 +19,4 @@ class TrainingError(RuntimeError):
 
 def first_line(error):
     """What another library's exception says, without what it says below that."""
-    return str(error).partition("\n")[0]
+    return getattr(error, "strerror", None) or str(error).partition("\n")[0]

@@ -324,9 +324,9 @@ def configure(dir=None, format_strs=None, comm=None, log_suffix=""):
         _check_format(name)
     try:
         os.makedirs(dir, exist_ok=True)
+        outputs = [make_output_format(name, dir, log_suffix) for name in format_strs if name]
     except OSError as e:
         raise InputError(f"OPENAI_LOGDIR {dir}: cannot be made a folder for logs ({e.strerror})") from None
-    outputs = [make_output_format(name, dir, log_suffix) for name in format_strs if name]
 
     Logger.CURRENT = Logger(dir, outputs, comm)
     log(f"Logging to {dir}")

@@ -53,9 +53,11 @@ def generate(
     """
     sample_fn = diffusion.ddim_sample_loop if use_ddim else diffusion.p_sample_loop
     images, labels = [], []
-    for first in range(0, num_samples, batch_size * dist_util.world_size()):
-        start = min(first + batch_size * dist_util.rank(), num_samples)
-        mine = range(start, min(start + batch_size, num_samples))
+    world = dist_util.world_size()
+    for first in range(0, num_samples, batch_size * world):
+        share = min(batch_size, -(-(num_samples - first) // world))  # the last round too is for all ranks
+        start = min(first + share * dist_util.rank(), num_samples)
+        mine = range(start, min(start + share, num_samples))
         noise_fn = None if seed is None else SampleNoise(seed, mine)
         kwargs = conditions(mine, noise_fn)
         if len(mine):
@@ -75,7 +77,7 @@ def generate(
             images.append(gathered.cpu().numpy())
             if gathered_labels is not None:
                 labels.append(gathered_labels.cpu().numpy())
-        logger.log(f"created {min(first + batch_size * dist_util.world_size(), num_samples)} samples")
+        logger.log(f"created {min(first + batch_size * world, num_samples)} samples")
     if dist_util.rank() > 0:
         return None, None
     return np.concatenate(images), np.concatenate(labels) if labels else None

@@ -15,7 +15,7 @@ import torch as th
 
 from . import dist_util
 from . import gaussian_diffusion as gd
-from .errors import InputError, TrainingError
+from .errors import InputError, TrainingError, first_line
 from .respace import SpacedDiffusion, space_timesteps
 from .unet import SuperResModel, UNetModel
 
@@ -477,12 +477,17 @@ def run(main):
     except Exception as e:
         if not dist_util.is_loss_of_a_rank(e):
             raise
-        _exit(1, f"rank {dist_util.rank()}: another rank is gone; its own messages, if any, say why")
+        _print_error(f"rank {dist_util.rank()}: another rank, or the connection to it, is gone: {first_line(e)}")
+        dist_util.end_at_once(1)
 
 
 def _exit(status, message):
-    print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr)
+    _print_error(message)
     sys.exit(status)
+
+
+def _print_error(message):
+    print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr)
 
 
 # ---------------------------------------------------------------- weights

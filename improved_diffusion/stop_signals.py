@@ -18,6 +18,7 @@ class StopSignals:
 
     def __init__(self):
         self.received = None  # the first signal's name
+        self._first = None  # when it came
 
     def __enter__(self):
         self._handlers, self._pipe = {}, None
@@ -35,6 +36,8 @@ class StopSignals:
         return self
 
     def __exit__(self, *_):
+        if self._first:  # or what was one wish would meet the old handlers
+            time.sleep(max(0, self._first + SAME_WISH - time.monotonic()))
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         if self._pipe:
@@ -43,6 +46,7 @@ class StopSignals:
 
     def _receive(self, number, frame):
         self.received = self.received or signal.Signals(number).name
+        self._first = self._first or time.monotonic()
 
     def _listen(self):
         first = None

@@ -26,6 +26,7 @@ from .checkpoint_util import (
     find_state_checkpoint,
     is_in,
     is_of_a_run,
+    newest_step,
     parse_resume_step_from_filename,
     rng_state,
     save_set,
@@ -134,6 +135,7 @@ class TrainLoop:
         self.model_params = list(self.model.parameters())
         self.master_params = self.model_params
         main_checkpoint = find_resume_checkpoint() or self._resume_checkpoint()
+        self._warn_of_other_checkpoints(main_checkpoint)
         if main_checkpoint:
             self._load_parameters(main_checkpoint)
         dist_util.sync_params(self.model_params)
@@ -164,6 +166,18 @@ class TrainLoop:
             # the row of step 0, if that is all: a run logged it and ended before its first checkpoint
             logger.get_current().drop_from("step", 0, unless_above=0)
         return path
+
+    def _warn_of_other_checkpoints(self, main_checkpoint):
+        """Of a run that this one does not continue: both would lose by it."""
+        directory = get_blob_logdir()
+        newest = dist_util.from_rank_0(newest_step, directory)
+        goes_on_here = main_checkpoint and is_of_a_run(main_checkpoint) and is_in(main_checkpoint, directory)
+        step = parse_resume_step_from_filename(main_checkpoint) if goes_on_here else -1
+        if newest is not None and newest > step:
+            logger.warn(
+                f"{directory} has checkpoints up to step {newest} of a run that this one does not continue; it will "
+                "overwrite some of them, and resume_checkpoint auto would take the newest. A run wants its own folder"
+            )
 
     def _load_parameters(self, main_checkpoint):
         self.resume_step = parse_resume_step_from_filename(main_checkpoint)
@@ -241,13 +255,13 @@ class TrainLoop:
         else:
             logger.warn(
                 f"the checkpoint is of {ranks} ranks, now there are {dist_util.world_size()}: the data begin anew, and "
-                f"so do the random numbers, from the seed and step {self.step}"
+                f"so do the random numbers, from step {self.step} and the seed, if one is given"
             )
             dist_util.seed_anew(self.step)
             self._statistics.load_state_dicts(state["statistics"])
 
     def _log_changed_flags(self, before):
-        for name in sorted(before.keys() & self.flags.keys() - {"resume_checkpoint", "lr", "weight_decay"}):
+        for name in sorted(before.keys() & self.flags.keys() - {"resume_checkpoint", "seed", "lr", "weight_decay"}):
             if before[name] != self.flags[name]:
                 logger.log(f"{name} is {self.flags[name]} from here on, and was {before[name]} in the checkpoint")
 
@@ -295,24 +309,31 @@ class TrainLoop:
                 if self.step % self.log_interval == 0:
                     logger.dumpkvs()
                 if self.step % self.save_interval == 0 and not self._is_resumed_from_here():
-                    self.save()
+                    self._save_once()
                     if os.environ.get("DIFFUSION_TRAINING_TEST", "") and self.step > 0:
                         return
                 if dist_util.any_rank(stop.received is not None):
                     self._stop(stop.received or "a signal to another rank")
                 self.step += 1
-            if (self.step - 1) % self.save_interval != 0:
+            last_was_regular = (self.step - 1) % self.save_interval == 0
+            if not last_was_regular or self._saved != (self._label() - 1, self._updates):
                 self._save_once()
 
+    def _label(self):
+        """The number that a checkpoint written now has in its name."""
+        return self.step + self.resume_step
+
     def _stop(self, reason):
-        self._save_once()
+        if not self._is_resumed_from_here():
+            self._save_once()
         logger.log(f"stopped by {reason} at step {self.step + self.resume_step}: {self._last_checkpoint}")
         raise SystemExit(0)
 
     def _save_once(self):
         """save(), unless it would write what was written last, or resumed from."""
-        if self._saved != (self.step + self.resume_step, self._updates):
+        if self._saved != (self._label(), self._updates):
             self.save()
+            self._saved = self._label(), self._updates
 
     def _finished(self):
         limits = [limit for limit in (self.lr_anneal_steps, self.max_steps) if limit]
@@ -466,9 +487,13 @@ class TrainLoop:
         :raises TrainingError: instead of saving a model whose loss or gradients are not finite.
         """
         self._check_finite(self._statistics.read())
-        label = self.step + self.resume_step
-        self._last_checkpoint = dist_util.from_rank_0(self._write_checkpoint, label, self._state())
-        self._saved = label, self._updates
+        norms = th.stack(th._foreach_norm([p.detach() for p in self.master_params]))
+        if not norms.isfinite().all():
+            raise self._diverged("a parameter is not finite")
+        path = dist_util.from_rank_0(self._write_checkpoint, self._label(), self._state())
+        # overflows may be the network's, not the loss scale's
+        if not self._overflows_in_a_row or self._last_checkpoint is None:
+            self._last_checkpoint = path
 
     def _write_checkpoint(self, label, state):
         logger.log("saving model...")
@@ -483,7 +508,7 @@ class TrainLoop:
             optimizer=self.opt.state_dict(),
             state=state,
         )
-        if self.keep_checkpoints:
+        if self.keep_checkpoints and not self._overflows_in_a_row:
             delete_old_sets(get_blob_logdir(), label, self.keep_checkpoints)
         return path
 

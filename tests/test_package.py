@@ -167,7 +167,7 @@ def test_the_readmes_example_has_ten_lines():
 
 def test_the_readme_names_no_flag_that_does_not_exist():
     known = {"seed"}.union(*(vars(load_script(name).create_argparser().parse_args([])) for name in SCRIPTS))
-    others = {"nproc_per_node"}  # torchrun's
+    others = {"nproc_per_node", "nnodes", "node_rank", "master_addr", "max_restarts", "ntasks", "gpus"}  # launchers'
     named = set(re.findall(r"(?<![\w-])--([a-z]\w+)", README))
     assert len(named) > 30
     assert named - known - others == set()

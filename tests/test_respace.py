@@ -200,7 +200,9 @@ def test_model_kwargs_reach_the_model():
     assert not th.isclose(plain, labelled).any()
 
 
-@pytest.mark.parametrize("kept", [[5, 1, 5], {1, 5}, (np.int64(1), np.int64(5)), iter([1, 5])], ids=repr)
+@pytest.mark.parametrize(
+    "kept", [[5, 1, 5], {1, 5}, (np.int64(1), np.int64(5)), iter([1, 5])], ids=["list", "set", "tuple", "iterator"]
+)
 def test_kept_timesteps_come_in_any_form(kept):
     d = SpacedDiffusion(kept, **diffusion_kwargs(np.linspace(0.1, 0.2, 8)))
     assert list(d.timestep_map) == [1, 5]

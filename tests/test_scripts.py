@@ -404,10 +404,9 @@ def test_help_under_a_launcher(monkeypatch, tmp_path, capfd):
     monkeypatch.setattr(sys, "argv", ["scripts/image_sample.py", "--help"])
     for name, value in dict(RANK="0", WORLD_SIZE="2", LOCAL_RANK="0").items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(SystemExit) as left:
-        script_util.run(load_script("image_sample").main)
+    script_util.run(load_script("image_sample").main)
     out, err = capfd.readouterr()
-    assert (left.value.code, err) == (0, "") and "--model_path" in out
+    assert err == "" and "--model_path" in out
 
 
 @pytest.mark.parametrize(("num_samples", "counted"), [(1, 1), (7, 7), (1000, 10)])

@@ -57,11 +57,14 @@ def test_a_signal_is_noted_by_its_name(number):
 def test_the_same_wish_twice(first, second, monkeypatch):
     """A terminal and a launcher both send: the first counts, and the second does not end the process yet."""
     monkeypatch.setattr(stop_signals, "SAME_WISH", 1e9)
+    waits = []
+    monkeypatch.setattr(stop_signals.time, "sleep", waits.append)
     with StopSignals() as stop:
         signal.raise_signal(first)
         signal.raise_signal(second)
         signal.raise_signal(second)
         assert stop.received == first.name
+    assert waits and waits[0] > 1e8  # a third must not meet the handlers of before either
 
 
 def test_other_signals_are_left_alone():
@@ -245,7 +248,7 @@ def test_a_second_signal_ends_a_real_process_at_once(where, number):
 def test_a_second_signal_soon_after_is_the_same_wish():
     """torchrun passes on the Ctrl-C that its terminal sends to all."""
     process = subprocess.Popen(
-        [sys.executable, "-c", BUSY.replace("time.sleep(600)", "sys.stdin.read(1)"), "600", "python"],
+        [sys.executable, "-c", BUSY.replace("time.sleep(600)", "sys.stdin.read(1)"), "5", "python"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
