@@ -4,9 +4,11 @@ import contextlib
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch as th
@@ -190,3 +192,27 @@ def test_two_hosts(images, uninterrupted, tmp_path):
     assert "rank 1 of 2" in lines_of(tmp_path, rank=1)[1]
     assert_equals_uninterrupted(tmp_path, uninterrupted(2))
     print(f"two hosts ({hosts[0]}, {[interface for _, interface in hosts[1]]}): equal to two ranks on one")
+
+
+# ---------------------------------------------------------------- ranks that cannot meet
+
+
+@pytest.mark.parametrize("port, problem", [("taken", "rank 0 cannot use port"), ("x", "MASTER_PORT is 'x'")])
+def test_no_rank_waits_for_one_that_failed_before_they_met(images, tmp_path, port, problem):
+    """MPI itself would have the others wait for ever."""
+    mpiexec = Path(sys.executable).parent / "mpiexec"
+    if not mpiexec.exists():
+        pytest.skip("no mpiexec beside this Python: pip install mpich")
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        s.listen()
+        port = str(s.getsockname()[1]) if port == "taken" else port
+        done = subprocess.run(
+            [mpiexec, "-n", "2", sys.executable, SCRIPT, *train_words(images, max_steps=2)],
+            env=environment(OPENAI_LOGDIR=str(tmp_path), MASTER_PORT=port),
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+        )
+    assert done.returncode == 2 and problem in done.stderr and "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
