@@ -5,6 +5,7 @@ import math
 import os
 import signal
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -846,3 +847,53 @@ def test_a_stop_does_not_save_what_is_not_finite(tmp_path):
             tmp_path, stopped_at(3), data=batches(changes={3: math.nan}), max_steps=9, save_interval=2, log_interval=10
         )
     assert checkpoint_names(tmp_path) == checkpoint_names_of(0, 2)
+
+
+# ---------------------------------------------------------------- what a run must not lose
+
+
+def test_a_used_folder_is_warned_of(tmp_path):
+    """A new run among the checkpoints of another overwrites some; one that continues the newest is told nothing."""
+    train(tmp_path, max_steps=4)
+    warning = f"{tmp_path} has checkpoints up to step 4 of a run that this one does not continue"
+    for checkpoint, warned in [("", True), ("ema_0.9_000004.pt", True), ("model000000.pt", True), ("auto", False)]:
+        path = checkpoint if checkpoint in ("", "auto") else str(tmp_path / checkpoint)
+        before = len((tmp_path / "log.txt").read_text())
+        with logger.scoped_configure(dir=str(tmp_path), format_strs=["log"]):
+            make_loop(resume_checkpoint=path)
+        assert (warning in (tmp_path / "log.txt").read_text()[before:]) == warned, checkpoint
+
+
+@pytest.mark.parametrize("flags", [dict(size=np.int64(3)), dict(folder=Path("x"))], ids=["numpy", "path"])
+def test_a_state_that_could_not_be_read_again_is_not_written(tmp_path, flags):
+    with pytest.raises(InputError, match="flags is more than tensors and plain values"):
+        train(tmp_path, flags=flags)
+    assert checkpoint_names(tmp_path) == []
+
+
+def test_no_checkpoint_of_parameters_that_are_not_finite(tmp_path):
+    """Even where a step of one's own hides the norm of the gradient, and the loss is not yet seen."""
+    train(tmp_path, max_steps=2)
+    before = snapshot(tmp_path)
+    with logger.scoped_configure(dir=str(tmp_path), format_strs=[]):
+        loop = make_loop(resume_checkpoint=latest(tmp_path), keep_checkpoints=1)
+        with th.no_grad():
+            loop.master_params[0][0] = math.nan
+        with pytest.raises(train_util.TrainingError, match=r"a parameter is not finite at step 2 .*model000002.pt"):
+            loop.save()
+    assert {name: data for name, data in snapshot(tmp_path).items() if name.endswith(".pt")} == {
+        name: data for name, data in before.items() if name.endswith(".pt")
+    }
+
+
+def test_a_signal_in_the_first_step_leaves_the_originals_checkpoint_alone(original):
+    class Signalled(TrainLoop):
+        def log_step(self):
+            super().log_step()
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    source = {name: data for name, data in snapshot(original).items() if name.endswith(".pt")}
+    with pytest.raises(SystemExit) as left:
+        train(original, Signalled, resume_checkpoint=latest(original), max_steps=9)
+    assert left.value.code == 0
+    assert {name: data for name, data in snapshot(original).items() if name.endswith(".pt")} == source
