@@ -38,7 +38,8 @@ benchmark-digits: $(SAMPLES)
 	$(PY) benchmarks/digits.py $(SAMPLES) demo/digits
 
 test: lint
-	$(PY) -m pytest --numprocesses 2 --dist loadfile --cov --cov-report=term --cov-fail-under=90
+	$(PY) -m pytest --numprocesses 2 --dist loadfile --ignore tests/faults --cov --cov-report=term --cov-fail-under=90
+	$(PY) -m pytest tests/faults
 
 lint: .venv/test
 	$(PY) -m ruff check .

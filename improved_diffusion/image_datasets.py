@@ -91,25 +91,27 @@ def load_data_once(
         dataset,
         batch_size=batch_size,
         num_workers=num_workers,
-        worker_init_fn=_leave_signals_to_the_parent,
+        worker_init_fn=functools.partial(_leave_signals_to_the_parent, os.getpid()),
         generator=th.Generator(),
     )
     return _one_line_errors(loader)
 
 
-def _leave_signals_to_the_parent(worker):
+def _leave_signals_to_the_parent(parent, worker):
     """
     A terminal or a scheduler sends SIGINT and SIGTERM to all processes of a run, and training
-    answers them by going on until it has saved: its workers end when it says so, not before.
+    answers them by going on until it has saved: its workers end when it says so, or is gone itself.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if not hasattr(signal, "sigwaitinfo"):
+    if not hasattr(signal, "sigtimedwait"):
         return
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
     def wait():
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-            pass
+        while os.getppid() == parent:  # torch looks too, but not at a parent that died while the worker began
+            received = signal.sigtimedwait({signal.SIGTERM}, 5)
+            if received is not None and received.si_pid == parent:
+                break
         os._exit(0)
 
     threading.Thread(target=wait, daemon=True).start()
@@ -263,7 +265,7 @@ class BatchStream:
             num_workers=num_workers,
             collate_fn=collate_fn,
             persistent_workers=num_workers > 0,
-            worker_init_fn=_leave_signals_to_the_parent,
+            worker_init_fn=functools.partial(_leave_signals_to_the_parent, os.getpid()),
             pin_memory=th.cuda.is_available(),
             generator=th.Generator(),  # the loader's own draws must not disturb the global generator's order
         )

@@ -341,7 +341,7 @@ def loader_of_a_folder(num_workers, monkeypatch, greys):
     return load_data_once(data_dir="", batch_size=1, image_size=8, num_workers=num_workers)
 
 
-@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="who sent a signal is known on Linux only")
+@pytest.mark.skipif(not hasattr(signal, "sigtimedwait"), reason="who sent a signal is known on Linux only")
 @pytest.mark.parametrize("kind", ["stream", "once"])
 def test_signals_leave_workers_alone_until_their_parent_ends_them(monkeypatch, greys, kind):
     """A scheduler's reach all processes of a run; training still needs its batches."""
@@ -366,10 +366,10 @@ def test_signals_leave_workers_alone_until_their_parent_ends_them(monkeypatch, g
 
 def test_signals_where_their_senders_are_not_known(monkeypatch):
     """SIGINT is left to the parent there too, SIGTERM works as ever."""
-    monkeypatch.delattr(signal, "sigwaitinfo", raising=False)
+    monkeypatch.delattr(signal, "sigtimedwait", raising=False)
     before, threads = signal.getsignal(signal.SIGINT), threading.active_count()
     try:
-        image_datasets._leave_signals_to_the_parent(0)
+        image_datasets._leave_signals_to_the_parent(os.getppid(), 0)
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
         assert (
             signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, []) and threading.active_count() == threads
