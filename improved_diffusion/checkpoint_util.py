@@ -12,7 +12,6 @@ The first three are what the original writes. The fourth is written last, so it 
 complete set; it names the others.
 """
 
-import contextlib
 import functools
 import io
 import math
@@ -26,8 +25,7 @@ import torch as th
 
 from . import dist_util, logger
 from .errors import InputError, first_line
-
-TEMPORARY = ".tmp"  # ends the name of a file until it is whole
+from .files import TEMPORARY, list_folder, write_files
 
 
 def model_filename(step):
@@ -103,13 +101,7 @@ def find_newest_checkpoint(directory):
         if not {model_filename(step), last} <= names or _is_cut_off(step, names):
             continue  # it was being written, or deleted, when the run ended
         try:
-            if state_filename(step) in names:
-                listed = dist_util.read_state_dict(bf.join(directory, state_filename(step))).get("files", [])
-                if not names.issuperset(listed):
-                    raise InputError(f"{bf.join(directory, (set(listed) - names).pop())}: there is no such file")
-            for name in names:
-                if not name.endswith(TEMPORARY):
-                    dist_util.read_state_dict(bf.join(directory, name), map_location="meta")
+            _check_set(directory, step, names)
         except InputError as e:
             logger.warn(f"the checkpoint of step {step} is left out: {e}")
             problem = problem or e
@@ -118,6 +110,16 @@ def find_newest_checkpoint(directory):
     if problem:
         raise InputError(f"no checkpoint in {directory} can be read; to begin anew, take another folder. {problem}")
     return None
+
+
+def _check_set(directory, step, names):
+    """:raises InputError: naming the file that is missing or damaged."""
+    state = state_filename(step)
+    expected = {name for name in names if not name.endswith(TEMPORARY)}
+    if state in expected:
+        expected.update(dist_util.read_state_dict(bf.join(directory, state)).get("files", ()))
+    for name in expected - {state}:
+        dist_util.read_state_dict(bf.join(directory, name), map_location="meta")
 
 
 def newest_step(directory):
@@ -143,9 +145,7 @@ def delete_old_sets(directory, step, keep):
             try:
                 bf.remove(bf.join(directory, name))
             except (OSError, bf.Error) as e:
-                logger.warn(
-                    f"{bf.join(directory, name)}: cannot be deleted ({getattr(e, 'strerror', None) or first_line(e)})"
-                )
+                logger.warn(f"{bf.join(directory, name)}: cannot be deleted ({first_line(e)})")
 
 
 def _is_cut_off(step, names):
@@ -155,9 +155,7 @@ def _is_cut_off(step, names):
 def _sets_in(directory):
     """{step: names of its files, temporary ones too} of all checkpoints in a folder."""
     sets = {}
-    if not bf.isdir(directory):
-        return sets
-    for name in bf.listdir(directory) if _is_remote(directory) else os.listdir(directory):
+    for name in list_folder(directory) if bf.isdir(directory) else ():
         match = re.fullmatch(rf"(?:model|ema_[^_]+_|opt|state)(\d{{6,}})\.pt(?:{re.escape(TEMPORARY)})?", name)
         if match:
             sets.setdefault(int(match[1]), set()).add(name)
@@ -221,76 +219,6 @@ def _save_state(state, f):
             f"the state of data, schedule sampler or flags is more than tensors and plain values: {state}"
         ) from None
     f.write(saved.getbuffer())
-
-
-def write_files(directory, writers):
-    """
-    Write files so that a crash leaves each whole or absent, and a failure changes none.
-
-    All are written under temporary names and flushed to the disk first, then renamed in order. Where
-    they replace older ones, the last of them goes first and comes last: it stands for the set.
-
-    :param writers: {file name: function that writes to the binary file it is given}.
-    :raises InputError: if one cannot be written.
-    """
-    staged = {}  # final path -> temporary path, or a buffer for what is not on a local disk
-    try:
-        for name, write in writers.items():
-            path = bf.join(directory, name)
-            if _is_remote(path):
-                staged[path] = io.BytesIO()
-                write(staged[path])
-                continue
-            os.makedirs(directory, exist_ok=True)
-            staged[path] = path + TEMPORARY
-            with open(staged[path], "wb") as f:
-                write(f)
-                f.flush()
-                os.fsync(f.fileno())
-    except BaseException as e:
-        for temporary in staged.values():
-            if isinstance(temporary, str):
-                with contextlib.suppress(OSError):
-                    os.remove(temporary)
-        if isinstance(e, (OSError, RuntimeError)):  # the second is torch.save's for a full disk
-            raise _cannot_be_written(path, e) from e
-        raise
-
-    last = path
-    try:
-        if len(staged) > 1 and bf.exists(last):
-            bf.remove(last)
-        for path, temporary in staged.items():
-            if isinstance(temporary, str):
-                if path == last and len(staged) > 1:
-                    _flush_directory(directory)  # the others are there before the one that stands for them
-                os.replace(temporary, path)
-            else:
-                with bf.BlobFile(path, "wb") as f:
-                    f.write(temporary.getbuffer())
-        if not _is_remote(directory):
-            _flush_directory(directory)
-    except (OSError, bf.Error) as e:
-        raise _cannot_be_written(path, e) from e
-
-
-def _cannot_be_written(path, error):
-    if isinstance(error.__context__, OSError):
-        error = error.__context__  # torch.save's own words are about its format
-    return InputError(f"{path}: cannot be written ({first_line(error)})")
-
-
-def _is_remote(path):
-    return "://" in path
-
-
-def _flush_directory(directory):
-    """Make renames in a folder survive a power cut."""
-    fd = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def rng_state():

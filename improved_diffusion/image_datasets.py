@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from . import dist_util
 from .errors import InputError
+from .files import is_remote, list_folder
 
 EXTENSIONS = ("jpg", "jpeg", "png", "gif")
 # Before work begins so many images are decoded, evenly spread over the folder, for at most so long: what that
@@ -161,9 +162,7 @@ def _open_folder(data_dir, image_size, class_cond, image_channels, num_classes, 
 def _list_image_files_recursively(data_dir):
     """Paths of all images below data_dir, folder by folder, each in sorted order."""
     results = []
-    # blobfile would look at every local file, and fail at a broken link
-    entries = bf.listdir(data_dir) if _is_remote(data_dir) else os.listdir(data_dir)
-    for entry in sorted(entries):
+    for entry in sorted(list_folder(data_dir)):
         path = bf.join(data_dir, entry)
         if "." in entry and entry.rsplit(".", 1)[1].lower() in EXTENSIONS:
             results.append(path)
@@ -172,12 +171,8 @@ def _list_image_files_recursively(data_dir):
     return results
 
 
-def _is_remote(path):
-    return "://" in path
-
-
 def _check_images(paths):
-    local = [path for path in paths if not _is_remote(path)]
+    local = [path for path in paths if not is_remote(path)]
     start = time.monotonic()
     for path in local[:: -(-len(local) // CHECKED_IMAGES) or 1]:
         _decode(path)

@@ -27,6 +27,7 @@ import warnings
 from collections import defaultdict
 
 from .errors import InputError
+from .files import write_files
 
 DEBUG = 10
 INFO = 20
@@ -495,15 +496,5 @@ def _drop_cut_line(path):
 
 
 def _replace(path, text):
-    """Give a file new contents: a crash leaves the old ones or the new ones, never a part."""
-    with _one_line_error(path):
-        try:
-            with open(path + ".tmp", "w", newline="", encoding="utf-8") as f:
-                f.write(text)
-                f.flush()
-                os.fsync(f.fileno())
-            os.replace(path + ".tmp", path)
-        except OSError:
-            with contextlib.suppress(OSError):
-                os.remove(path + ".tmp")
-            raise
+    directory, name = os.path.split(path)
+    write_files(directory, {name: lambda f: f.write(text.encode())})

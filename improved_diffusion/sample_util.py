@@ -5,8 +5,8 @@ import numpy as np
 import torch as th
 
 from . import dist_util, logger
-from .checkpoint_util import write_files
 from .errors import InputError
+from .files import write_files
 
 
 class SampleNoise:

@@ -277,62 +277,65 @@ class UNetModel(nn.Module):
         if num_classes is not None:
             self.label_emb = nn.Embedding(num_classes, emb_channels)
 
-        def res_block(channels, out_channels):
-            return ResBlock(
-                channels,
-                emb_channels,
-                dropout,
-                out_channels=out_channels,
-                use_scale_shift_norm=use_scale_shift_norm,
-                dims=dims,
-                use_checkpoint=use_checkpoint,
-            )
-
-        def attention(channels, heads):
-            return AttentionBlock(channels, num_heads=heads, use_checkpoint=use_checkpoint)
-
+        self._res_block_options = dict(
+            emb_channels=emb_channels,
+            dropout=dropout,
+            use_scale_shift_norm=use_scale_shift_norm,
+            dims=dims,
+            use_checkpoint=use_checkpoint,
+        )
         widths = [int(mult * model_channels) for mult in channel_mult]
-        last = len(widths) - 1
-
-        self.input_blocks = nn.ModuleList(
-            [TimestepEmbedSequential(conv_nd(dims, in_channels, model_channels, 3, padding=1))]
-        )
-        ch = model_channels
-        skips = [ch]  # channels of what the way up will be joined with
-        for level, width in enumerate(widths):
-            for _ in range(num_res_blocks):
-                layers = [res_block(ch, width)]
-                ch = width
-                if 2**level in attention_resolutions:
-                    layers.append(attention(ch, num_heads))
-                self.input_blocks.append(TimestepEmbedSequential(*layers))
-                skips.append(ch)
-            if level != last:
-                self.input_blocks.append(TimestepEmbedSequential(Downsample(ch, conv_resample, dims=dims)))
-                skips.append(ch)
-
+        # checkpoints hold the parameters of optimizer and masters in the order in which blocks are made here
+        self.input_blocks, skips = self._way_down(widths)
+        ch = skips[-1]
         self.middle_block = TimestepEmbedSequential(
-            res_block(ch, ch),
-            attention(ch, num_heads),
-            res_block(ch, ch),
+            self._res_block(ch, ch),
+            AttentionBlock(ch, num_heads, use_checkpoint),
+            self._res_block(ch, ch),
         )
-
-        self.output_blocks = nn.ModuleList([])
-        for level, width in reversed(list(enumerate(widths))):
-            for i in range(num_res_blocks + 1):
-                layers = [res_block(ch + skips.pop(), width)]
-                ch = width
-                if 2**level in attention_resolutions:
-                    layers.append(attention(ch, num_heads_upsample))
-                if level and i == num_res_blocks:
-                    layers.append(Upsample(ch, conv_resample, dims=dims))
-                self.output_blocks.append(TimestepEmbedSequential(*layers))
-
+        self.output_blocks = self._way_up(widths, skips)
         self.out = nn.Sequential(
-            normalization(ch),
+            normalization(widths[0]),
             SiLU(),
-            zero_module(conv_nd(dims, ch, out_channels, 3, padding=1)),  # the first prediction is zero
+            zero_module(conv_nd(dims, widths[0], out_channels, 3, padding=1)),  # the first prediction is zero
         )
+
+    def _way_down(self, widths):
+        """:return: the blocks, and the channels of what each of them gives, which the way up is joined with."""
+        ch = self.model_channels
+        blocks = [TimestepEmbedSequential(conv_nd(self.dims, self.in_channels, ch, 3, padding=1))]
+        skips = [ch]
+        for level, width in enumerate(widths):
+            for _ in range(self.num_res_blocks):
+                blocks.append(TimestepEmbedSequential(*self._res_and_attention(level, ch, width, self.num_heads)))
+                ch = width
+                skips.append(ch)
+            if level < len(widths) - 1:
+                blocks.append(TimestepEmbedSequential(Downsample(ch, self.conv_resample, dims=self.dims)))
+                skips.append(ch)
+        return nn.ModuleList(blocks), skips
+
+    def _way_up(self, widths, skips):
+        ch = skips[-1]
+        skips = list(skips)
+        blocks = []
+        for level, width in reversed(list(enumerate(widths))):
+            for i in range(self.num_res_blocks + 1):
+                layers = self._res_and_attention(level, ch + skips.pop(), width, self.num_heads_upsample)
+                ch = width
+                if level and i == self.num_res_blocks:
+                    layers.append(Upsample(ch, self.conv_resample, dims=self.dims))
+                blocks.append(TimestepEmbedSequential(*layers))
+        return nn.ModuleList(blocks)
+
+    def _res_and_attention(self, level, channels, out_channels, num_heads):
+        layers = [self._res_block(channels, out_channels)]
+        if 2**level in self.attention_resolutions:
+            layers.append(AttentionBlock(out_channels, num_heads, self.use_checkpoint))
+        return layers
+
+    def _res_block(self, channels, out_channels):
+        return ResBlock(channels, out_channels=out_channels, **self._res_block_options)
 
     def convert_to_fp16(self):
         """Compute the torso (all between the embeddings and the output layer) in float16."""
