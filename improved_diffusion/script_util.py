@@ -1,5 +1,5 @@
 """
-Defaults, factories and flags: how the scripts turn a command line into a model and a diffusion.
+Defaults and factories: how flags become a model and a diffusion.
 
 A flag is a key of a defaults dict; its type is that of its default. The dicts below hold the
 original's flags, extra_model_defaults() those that came later.
@@ -7,20 +7,13 @@ original's flags, extra_model_defaults() those that came later.
 
 import argparse
 import inspect
-import os
-import signal
-import sys
 
-import torch as th
-
-from . import dist_util
 from . import gaussian_diffusion as gd
-from .errors import InputError, TrainingError, first_line
+from .errors import InputError
 from .respace import SpacedDiffusion, space_timesteps
 from .unet import SuperResModel, UNetModel
 
 NUM_CLASSES = 1000
-LOG_DIRECTORIES = ("OPENAI_LOGDIR", "DIFFUSION_BLOB_LOGDIR")
 MIN_LINEAR_STEPS = 21  # the linear schedule ends at beta = 20 / steps, and 1 leaves nothing to divide by
 
 CHANNEL_MULT = {  # by image size: channels of each level, as multiples of num_channels
@@ -352,24 +345,6 @@ def create_gaussian_diffusion(
 # ---------------------------------------------------------------- flags
 
 
-class FlagParser(argparse.ArgumentParser):
-    """A parser of flags spelled out in full; whatever is wrong with them ends in one line and status 2."""
-
-    def __init__(self, **kwargs):
-        super().__init__(allow_abbrev=False, **kwargs)
-
-    def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message}\n")  # one line, without the list of all flags
-
-
-def create_parser(defaults, description):
-    """A FlagParser of the flags in `defaults`, and of --seed."""
-    parser = FlagParser(description=description)
-    add_dict_to_argparser(parser, defaults)
-    parser.add_argument("--seed", type=int, help="makes a run on one CPU machine repeatable to the last bit")
-    return parser
-
-
 def add_dict_to_argparser(parser, default_dict):
     """Add a flag for each key, of its value's type; one whose value is None takes text."""
     for name, value in default_dict.items():
@@ -393,166 +368,3 @@ def str2bool(v):
     if v.lower() in ("no", "false", "f", "n", "0"):
         return False
     raise argparse.ArgumentTypeError(f"{v!r} is neither True nor False")
-
-
-def _at_least(least):
-    return (lambda v: v >= least), f"{least} or more"
-
-
-def _one_of(*names):
-    return (lambda v: v in names), " or ".join(map(str, names))
-
-
-_ALLOWED = {  # flag -> (whether a value can work, what can)
-    "batch_size": _at_least(1),
-    "num_samples": _at_least(1),
-    "num_channels": _at_least(32),
-    "num_res_blocks": _at_least(1),
-    "num_classes": _at_least(1),
-    "image_channels": _one_of(1, 3),
-    "diffusion_steps": _at_least(1),
-    "noise_schedule": _one_of("linear", "cosine"),
-    "schedule_sampler": _one_of("uniform", "loss-second-moment"),
-    "dropout": ((lambda v: 0 <= v < 1), "at least 0 and below 1"),
-    "lr": ((lambda v: v > 0), "more than 0"),
-    "weight_decay": _at_least(0),
-    "ema_rate": (
-        (lambda v: all(0 <= rate < 1 for rate in _floats(v))),
-        "at least 0 and below 1, or several with commas",
-    ),
-    "lr_anneal_steps": _at_least(0),
-    "max_steps": _at_least(0),
-    "log_interval": _at_least(1),
-    "save_interval": _at_least(1),
-    "keep_checkpoints": _at_least(0),
-    "num_workers": _at_least(0),
-    "seed": ((lambda v: v is None or 0 <= v < 2**63), "0 or more"),
-}
-
-
-def _floats(text):
-    try:
-        return [float(v) for v in str(text).split(",")]
-    except ValueError:
-        return [-1.0]
-
-
-def parse_flags(parser):
-    """
-    The command line's flags, each checked by itself and against the others.
-
-    Bad ones end the process with status 2 and one line; nothing has been written by then.
-    """
-    args = parser.parse_args()
-    for flag, (works, right) in _ALLOWED.items():
-        if hasattr(args, flag) and not works(getattr(args, flag)):
-            parser.error(f"--{flag} {getattr(args, flag)}: give {right}")
-    if hasattr(args, "microbatch") and not (args.microbatch == -1 or 1 <= args.microbatch <= args.batch_size):
-        parser.error(f"--microbatch {args.microbatch}: give 1 to batch_size ({args.batch_size}), or -1 for all of it")
-    if getattr(args, "resume_checkpoint", "") == "auto" and not any(map(os.environ.get, LOG_DIRECTORIES)):
-        parser.error("--resume_checkpoint auto: set OPENAI_LOGDIR, the folder that the run's files are in")
-    if hasattr(args, "small_size") and not 1 <= args.small_size <= args.large_size:
-        parser.error(f"--small_size {args.small_size}: give 1 to large_size ({args.large_size})")
-    return args
-
-
-def run(main):
-    """
-    Call a script's main(), and leave as a good process does: errors that a user can mend, an interruption
-    and the end of another rank become one line and an exit status.
-    """
-    try:
-        try:
-            main()
-        except SystemExit as e:
-            if e.code:
-                raise
-        dist_util.leave()
-    except InputError as e:
-        _exit(2, e)
-    except TrainingError as e:
-        _exit(1, e)
-    except KeyboardInterrupt:
-        _exit(128 + signal.SIGINT, "interrupted")
-    except Exception as e:
-        if not dist_util.is_loss_of_a_rank(e):
-            raise
-        _print_error(f"rank {dist_util.rank()}: another rank, or the connection to it, is gone: {first_line(e)}")
-        dist_util.end_at_once(1)
-
-
-def _exit(status, message):
-    _print_error(message)
-    sys.exit(status)
-
-
-def _print_error(message):
-    print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr)
-
-
-# ---------------------------------------------------------------- weights
-
-
-def load_weights(model, path, flag="model_path"):
-    """
-    Load a state dict strictly.
-
-    :param flag: what the path was given as, for messages.
-    :raises InputError: if there is no such checkpoint or it does not fit; it names at most three
-                        tensors and the flag that is the likely cause.
-    """
-    if not path:
-        raise InputError(f"{flag} is not given: name a file such as ema_0.9999_200000.pt")
-    state_dict = dist_util.load_state_dict(path, map_location="cpu")
-    if not isinstance(state_dict, dict) or not all(isinstance(v, th.Tensor) for v in state_dict.values()):
-        raise InputError(f"{flag} {path}: not the weights of a model; give a model*.pt or ema_*.pt file")
-    there = {name: tuple(v.shape) for name, v in state_dict.items()}
-    here = {name: tuple(v.shape) for name, v in model.state_dict().items()}
-    wrong = [name for name in {**here, **there} if there.get(name) != here.get(name)]
-    if wrong:
-        tensors = ", ".join(
-            f"{name} ({_shape(there, name)} in the file, {_shape(here, name)} by the flags)" for name in wrong[:3]
-        )
-        raise InputError(
-            f"{flag} {path} does not fit the flags: {tensors}{', ...' if len(wrong) > 3 else ''}; "
-            f"the likely cause is {_likely_cause(there, here)}"
-        )
-    model.load_state_dict(state_dict)
-
-
-def _shape(shapes, name):
-    return "x".join(map(str, shapes[name])) if name in shapes else "absent"
-
-
-def _likely_cause(there, here):
-    """The flag by which a file's tensors most likely differ from the model's, with its value in the file."""
-    first, label, last = "input_blocks.0.0.weight", "label_emb.weight", "out.2.bias"
-    if first not in there or last not in there:
-        return "the file: it is not of this kind of model"
-    if there[first][0] != here[first][0]:
-        return f"--num_channels, {there[first][0]} in the file"
-    channels, super_resolution = _inputs(there[first])
-    channels_here, super_resolution_here = _inputs(here[first])
-    if super_resolution != super_resolution_here:
-        return "the script: one of the two is a model for super-resolution"
-    if channels != channels_here:
-        return f"--image_channels, {channels} in the file"
-    if (label in there) != (label in here):
-        return f"--class_cond, {label in there} in the file"
-    if label in there and there[label] != here[label]:
-        return f"--num_classes, {there[label][0]} in the file"
-    if there[last] != here[last]:
-        return f"--learn_sigma, {there[last][0] > here[last][0]} in the file"
-    different = there.keys() ^ here.keys()
-    same_blocks = all(there[name] == here[name] for name in there.keys() & here.keys())
-    if same_blocks and not any(".0.in_layers" in name for name in different):
-        return "--attention_resolutions, or the image size that they are fractions of"
-    embeddings = [name for name in here if name.endswith("emb_layers.1.bias")]
-    if not different and all(there[name] != here[name] for name in embeddings):
-        return f"--use_scale_shift_norm, {there[embeddings[0]] > here[embeddings[0]]} in the file"
-    return "--num_res_blocks or --channel_mult (or the image size, which chooses it)"
-
-
-def _inputs(shape):
-    """(image channels, whether for super-resolution) of a first layer: a smaller image doubles 1 or 3 channels."""
-    return (shape[1] // 2, True) if shape[1] % 2 == 0 else (shape[1], False)

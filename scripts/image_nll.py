@@ -8,18 +8,16 @@ mse_terms.npz and xstart_mse_terms.npz. Each image counts once.
 import torch as th
 
 from improved_diffusion import dist_util, logger
+from improved_diffusion.command_line import create_parser, parse_flags, run
 from improved_diffusion.image_datasets import load_data_once
 from improved_diffusion.sample_util import SampleNoise, save_arrays
 from improved_diffusion.script_util import (
     args_to_dict,
     create_model_and_diffusion,
-    create_parser,
     extra_model_defaults,
-    load_weights,
     model_and_diffusion_defaults,
-    parse_flags,
-    run,
 )
+from improved_diffusion.weights import load_weights
 
 MODEL_FLAGS = {**model_and_diffusion_defaults(), **extra_model_defaults()}
 TERMS = ("vb", "mse", "xstart_mse")

@@ -3,17 +3,15 @@ Draw samples from a trained model and write them to samples_NxHxWxC.npz.
 """
 
 from improved_diffusion import dist_util, logger
+from improved_diffusion.command_line import create_parser, parse_flags, run
 from improved_diffusion.sample_util import draw_labels, generate, save_samples
 from improved_diffusion.script_util import (
     args_to_dict,
     create_model_and_diffusion,
-    create_parser,
     extra_model_defaults,
-    load_weights,
     model_and_diffusion_defaults,
-    parse_flags,
-    run,
 )
+from improved_diffusion.weights import load_weights
 
 MODEL_FLAGS = {**model_and_diffusion_defaults(), **extra_model_defaults()}
 

@@ -8,8 +8,8 @@ import os
 import numpy as np
 from PIL import Image
 
+from improved_diffusion.command_line import FlagParser, run
 from improved_diffusion.errors import InputError
-from improved_diffusion.script_util import FlagParser, run
 
 SIZE = 16
 

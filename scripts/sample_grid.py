@@ -7,9 +7,9 @@ import os
 import numpy as np
 from PIL import Image
 
+from improved_diffusion.command_line import FlagParser, run
 from improved_diffusion.errors import InputError
 from improved_diffusion.sample_util import load_labelled_samples
-from improved_diffusion.script_util import FlagParser, run
 
 COLUMNS = 10
 SCALE = 3  # pixels of the picture for each of a sample's

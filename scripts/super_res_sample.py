@@ -7,17 +7,15 @@ Sample i is made from image i; where there are more samples than images, the ima
 import torch as th
 
 from improved_diffusion import dist_util, logger
+from improved_diffusion.command_line import create_parser, parse_flags, run
 from improved_diffusion.sample_util import generate, load_base_samples, save_samples
 from improved_diffusion.script_util import (
     args_to_dict,
-    create_parser,
     extra_model_defaults,
-    load_weights,
-    parse_flags,
-    run,
     sr_create_model_and_diffusion,
     sr_model_and_diffusion_defaults,
 )
+from improved_diffusion.weights import load_weights
 
 MODEL_FLAGS = {**sr_model_and_diffusion_defaults(), **extra_model_defaults()}
 

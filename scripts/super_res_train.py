@@ -3,20 +3,18 @@ Train a super-resolution model on a folder of images.
 """
 
 from improved_diffusion import dist_util, logger
+from improved_diffusion.command_line import create_parser, parse_flags, run
 from improved_diffusion.image_datasets import load_superres_data
 from improved_diffusion.resample import create_named_schedule_sampler
 from improved_diffusion.script_util import (
     args_to_dict,
-    create_parser,
     extra_model_defaults,
-    load_weights,
-    parse_flags,
-    run,
     sr_create_model_and_diffusion,
     sr_model_and_diffusion_defaults,
     train_loop_defaults,
 )
 from improved_diffusion.train_util import TrainLoop
+from improved_diffusion.weights import load_weights
 
 MODEL_FLAGS = {**sr_model_and_diffusion_defaults(), **extra_model_defaults()}
 

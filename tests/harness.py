@@ -5,6 +5,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 import torch as th
 from PIL import Image
 
-from improved_diffusion import script_util
+from improved_diffusion import command_line, script_util
 from improved_diffusion.logger import Logger
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -63,7 +64,7 @@ def run_script(name, words, logdir, **environment):
         threads = th.get_num_threads()
         th.set_num_threads(1)  # in so small a network several only wait for each other
         try:
-            script_util.run(load_script(name).main)
+            command_line.run(load_script(name).main)
         except SystemExit as e:
             return e.code
         finally:
@@ -99,6 +100,16 @@ def write_images(folder, count=6, size=8, channels=3, classes=2):
     return folder
 
 
+def build(**changed):
+    """The default model and diffusion, with some flags changed."""
+    return script_util.create_model_and_diffusion(**{**script_util.model_and_diffusion_defaults(), **changed})
+
+
+def build_sr(**changed):
+    """The same for super-resolution."""
+    return script_util.sr_create_model_and_diffusion(**{**script_util.sr_model_and_diffusion_defaults(), **changed})
+
+
 def save_weights(path, super_resolution=False, fill=None, **changed):
     """
     The weights of a new TINY model, with some flags changed.
@@ -106,17 +117,33 @@ def save_weights(path, super_resolution=False, fill=None, **changed):
     :param fill: a number for all of them.
     :return: the path.
     """
-    defaults = (
-        script_util.sr_model_and_diffusion_defaults if super_resolution else script_util.model_and_diffusion_defaults
-    )
-    create = script_util.sr_create_model_and_diffusion if super_resolution else script_util.create_model_and_diffusion
-    sizes = dict(large_size=8, small_size=4) if super_resolution else dict(image_size=8)
-    model, _ = create(**{**defaults(), **sizes, **TINY, **changed})
+    if super_resolution:
+        model, _ = build_sr(**{"large_size": 8, "small_size": 4, **TINY, **changed})
+    else:
+        model, _ = build(**{"image_size": 8, **TINY, **changed})
     if fill is not None:
         for p in model.parameters():
             th.nn.init.constant_(p, fill)
     th.save(model.state_dict(), path)
     return path
+
+
+def run_in_threads(size, function):
+    """What function(rank) returns, or raises, in a thread for each rank."""
+    results = [None] * size
+
+    def work(rank):
+        try:
+            results[rank] = function(rank)
+        except BaseException as e:
+            results[rank] = e
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
 
 
 def snapshot(folder):

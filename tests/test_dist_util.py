@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch as th
 import torch.distributed as dist
-from harness import LAUNCHER_VARIABLES, ROOT, write_images
+from harness import LAUNCHER_VARIABLES, ROOT, run_in_threads, write_images
 from hypothesis import example, given
 from hypothesis import strategies as st
 from training import assert_same, checkpoint_names, load, on_one_cpu, read_rows
@@ -684,21 +684,12 @@ def on_ranks(monkeypatch):
         monkeypatch.setattr(dist, "get_backend", lambda: "gloo")
         monkeypatch.setattr(dist, "broadcast_object_list", broadcast_object_list)
         monkeypatch.setattr(dist, "all_reduce", all_reduce)
-        results = [None] * size
 
         def work(rank):
             here.rank = rank
-            try:
-                results[rank] = function(rank)
-            except BaseException as e:
-                results[rank] = e
+            return function(rank)
 
-        threads = [threading.Thread(target=work, args=(rank,)) for rank in range(size)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        return results
+        return run_in_threads(size, work)
 
     return run
 

@@ -844,14 +844,14 @@ def test_text_to_a_stream_without_a_name_is_one_line():
 
 PROGRAM = """
 import sys
-from improved_diffusion import logger, script_util
+from improved_diffusion import command_line, logger
 
 def main():
     logger.configure(sys.argv[1])
     logger.logkv("a", 1)
     logger.dumpkvs()
 
-script_util.run(main)
+command_line.run(main)
 """
 
 

@@ -5,6 +5,7 @@ import threading
 import numpy as np
 import pytest
 import torch as th
+from harness import run_in_threads
 from hypothesis import given
 from hypothesis import strategies as st
 from parity_cases import ToyModel, make_diffusion
@@ -98,18 +99,12 @@ def on_ranks(monkeypatch):
         monkeypatch.setattr(dist_util, "rank", lambda: here.rank)
         monkeypatch.setattr(dist_util, "world_size", lambda: world_size)
         monkeypatch.setattr(dist_util, "all_gather", all_gather)
-        results = [None] * world_size
 
         def work(rank):
             here.rank = rank
-            results[rank] = function()
+            return function()
 
-        threads = [threading.Thread(target=work, args=(rank,)) for rank in range(world_size)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        return results
+        return run_in_threads(world_size, work)
 
     return run
 

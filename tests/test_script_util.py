@@ -1,30 +1,22 @@
 """Defaults, factories, flags, and loading weights that may not fit."""
 
 import argparse
-import contextlib
-import random
-import sys
 
 import numpy as np
 import pytest
 import torch as th
-from harness import TINY, load_script
+from harness import TINY, build, build_sr, load_script
 
-from improved_diffusion import dist_util, script_util
-from improved_diffusion.errors import InputError, TrainingError
+from improved_diffusion import script_util
+from improved_diffusion.errors import InputError
 from improved_diffusion.script_util import (
     add_dict_to_argparser,
     args_to_dict,
     create_gaussian_diffusion,
     create_model,
-    create_model_and_diffusion,
-    create_parser,
     extra_model_defaults,
-    load_weights,
     model_and_diffusion_defaults,
-    parse_flags,
     sr_create_model,
-    sr_create_model_and_diffusion,
     sr_model_and_diffusion_defaults,
     str2bool,
     train_loop_defaults,
@@ -108,14 +100,6 @@ def test_defaults_are_a_new_dict_each_time(defaults):
 
 
 # ---------------------------------------------------------------- factories
-
-
-def build(**changed):
-    return create_model_and_diffusion(**{**model_and_diffusion_defaults(), **changed})
-
-
-def build_sr(**changed):
-    return sr_create_model_and_diffusion(**{**sr_model_and_diffusion_defaults(), **changed})
 
 
 def shapes(model):
@@ -407,317 +391,6 @@ def test_flags_have_the_types_of_their_defaults():
     assert vars(args) == dict(a=3, b=False, c="4", d=1e-3, e="5", f=True)
     assert vars(parser.parse_args([])) == dict(a=1, b=True, c=None, d=0.5, e="s", f=False)
     assert args_to_dict(args, ["e", "a"]) == dict(e="5", a=3)
-
-
-def parse(monkeypatch, words, **defaults):
-    monkeypatch.setattr(sys, "argv", ["here/script.py", *words])
-    return parse_flags(create_parser(defaults, description="something"))
-
-
-def test_seed_is_absent_or_a_number(monkeypatch):
-    assert parse(monkeypatch, []).seed is None
-    assert parse(monkeypatch, ["--seed", "12"]).seed == 12
-
-
-@pytest.mark.parametrize(
-    ("words", "parts"),
-    [
-        (["--batch", "3"], ["unrecognized arguments: --batch 3"]),  # no abbreviations
-        (["--batch_size", "x"], ["--batch_size", "invalid int value: 'x'"]),
-        (["--batch_size", "0"], ["--batch_size 0", "give 1 or more"]),
-        (["--small", "perhaps"], ["--small", "'perhaps' is neither True nor False"]),
-        (["--small"], ["--small", "expected one argument"]),
-        (["--microbatch", "5"], ["--microbatch 5", "give 1 to batch_size (4), or -1"]),
-        (["--microbatch", "0"], ["--microbatch 0", "give 1 to batch_size (4), or -1"]),
-        (["--small_size", "9"], ["--small_size 9", "give 1 to large_size (8)"]),
-        (["--small_size", "0"], ["--small_size 0", "give 1 to large_size (8)"]),
-        (["--ema_rate", "0.9,1"], ["--ema_rate 0.9,1", "below 1"]),
-        (["--ema_rate", "0.9;0.99"], ["--ema_rate 0.9;0.99", "commas"]),
-        (["--seed", "-1"], ["--seed -1", "0 or more"]),
-        (["--keep_checkpoints", "-1"], ["--keep_checkpoints -1", "0 or more"]),
-        (["--keep_checkpoints", "all"], ["--keep_checkpoints", "invalid int value"]),
-    ],
-    ids=" ".join,
-)
-def test_bad_flags_are_one_line_and_status_2(monkeypatch, capfd, words, parts):
-    defaults = dict(
-        batch_size=4, microbatch=-1, small=True, ema_rate="0.9", large_size=8, small_size=4, keep_checkpoints=0
-    )
-    with pytest.raises(SystemExit) as left:
-        parse(monkeypatch, words, **defaults)
-    assert left.value.code == 2
-    out, err = capfd.readouterr()
-    assert (out, err.count("\n")) == ("", 1)
-    assert err.startswith("script.py: error: ")
-    assert [part for part in parts if part not in err] == []
-
-
-def test_flags_at_their_limits_are_taken(monkeypatch):
-    defaults = dict(batch_size=4, microbatch=-1, ema_rate="0.9", large_size=8, small_size=4)
-    words = ["--batch_size", "1", "--microbatch", "1", "--ema_rate", "0,0.5", "--small_size", "8", "--seed", "0"]
-    assert vars(parse(monkeypatch, words, **defaults)) == dict(
-        batch_size=1, microbatch=1, ema_rate="0,0.5", large_size=8, small_size=8, seed=0
-    )
-
-
-@pytest.mark.parametrize("variable", ["OPENAI_LOGDIR", "DIFFUSION_BLOB_LOGDIR"])
-def test_resuming_by_itself_needs_a_folder_to_look_in(monkeypatch, capfd, variable):
-    """Without one, each run has a new folder, with nothing in it."""
-    for name in script_util.LOG_DIRECTORIES:
-        monkeypatch.setenv(name, "")
-    words = ["--resume_checkpoint", "auto"]
-    with pytest.raises(SystemExit) as left:
-        parse(monkeypatch, words, resume_checkpoint="")
-    assert left.value.code == 2
-    out, err = capfd.readouterr()
-    assert (out, err.count("\n")) == ("", 1) and err.startswith(
-        "script.py: error: --resume_checkpoint auto: set OPENAI"
-    )
-    assert parse(monkeypatch, ["--resume_checkpoint", "auto.pt"], resume_checkpoint="").resume_checkpoint == "auto.pt"
-    monkeypatch.setenv(variable, "runs/1")
-    assert parse(monkeypatch, words, resume_checkpoint="").resume_checkpoint == "auto"
-
-
-def raise_(error):
-    raise error
-
-
-def test_run_turns_errors_a_user_can_mend_into_a_line_and_a_status(monkeypatch, capfd):
-    monkeypatch.setattr(sys, "argv", ["here/script.py"])
-    for error, status in ((InputError("no such thing"), 2), (TrainingError("NaN at step 3"), 1)):
-        with pytest.raises(SystemExit) as left:
-            script_util.run(lambda error=error: raise_(error))
-        assert left.value.code == status
-        assert capfd.readouterr() == ("", f"script.py: error: {error}\n")
-    with pytest.raises(KeyError):  # a mistake of ours keeps its traceback
-        script_util.run(lambda: raise_(KeyError("x")))
-    script_util.run(lambda: None)
-
-
-@pytest.fixture
-def left(monkeypatch):
-    """How often the ranks were left."""
-    calls = []
-    monkeypatch.setattr(dist_util, "leave", lambda: calls.append(1))
-    monkeypatch.setattr(sys, "argv", ["here/script.py"])
-    return calls
-
-
-@pytest.mark.parametrize(
-    ("error", "status", "message"),
-    [
-        (KeyboardInterrupt(), 130, "interrupted"),
-        (
-            RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer"),
-            1,
-            GONE := "another rank, or the connection",
-        ),
-        (th.distributed.DistBackendError("NCCL error"), 1, GONE),
-        (th.distributed.DistNetworkError("reset by peer"), 1, GONE),
-        (InputError("no such file"), 2, "no such file"),
-        (TrainingError("loss is nan"), 1, "loss is nan"),
-    ],
-    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else None,
-)
-@pytest.mark.parametrize("in_main", [True, False])
-def test_run_ends_in_one_line_and_a_status(monkeypatch, capfd, left, error, status, message, in_main):
-    """Wherever it comes from: the others may be lost in the last wait for them, too. Nobody waits after an error."""
-    if not in_main:
-        monkeypatch.setattr(dist_util, "leave", lambda: raise_(error))
-    with pytest.raises(SystemExit) as exit_:
-        script_util.run((lambda: raise_(error)) if in_main else (lambda: None))
-    assert exit_.value.code == status and left == []
-    out, err = capfd.readouterr()
-    assert (out, err.count("\n")) == ("", 1)
-    assert err.startswith("script.py: error: ") and message in err
-    if message == GONE:
-        assert err == f"script.py: error: rank 0: another rank, or the connection to it, is gone: {error}\n"
-
-
-@pytest.mark.parametrize("error", [RuntimeError("CUDA error"), ValueError("gloo"), KeyError("x")], ids=repr)
-def test_run_leaves_mistakes_their_traceback(capfd, left, error):
-    with pytest.raises(type(error)) as info:
-        script_util.run(lambda: raise_(error))
-    assert info.value is error and left == []
-    assert capfd.readouterr() == ("", "")
-
-
-def test_run_waits_for_the_other_ranks_at_a_good_end(left):
-    script_util.run(lambda: None)
-    assert left == [1]
-
-
-@pytest.mark.parametrize(("code", "waits"), [(0, [1]), (None, [1]), (2, []), ("text", [])])
-def test_run_of_a_main_that_exits(left, code, waits):
-    """A run that a signal stopped has come to a good end; one that failed waits for nobody."""
-    with pytest.raises(SystemExit) if code else contextlib.nullcontext() as exit_:
-        script_util.run(lambda: raise_(SystemExit(code)))
-    assert (exit_.value.code if code else None) == (code or None) and left == waits
-
-
-def test_run_of_a_stopped_run_whose_other_ranks_are_gone(monkeypatch, capfd):
-    """One line here too."""
-    monkeypatch.setattr(sys, "argv", ["here/script.py"])
-    monkeypatch.setattr(dist_util, "leave", lambda: raise_(th.distributed.DistNetworkError("reset by peer")))
-    with pytest.raises(SystemExit) as exit_:
-        script_util.run(lambda: raise_(SystemExit(0)))
-    assert exit_.value.code == 1
-    assert capfd.readouterr().err.count("\n") == 1
-
-
-def draws():
-    return [random.random(), np.random.rand(), th.rand(()).item()]
-
-
-def test_a_seed_seeds_every_generator_and_none_leaves_them_alone(monkeypatch):
-    dist_util.seed_everything(3)
-    first = draws()
-    dist_util.seed_everything(3)
-    assert draws() == first
-    dist_util.seed_everything(3)
-    dist_util.seed_everything(None)
-    assert draws() == first
-    dist_util.seed_everything(4)
-    assert not set(draws()) & set(first)
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    dist_util.seed_everything(3)  # another rank draws other numbers
-    assert not set(draws()) & set(first)
-
-
-# ---------------------------------------------------------------- weights
-
-
-FILE = dict(TINY, image_size=8, class_cond=True, num_classes=5)
-
-
-@pytest.fixture
-def weights(tmp_path):
-    """Writes the weights of a model of FILE's flags, with some changed, and gives their path."""
-
-    def write(super_resolution=False, **changed):
-        flags = {**FILE, **changed}
-        if super_resolution:
-            flags["large_size"] = flags.pop("image_size")
-            model, _ = build_sr(**flags, small_size=4)
-        else:
-            model, _ = build(**flags)
-        th.save(model.state_dict(), tmp_path / "model000010.pt")
-        return str(tmp_path / "model000010.pt")
-
-    return write
-
-
-def test_weights_that_fit_are_loaded(weights):
-    path = weights()
-    model, _ = build(**FILE)
-    load_weights(model, path)
-    expected = th.load(path, weights_only=True)
-    assert model.state_dict().keys() == expected.keys()
-    assert all(th.equal(value, expected[name]) for name, value in model.state_dict().items())
-
-
-@pytest.mark.parametrize(
-    ("in_file", "by_flags", "cause"),
-    [
-        (dict(num_channels=64), dict(), "--num_channels, 64 in the file"),
-        (dict(), dict(num_channels=64), "--num_channels, 32 in the file"),
-        (dict(image_channels=1), dict(), "--image_channels, 1 in the file"),
-        (dict(), dict(image_channels=1), "--image_channels, 3 in the file"),
-        (dict(class_cond=False), dict(), "--class_cond, False in the file"),
-        (dict(), dict(class_cond=False), "--class_cond, True in the file"),
-        (dict(num_classes=7), dict(), "--num_classes, 7 in the file"),
-        (dict(learn_sigma=True), dict(), "--learn_sigma, True in the file"),
-        (dict(), dict(learn_sigma=True), "--learn_sigma, False in the file"),
-        (dict(attention_resolutions="8"), dict(), "--attention_resolutions"),
-        (dict(attention_resolutions="8,4"), dict(), "--attention_resolutions"),
-        (dict(), dict(attention_resolutions="1000"), "--attention_resolutions"),
-        (dict(), dict(image_size=16), "--attention_resolutions, or the image size"),
-        (dict(use_scale_shift_norm=False), dict(), "--use_scale_shift_norm, False in the file"),
-        (dict(), dict(use_scale_shift_norm=False), "--use_scale_shift_norm, True in the file"),
-        (dict(num_res_blocks=2), dict(), "--num_res_blocks or --channel_mult"),
-        (dict(), dict(num_res_blocks=2), "--num_res_blocks or --channel_mult"),
-        (dict(channel_mult="1,1"), dict(), "--num_res_blocks or --channel_mult"),
-        (dict(channel_mult="1,2,2"), dict(), "--num_res_blocks or --channel_mult"),
-        (dict(), dict(channel_mult="2,2"), "--num_res_blocks or --channel_mult"),
-        (dict(super_resolution=True), dict(), "the script: one of the two is a model for super-resolution"),
-        (dict(), dict(super_resolution=True), "the script: one of the two is a model for super-resolution"),
-        (dict(super_resolution=True, image_channels=1), dict(), "the script: one of the two is a model for"),
-        (
-            dict(super_resolution=True, image_channels=1),
-            dict(super_resolution=True),
-            "--image_channels, 1 in the file",
-        ),
-        (
-            dict(super_resolution=True),
-            dict(super_resolution=True, image_channels=1),
-            "--image_channels, 3 in the file",
-        ),
-    ],
-    ids=str,
-)
-def test_weights_that_do_not_fit_name_up_to_three_tensors_and_the_likely_flag(weights, in_file, by_flags, cause):
-    path = weights(**in_file)
-    flags, factory = {**FILE, **by_flags}, build
-    if flags.pop("super_resolution", False):
-        flags.update(large_size=flags.pop("image_size"), small_size=4)
-        factory = build_sr
-    model, _ = factory(**flags)
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.raises(InputError) as refusal:
-        load_weights(model, path)
-    message = str(refusal.value)
-    assert message.startswith(f"model_path {path} does not fit the flags: ")
-    assert f"; the likely cause is {cause}" in message
-    assert 1 <= message.count(" by the flags)") <= 3
-    assert "\n" not in message
-    assert all(th.equal(value, before[name]) for name, value in model.state_dict().items())
-
-
-def test_tensors_are_named_with_both_shapes(weights):
-    model, _ = build(**FILE)
-    with pytest.raises(InputError) as refusal:
-        load_weights(model, weights(num_classes=7), flag="resume_checkpoint")
-    assert str(refusal.value).startswith("resume_checkpoint ")
-    assert "flags: label_emb.weight (7x128 in the file, 5x128 by the flags); the" in str(refusal.value)
-    with pytest.raises(InputError, match=r"label_emb.weight \(absent in the file, 5x128 by the flags\)"):
-        load_weights(model, weights(class_cond=False))
-    with pytest.raises(InputError, match=r"by the flags\), \.\.\.; the likely"):
-        load_weights(model, weights(num_channels=64))
-
-
-@pytest.mark.parametrize(
-    ("content", "parts"),
-    [
-        (None, ["no such file"]),
-        (b"", ["not a checkpoint"]),
-        (b"text", ["not a checkpoint"]),
-        ([1, 2], ["not the weights of a model", "model*.pt or ema_*.pt"]),
-        ({"state": {}, "param_groups": []}, ["not the weights of a model"]),
-        ({"weight": th.zeros(2)}, ["does not fit", "it is not of this kind of model"]),
-        ({}, ["does not fit", "absent in the file", "it is not of this kind of model"]),
-        (argparse.Namespace(a=1), ["refused", "run code"]),
-    ],
-    ids=repr,
-)
-def test_files_that_are_no_weights(tmp_path, content, parts):
-    path = tmp_path / "file.pt"
-    if isinstance(content, bytes):
-        path.write_bytes(content)
-    elif content is not None:
-        th.save(content, path)
-    with pytest.raises(InputError) as refusal:
-        load_weights(build(**FILE)[0], str(path))
-    assert [part for part in [str(path), *parts] if part not in str(refusal.value)] == []
-    assert "\n" not in str(refusal.value)
-
-
-def test_no_path_and_a_folder_as_path(tmp_path):
-    model, _ = build(**FILE)
-    with pytest.raises(InputError, match=r"^model_path is not given: name a file such as ema_"):
-        load_weights(model, "")
-    with pytest.raises(InputError, match=r"is a directory; give the \.pt file in it"):
-        load_weights(model, str(tmp_path))
 
 
 def test_scripts_for_the_original_may_assign_the_number_of_classes(monkeypatch):

@@ -12,7 +12,7 @@ from harness import TINY, flags, load_script, run_script, run_subprocess, save_w
 from PIL import Image
 from training import assert_same
 
-from improved_diffusion import script_util
+from improved_diffusion import command_line
 from improved_diffusion.gaussian_diffusion import GaussianDiffusion
 from improved_diffusion.image_datasets import load_data_once
 from improved_diffusion.sample_util import SampleNoise
@@ -404,7 +404,7 @@ def test_help_under_a_launcher(monkeypatch, tmp_path, capfd):
     monkeypatch.setattr(sys, "argv", ["scripts/image_sample.py", "--help"])
     for name, value in dict(RANK="0", WORLD_SIZE="2", LOCAL_RANK="0").items():
         monkeypatch.setenv(name, value)
-    script_util.run(load_script("image_sample").main)
+    command_line.run(load_script("image_sample").main)
     out, err = capfd.readouterr()
     assert err == "" and "--model_path" in out
 

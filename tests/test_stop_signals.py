@@ -211,7 +211,7 @@ with stop_signals.StopSignals() as stop:
         time.sleep(0.01)
     print(stop.received, flush=True)
     if sys.argv[2] == "python":
-        time.sleep(600)
+        sys.stdin.read(1)
     else:
         lock = threading.Lock()  # the main thread waits in C, where no handler in Python runs
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM, signal.SIGINT])
@@ -220,35 +220,11 @@ with stop_signals.StopSignals() as stop:
 """
 
 
-@pytest.mark.parametrize("where", ["python", "C"])
-@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
-def test_a_second_signal_ends_a_real_process_at_once(where, number):
-    """Even one whose main thread waits for something that never comes."""
+@contextlib.contextmanager
+def busy_after(number, *words):
+    """BUSY in a process, which has said that a signal reached it."""
     process = subprocess.Popen(
-        [sys.executable, "-c", BUSY, "0.05", where],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
-    try:
-        assert process.stdout.readline() == "ready\n"
-        process.send_signal(signal.SIGTERM)
-        assert process.stdout.readline() == "SIGTERM\n"
-        time.sleep(0.2)  # longer than the same wish lasts here
-        assert process.poll() is None
-        process.send_signal(number)
-        assert process.wait(timeout=60) == 128 + number
-        assert process.stderr.read() == ""
-    finally:
-        process.kill()
-        process.communicate()
-
-
-def test_a_second_signal_soon_after_is_the_same_wish():
-    """torchrun passes on the Ctrl-C that its terminal sends to all."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", BUSY.replace("time.sleep(600)", "sys.stdin.read(1)"), "5", "python"],
+        [sys.executable, "-c", BUSY, *words],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -257,13 +233,31 @@ def test_a_second_signal_soon_after_is_the_same_wish():
     )
     try:
         assert process.stdout.readline() == "ready\n"
-        process.send_signal(signal.SIGINT)
-        assert process.stdout.readline() == "SIGINT\n"
+        process.send_signal(number)
+        assert process.stdout.readline() == f"{number.name}\n"
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize("where", ["python", "C"])
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
+def test_a_second_signal_ends_a_real_process_at_once(where, number):
+    """Even one whose main thread waits for something that never comes."""
+    with busy_after(signal.SIGTERM, "0.05", where) as process:
+        time.sleep(0.2)  # longer than the same wish lasts here
+        assert process.poll() is None
+        process.send_signal(number)
+        assert process.wait(timeout=60) == 128 + number
+        assert process.stderr.read() == ""
+
+
+def test_a_second_signal_soon_after_is_the_same_wish():
+    """torchrun passes on the Ctrl-C that its terminal sends to all."""
+    with busy_after(signal.SIGINT, "5", "python") as process:
         for number in SIGNALS:
             process.send_signal(number)
         time.sleep(0.2)
         out, err = process.communicate("x", timeout=60)
         assert (process.returncode, out, err) == (0, "", "")
-    finally:
-        process.kill()
-        process.communicate()

@@ -95,9 +95,9 @@ def main():
         return
     become(command)
     if command["start"] == str(train):
-        from improved_diffusion import script_util
+        from improved_diffusion import command_line
 
-        script_util.run(train_main)
+        command_line.run(train_main)
     else:
         load(command["start"]).main()
 

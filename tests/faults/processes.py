@@ -1,5 +1,6 @@
 """What the tests of faults share: real training processes, what they leave behind, and how two runs compare."""
 
+import contextlib
 import json
 import os
 import re
@@ -17,6 +18,7 @@ from training import assert_same, load
 SCRIPT = ROOT / "scripts" / "image_train.py"
 MARK = f"DIFFUSION_FAULT_TEST={uuid.uuid4()}"  # in the environment of all that these tests start
 KINDS = ("model", "ema_0.9_", "opt", "state")  # the files of a checkpoint in the order of writing
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 SHORT, LONG = 20, 50  # steps of uninterrupted runs
 PATIENCE = 120  # seconds after which a process hangs
 
@@ -155,6 +157,28 @@ def wait_for(condition, processes, seconds=PATIENCE):
             assert process.wait(0) is None, process.stderr
         time.sleep(0.002)
     return found
+
+
+@contextlib.contextmanager
+def launched(command, folder, said, checkpoints):
+    """
+    A launcher's process, from when the run in `folder` has so many checkpoints; killed in the end.
+
+    :param said: the file for what it prints.
+    """
+    with said.open("w") as f:
+        process = subprocess.Popen(
+            command, env=environment(OPENAI_LOGDIR=str(folder)), stdout=f, stderr=subprocess.STDOUT
+        )
+    try:
+        end = time.monotonic() + PATIENCE
+        while len(steps_with(folder)) < checkpoints:
+            assert process.poll() is None and time.monotonic() < end, said.read_text()
+            time.sleep(0.002)
+        yield process
+    finally:
+        process.kill()
+        process.wait()
 
 
 # ---------------------------------------------------------------- what is on disk

@@ -4,8 +4,6 @@ import collections
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -14,9 +12,10 @@ from processes import (
     PATIENCE,
     SCRIPT,
     SHORT,
+    TORCHRUN,
     assert_equals_uninterrupted,
-    environment,
     finish,
+    launched,
     lines_of,
     marked_processes,
     newest_set,
@@ -112,28 +111,15 @@ def test_one_rank_of_two_killed(server, images, uninterrupted, tmp_path, victim)
 
 def test_torchrun_starts_the_ranks_again(images, uninterrupted, tmp_path):
     """The same command with `auto` is all it needs; what the ranks before them told each other is forgotten."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--max_restarts", "1"]
-    folder = tmp_path / "run"
-    with (tmp_path / "said").open("w") as said:
-        agent = subprocess.Popen(
-            [*torchrun, SCRIPT, *train_words(images, max_steps=SHORT, resume_checkpoint="auto")],
-            env=environment(OPENAI_LOGDIR=str(folder)),
-            stdout=said,
-            stderr=subprocess.STDOUT,
-        )
-    try:
-        end = time.monotonic() + PATIENCE
-        while not steps_with(folder)[1:]:
-            assert agent.poll() is None and time.monotonic() < end, (tmp_path / "said").read_text()
-            time.sleep(0.002)
+    command = [*TORCHRUN, "--nproc_per_node", "2", "--max_restarts", "1"]
+    command += [SCRIPT, *train_words(images, max_steps=SHORT, resume_checkpoint="auto")]
+    folder, said = tmp_path / "run", tmp_path / "said"
+    with launched(command, folder, said, checkpoints=2) as agent:
         ranks = [
             pid for pid, words in marked_processes().items() if str(SCRIPT) in words and "max_restarts" not in words
         ]
         os.kill(max(ranks), signal.SIGKILL)
-        assert agent.wait(PATIENCE) == 0, (tmp_path / "said").read_text()
-    finally:
-        agent.kill()
-        agent.wait()
+        assert agent.wait(PATIENCE) == 0, said.read_text()
     lines = lines_of(folder)
     print([line for line in lines if "loading model" in line or "no complete" in line])
     assert sum(line.startswith("Logging to") for line in lines) == 2

@@ -3,7 +3,6 @@
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -13,9 +12,10 @@ from processes import (
     PATIENCE,
     SCRIPT,
     SHORT,
+    TORCHRUN,
     assert_equals_uninterrupted,
-    environment,
     finish,
+    launched,
     lines_of,
     newest_set,
     start,
@@ -27,7 +27,7 @@ from processes import (
 
 MPIEXEC = Path(sys.executable).parent / "mpiexec"
 LAUNCHERS = {
-    "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
+    "torchrun": [*TORCHRUN, "--standalone", "--nproc_per_node", "2"],
     "mpiexec": [MPIEXEC, "-n", "2", sys.executable],
 }
 
@@ -58,33 +58,20 @@ def test_sigterm_to_a_launcher(server, images, uninterrupted, tmp_path, launcher
     """As a scheduler sends it. The launchers' own status says little then, that of the ranks counts."""
     if launcher == "mpiexec" and not MPIEXEC.exists():
         pytest.skip("no mpiexec beside this Python: pip install mpich")
-    folder, statuses = tmp_path / "run", tmp_path / "statuses"
+    folder, said, statuses = (tmp_path / name for name in ("run", "said", "statuses"))
     statuses.mkdir()
     words = train_words(images, max_steps=10**6, num_workers=1)
-    with (tmp_path / "said").open("w") as said:
-        process = subprocess.Popen(
-            [*LAUNCHERS[launcher], Path(__file__).parent / "exit_status.py", statuses, SCRIPT, *words],
-            env=environment(OPENAI_LOGDIR=str(folder)),
-            stdout=said,
-            stderr=subprocess.STDOUT,
-        )
-    try:
-        end = time.monotonic() + PATIENCE
-        while not steps_with(folder)[2:]:
-            assert process.poll() is None and time.monotonic() < end, (tmp_path / "said").read_text()
-            time.sleep(0.01)
+    command = [*LAUNCHERS[launcher], Path(__file__).parent / "exit_status.py", statuses, SCRIPT, *words]
+    with launched(command, folder, said, checkpoints=3) as process:
         process.terminate()
         status = process.wait(PATIENCE)
-    finally:
-        process.kill()
-        process.wait()
     found = {path.name: path.read_text() for path in statuses.iterdir()}
     print(f"{launcher} ended with {status}, its processes with {found}")
-    assert found == {"status-0": "0", "status-1": "0"}, (tmp_path / "said").read_text()
+    assert found == {"status-0": "0", "status-1": "0"}, said.read_text()
     # torchrun's agent ends with 1; MPICH's mpiexec with 0, unless it kills a rank that takes its time to leave
     assert status in {"torchrun": (1,), "mpiexec": (0, -9)}[launcher]
     if launcher == "mpiexec":
-        assert "Traceback" not in (tmp_path / "said").read_text()
+        assert "Traceback" not in said.read_text()
     assert_goes_on(server, images, folder, uninterrupted, 2, assert_stopped(folder, "SIGTERM", ranks=2))
 
 

@@ -16,6 +16,7 @@ from processes import (
     PATIENCE,
     SCRIPT,
     SHORT,
+    TORCHRUN,
     assert_equals_uninterrupted,
     environment,
     finish,
@@ -31,7 +32,6 @@ from processes import (
 from training import assert_same, checkpoint_names, load, read_rows
 
 FP16 = dict(use_fp16=True, learn_sigma=True, ema_rate="0.9")
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 
 
 # ---------------------------------------------------------------- another number of ranks

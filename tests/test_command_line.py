@@ -1,0 +1,167 @@
+"""Flags that are checked at once, and scripts that leave as good processes do."""
+
+import contextlib
+import sys
+
+import pytest
+import torch as th
+
+from improved_diffusion import command_line, dist_util
+from improved_diffusion.command_line import create_parser, parse_flags, run
+from improved_diffusion.errors import InputError, TrainingError
+
+
+def parse(monkeypatch, words, **defaults):
+    monkeypatch.setattr(sys, "argv", ["here/script.py", *words])
+    return parse_flags(create_parser(defaults, description="something"))
+
+
+def test_seed_is_absent_or_a_number(monkeypatch):
+    assert parse(monkeypatch, []).seed is None
+    assert parse(monkeypatch, ["--seed", "12"]).seed == 12
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["--batch", "3"], ["unrecognized arguments: --batch 3"]),  # no abbreviations
+        (["--batch_size", "x"], ["--batch_size", "invalid int value: 'x'"]),
+        (["--batch_size", "0"], ["--batch_size 0", "give 1 or more"]),
+        (["--small", "perhaps"], ["--small", "'perhaps' is neither True nor False"]),
+        (["--small"], ["--small", "expected one argument"]),
+        (["--microbatch", "5"], ["--microbatch 5", "give 1 to batch_size (4), or -1"]),
+        (["--microbatch", "0"], ["--microbatch 0", "give 1 to batch_size (4), or -1"]),
+        (["--small_size", "9"], ["--small_size 9", "give 1 to large_size (8)"]),
+        (["--small_size", "0"], ["--small_size 0", "give 1 to large_size (8)"]),
+        (["--ema_rate", "0.9,1"], ["--ema_rate 0.9,1", "below 1"]),
+        (["--ema_rate", "0.9;0.99"], ["--ema_rate 0.9;0.99", "commas"]),
+        (["--seed", "-1"], ["--seed -1", "0 or more"]),
+        (["--keep_checkpoints", "-1"], ["--keep_checkpoints -1", "0 or more"]),
+        (["--keep_checkpoints", "all"], ["--keep_checkpoints", "invalid int value"]),
+    ],
+    ids=" ".join,
+)
+def test_bad_flags_are_one_line_and_status_2(monkeypatch, capfd, words, parts):
+    defaults = dict(
+        batch_size=4, microbatch=-1, small=True, ema_rate="0.9", large_size=8, small_size=4, keep_checkpoints=0
+    )
+    with pytest.raises(SystemExit) as left:
+        parse(monkeypatch, words, **defaults)
+    assert left.value.code == 2
+    out, err = capfd.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert err.startswith("script.py: error: ")
+    assert [part for part in parts if part not in err] == []
+
+
+def test_flags_at_their_limits_are_taken(monkeypatch):
+    defaults = dict(batch_size=4, microbatch=-1, ema_rate="0.9", large_size=8, small_size=4)
+    words = ["--batch_size", "1", "--microbatch", "1", "--ema_rate", "0,0.5", "--small_size", "8", "--seed", "0"]
+    assert vars(parse(monkeypatch, words, **defaults)) == dict(
+        batch_size=1, microbatch=1, ema_rate="0,0.5", large_size=8, small_size=8, seed=0
+    )
+
+
+@pytest.mark.parametrize("variable", ["OPENAI_LOGDIR", "DIFFUSION_BLOB_LOGDIR"])
+def test_resuming_by_itself_needs_a_folder_to_look_in(monkeypatch, capfd, variable):
+    """Without one, each run has a new folder, with nothing in it."""
+    for name in command_line.LOG_DIRECTORIES:
+        monkeypatch.setenv(name, "")
+    words = ["--resume_checkpoint", "auto"]
+    with pytest.raises(SystemExit) as left:
+        parse(monkeypatch, words, resume_checkpoint="")
+    assert left.value.code == 2
+    out, err = capfd.readouterr()
+    assert (out, err.count("\n")) == ("", 1) and err.startswith(
+        "script.py: error: --resume_checkpoint auto: set OPENAI"
+    )
+    assert parse(monkeypatch, ["--resume_checkpoint", "auto.pt"], resume_checkpoint="").resume_checkpoint == "auto.pt"
+    monkeypatch.setenv(variable, "runs/1")
+    assert parse(monkeypatch, words, resume_checkpoint="").resume_checkpoint == "auto"
+
+
+def raise_(error):
+    raise error
+
+
+def test_run_turns_errors_a_user_can_mend_into_a_line_and_a_status(monkeypatch, capfd):
+    monkeypatch.setattr(sys, "argv", ["here/script.py"])
+    for error, status in ((InputError("no such thing"), 2), (TrainingError("NaN at step 3"), 1)):
+        with pytest.raises(SystemExit) as left:
+            run(lambda error=error: raise_(error))
+        assert left.value.code == status
+        assert capfd.readouterr() == ("", f"script.py: error: {error}\n")
+    with pytest.raises(KeyError):  # a mistake of ours keeps its traceback
+        run(lambda: raise_(KeyError("x")))
+    run(lambda: None)
+
+
+@pytest.fixture
+def left(monkeypatch):
+    """How often the ranks were left."""
+    calls = []
+    monkeypatch.setattr(dist_util, "leave", lambda: calls.append(1))
+    monkeypatch.setattr(sys, "argv", ["here/script.py"])
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (
+            RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer"),
+            1,
+            GONE := "another rank, or the connection",
+        ),
+        (th.distributed.DistBackendError("NCCL error"), 1, GONE),
+        (th.distributed.DistNetworkError("reset by peer"), 1, GONE),
+        (InputError("no such file"), 2, "no such file"),
+        (TrainingError("loss is nan"), 1, "loss is nan"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else None,
+)
+@pytest.mark.parametrize("in_main", [True, False])
+def test_run_ends_in_one_line_and_a_status(monkeypatch, capfd, left, error, status, message, in_main):
+    """Wherever it comes from: the others may be lost in the last wait for them, too. Nobody waits after an error."""
+    if not in_main:
+        monkeypatch.setattr(dist_util, "leave", lambda: raise_(error))
+    with pytest.raises(SystemExit) as exit_:
+        run((lambda: raise_(error)) if in_main else (lambda: None))
+    assert exit_.value.code == status and left == []
+    out, err = capfd.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert err.startswith("script.py: error: ") and message in err
+    if message == GONE:
+        assert err == f"script.py: error: rank 0: another rank, or the connection to it, is gone: {error}\n"
+
+
+@pytest.mark.parametrize("error", [RuntimeError("CUDA error"), ValueError("gloo"), KeyError("x")], ids=repr)
+def test_run_leaves_mistakes_their_traceback(capfd, left, error):
+    with pytest.raises(type(error)) as info:
+        run(lambda: raise_(error))
+    assert info.value is error and left == []
+    assert capfd.readouterr() == ("", "")
+
+
+def test_run_waits_for_the_other_ranks_at_a_good_end(left):
+    run(lambda: None)
+    assert left == [1]
+
+
+@pytest.mark.parametrize(("code", "waits"), [(0, [1]), (None, [1]), (2, []), ("text", [])])
+def test_run_of_a_main_that_exits(left, code, waits):
+    """A run that a signal stopped has come to a good end; one that failed waits for nobody."""
+    with pytest.raises(SystemExit) if code else contextlib.nullcontext() as exit_:
+        run(lambda: raise_(SystemExit(code)))
+    assert (exit_.value.code if code else None) == (code or None) and left == waits
+
+
+def test_run_of_a_stopped_run_whose_other_ranks_are_gone(monkeypatch, capfd):
+    """One line here too."""
+    monkeypatch.setattr(sys, "argv", ["here/script.py"])
+    monkeypatch.setattr(dist_util, "leave", lambda: raise_(th.distributed.DistNetworkError("reset by peer")))
+    with pytest.raises(SystemExit) as exit_:
+        run(lambda: raise_(SystemExit(0)))
+    assert exit_.value.code == 1
+    assert capfd.readouterr().err.count("\n") == 1
