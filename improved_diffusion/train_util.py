@@ -20,19 +20,13 @@ from torch.optim import AdamW
 from . import dist_util, logger
 from .checkpoint_util import (
     delete_old_sets,
-    find_ema_checkpoint,
-    find_newest_checkpoint,
-    find_optimizer_checkpoint,
-    find_state_checkpoint,
+    find_ema_checkpoint,  # noqa: F401 (part of this module, as in the original)
     is_in,
     is_of_a_run,
-    newest_step,
     parse_resume_step_from_filename,
-    rng_state,
     save_set,
-    set_rng_state,
 )
-from .errors import InputError, TrainingError
+from .errors import TrainingError
 from .fp16_util import (
     make_master_params,
     master_params_to_model_params,
@@ -42,6 +36,17 @@ from .fp16_util import (
 )
 from .nn import update_ema
 from .resample import LossAwareSampler, UniformSampler
+from .resume_util import (
+    find_checkpoint,
+    find_files_beside,
+    load_ema,
+    load_model,
+    load_optimizer,
+    load_parts,
+    log_changes,
+    state_of_parts,
+    warn_of_other_checkpoints,
+)
 from .step_statistics import StepStatistics
 from .stop_signals import StopSignals
 
@@ -134,17 +139,18 @@ class TrainLoop:
 
         self.model_params = list(self.model.parameters())
         self.master_params = self.model_params
-        main_checkpoint = find_resume_checkpoint() or self._resume_checkpoint()
-        self._warn_of_other_checkpoints(main_checkpoint)
+        main_checkpoint = find_resume_checkpoint() or find_checkpoint(resume_checkpoint, get_blob_logdir())
+        warn_of_other_checkpoints(main_checkpoint, get_blob_logdir())
         if main_checkpoint:
-            self._load_parameters(main_checkpoint)
+            load_model(self.model, main_checkpoint)
+            self.resume_step = parse_resume_step_from_filename(main_checkpoint)
         dist_util.sync_params(self.model_params)
         if self.use_fp16:
             self._setup_fp16()
         self.opt = AdamW(self.master_params, lr=self.lr, weight_decay=self.weight_decay)
         self.ema_params = [copy.deepcopy(self.master_params) for _ in self.ema_rate]
         if main_checkpoint:
-            self._load_the_rest(main_checkpoint)
+            self._resume(main_checkpoint)
 
         self.use_ddp = dist_util.world_size() > 1
         self.ddp_model = self.model
@@ -157,134 +163,55 @@ class TrainLoop:
 
     # ---------------------------------------------------------------- resuming
 
-    def _resume_checkpoint(self):
-        if self.resume_checkpoint != "auto":
-            return self.resume_checkpoint
-        path = dist_util.from_rank_0(find_newest_checkpoint, get_blob_logdir())
-        if path is None:
-            logger.log(f"no complete checkpoint in {get_blob_logdir()}: the run begins anew")
-            # the row of step 0, if that is all: a run logged it and ended before its first checkpoint
-            logger.get_current().drop_from("step", 0, unless_above=0)
-        return path
-
-    def _warn_of_other_checkpoints(self, main_checkpoint):
-        """Of a run that this one does not continue: both would lose by it."""
-        directory = get_blob_logdir()
-        newest = dist_util.from_rank_0(newest_step, directory)
-        goes_on_here = main_checkpoint and is_of_a_run(main_checkpoint) and is_in(main_checkpoint, directory)
-        step = parse_resume_step_from_filename(main_checkpoint) if goes_on_here else -1
-        if newest is not None and newest > step:
-            logger.warn(
-                f"{directory} has checkpoints up to step {newest} of a run that this one does not continue; it will "
-                "overwrite some of them, and resume_checkpoint auto would take the newest. A run wants its own folder"
-            )
-
-    def _load_parameters(self, main_checkpoint):
-        self.resume_step = parse_resume_step_from_filename(main_checkpoint)
-        logger.log(f"loading model from checkpoint: {main_checkpoint}...")
-        params = dist_util.load_state_dict(main_checkpoint, map_location=dist_util.dev())
-        try:
-            self.model.load_state_dict(params)
-        except (RuntimeError, TypeError, AttributeError) as e:  # the last two if it is no dict of names
-            reason = str(e).splitlines()[:2][-1].strip()
-            raise InputError(f"{main_checkpoint} does not fit the model: {reason}") from None
+    def _resume(self, main_checkpoint):
+        """Take from a checkpoint all but the model, which is loaded by now."""
         self._last_checkpoint = main_checkpoint
-
-    def _load_the_rest(self, main_checkpoint):
         self._updates = self.resume_step
         if not is_of_a_run(main_checkpoint):
             logger.log(f"{main_checkpoint} is not a model000000.pt: a new run begins at its weights")
             return
-        paths = dist_util.from_rank_0(self._files_beside, main_checkpoint)
-        for i, rate in enumerate(self.ema_rate):
-            path = paths["ema"][i]
+        ema_paths, opt_path, state_path = find_files_beside(main_checkpoint, self.ema_rate)
+        for i, path in enumerate(ema_paths):
             if path:
-                logger.log(f"loading EMA from checkpoint: {path}...")
-                params = dist_util.load_state_dict(path, map_location=dist_util.dev())
-                self.ema_params[i] = self._state_dict_to_master_params(params, path)
+                params = load_ema(self.model, path)
+                self.ema_params[i] = make_master_params(params) if self.use_fp16 else params
             else:
-                logger.log(f"there is no checkpoint of EMA {rate}: it begins at the model's parameters")
-        self._load_optimizer(paths["optimizer"])
-        if paths["state"]:
-            self._load_state(dist_util.load_state_dict(paths["state"], map_location="cpu"))
+                logger.log(f"there is no checkpoint of EMA {self.ema_rate[i]}: it begins at the model's parameters")
+        self._load_optimizer(opt_path)
+        if state_path:
+            self._load_state(dist_util.load_state_dict(state_path, map_location="cpu"))
             if is_in(main_checkpoint, get_blob_logdir()):
                 logger.get_current().drop_from("step", self.step)  # rows that will be written again
         self._saved = parse_resume_step_from_filename(main_checkpoint), self._updates
 
-    def _files_beside(self, main_checkpoint):
-        """The paths of a checkpoint's other files; None for each that is missing."""
-        return {
-            "ema": [find_ema_checkpoint(main_checkpoint, self.resume_step, rate) for rate in self.ema_rate],
-            "optimizer": find_optimizer_checkpoint(main_checkpoint, self.resume_step),
-            "state": find_state_checkpoint(main_checkpoint, self.resume_step),
-        }
-
     def _load_optimizer(self, path):
-        if not path:
-            logger.log("there is no checkpoint of the optimizer: it begins anew")
-            return
-        logger.log(f"loading optimizer state from checkpoint: {path}")
-        # to the CPU: torch moves the moments to the parameters' device itself, and AdamW reads its step
-        # count at every update, which would wait for a GPU if it were there
-        state_dict = dist_util.load_state_dict(path, map_location="cpu")
-        try:
-            self.opt.load_state_dict(state_dict)
-        except (ValueError, KeyError, TypeError):
-            raise InputError(
-                f"{path} does not fit the model's optimizer; a run with use_fp16 {not self.use_fp16} would have "
-                "written it so"
-            ) from None
+        settings = {"lr": self.lr, "weight_decay": self.weight_decay}
+        load_optimizer(self.opt, path, self.use_fp16)
+        before = {name: self.opt.param_groups[0][name] for name in settings}
+        log_changes(before, {k: v for k, v in settings.items() if not (k == "lr" and self.lr_anneal_steps)})
         for group in self.opt.param_groups:
-            for name, value in {"lr": self.lr, "weight_decay": self.weight_decay}.items():
-                if group[name] != value and not (name == "lr" and self.lr_anneal_steps):
-                    logger.log(f"{name} is {value} from here on, and was {group[name]} in the checkpoint")
-                group[name] = value
+            group.update(settings)
 
     def _load_state(self, state):
         self.step, self.resume_step = state["updates"], 0
         self._updates = state["updates"]
         self.lg_loss_scale = state["lg_loss_scale"]
         self._overflows_in_a_row = state["overflows_in_a_row"]
-        self._log_changed_flags(state.get("flags", {}))
-        self._continue(self.schedule_sampler, "schedule sampler", state["schedule_sampler"])
-        ranks, rank = len(state["rng"]), dist_util.rank()
-        if ranks == dist_util.world_size():
-            self._continue(self.data, "data", state["data"][rank])
-            set_rng_state(state["rng"][rank])
-            self._statistics.load_state_dict(state["statistics"][rank])
-        else:
-            logger.warn(
-                f"the checkpoint is of {ranks} ranks, now there are {dist_util.world_size()}: the data begin anew, and "
-                f"so do the random numbers, from step {self.step} and the seed, if one is given"
-            )
-            dist_util.seed_anew(self.step)
-            self._statistics.load_state_dicts(state["statistics"])
-
-    def _log_changed_flags(self, before):
-        for name in sorted(before.keys() & self.flags.keys() - {"resume_checkpoint", "seed", "lr", "weight_decay"}):
-            if before[name] != self.flags[name]:
-                logger.log(f"{name} is {self.flags[name]} from here on, and was {before[name]} in the checkpoint")
-
-    def _continue(self, part, name, state):
-        if state is None or not hasattr(part, "load_state_dict"):
-            return
-        try:
-            part.load_state_dict(state)
-        except (ValueError, KeyError) as e:
-            logger.warn(f"the {name} cannot continue where it was: {e}")
+        told = {"resume_checkpoint", "seed", "lr", "weight_decay"}  # elsewhere, or nothing to tell
+        log_changes(state.get("flags", {}), {k: v for k, v in self.flags.items() if k not in told})
+        load_parts(state, self.step, **self._parts())
 
     def _state(self):
-        ranks = dist_util.all_gather_object(
-            {"data": _state_of(self.data), "rng": rng_state(), "statistics": self._statistics.state_dict()}
-        )
         return {
             "updates": self._updates,
             "lg_loss_scale": self.lg_loss_scale,
             "overflows_in_a_row": self._overflows_in_a_row,
-            "schedule_sampler": _state_of(self.schedule_sampler),
             "flags": self.flags,
-            **{key: [rank[key] for rank in ranks] for key in ranks[0]},
+            **state_of_parts(**self._parts()),
         }
+
+    def _parts(self):
+        return dict(schedule_sampler=self.schedule_sampler, data=self.data, statistics=self._statistics)
 
     def _setup_fp16(self):
         self.master_params = make_master_params(self.model_params)
@@ -316,28 +243,29 @@ class TrainLoop:
                     self._stop(stop.received or "a signal to another rank")
                 self.step += 1
             last_was_regular = (self.step - 1) % self.save_interval == 0
-            if not last_was_regular or self._saved != (self._label() - 1, self._updates):
+            if not last_was_regular or self._saved != (self._total_step - 1, self._updates):
                 self._save_once()
 
-    def _label(self):
-        """The number that a checkpoint written now has in its name."""
+    @property
+    def _total_step(self):
+        """Steps before this one since the run's very beginning; a checkpoint written now has it in its name."""
         return self.step + self.resume_step
 
     def _stop(self, reason):
         if not self._is_resumed_from_here():
             self._save_once()
-        logger.log(f"stopped by {reason} at step {self.step + self.resume_step}: {self._last_checkpoint}")
+        logger.log(f"stopped by {reason} at step {self._total_step}: {self._last_checkpoint}")
         raise SystemExit(0)
 
     def _save_once(self):
         """save(), unless it would write what was written last, or resumed from."""
-        if self._saved != (self._label(), self._updates):
+        if self._saved != (self._total_step, self._updates):
             self.save()
-            self._saved = self._label(), self._updates
+            self._saved = self._total_step, self._updates
 
     def _finished(self):
         limits = [limit for limit in (self.lr_anneal_steps, self.max_steps) if limit]
-        return bool(limits) and self.step + self.resume_step >= min(limits)
+        return bool(limits) and self._total_step >= min(limits)
 
     def _is_resumed_from_here(self):
         """Whether a save now would overwrite the checkpoint of the original that this run came from."""
@@ -360,7 +288,7 @@ class TrainLoop:
 
     def _step_done(self):
         """Count the step, and give the logger what is due; a second time changes nothing."""
-        self._updates = self.step + self.resume_step + 1
+        self._updates = self._total_step + 1
         if self.step % self.log_interval == 0:
             self._log_statistics()
 
@@ -436,7 +364,7 @@ class TrainLoop:
     def _anneal_lr(self):
         if not self.lr_anneal_steps:
             return
-        frac_done = (self.step + self.resume_step) / self.lr_anneal_steps
+        frac_done = self._total_step / self.lr_anneal_steps
         for group in self.opt.param_groups:
             group["lr"] = self.lr * (1 - frac_done)
 
@@ -448,8 +376,8 @@ class TrainLoop:
 
     def log_step(self):
         """Log how far the run is."""
-        logger.logkv("step", self.step + self.resume_step)
-        logger.logkv("samples", (self.step + self.resume_step + 1) * self.global_batch)
+        logger.logkv("step", self._total_step)
+        logger.logkv("samples", (self._total_step + 1) * self.global_batch)
         if self.use_fp16:
             logger.logkv("lg_loss_scale", self.lg_loss_scale)
 
@@ -474,7 +402,7 @@ class TrainLoop:
         finite = dist_util.all_gather_object(math.isfinite(mean))
         bad = [rank for rank, is_finite in enumerate(finite) if not is_finite] or range(len(finite))
         return TrainingError(
-            f"{what} at step {self.step + self.resume_step} on rank {', '.join(map(str, bad))}; "
+            f"{what} at step {self._total_step} on rank {', '.join(map(str, bad))}; "
             f"the last good checkpoint is {self._last_checkpoint or 'none'}. A lower lr helps, or a look at the data"
         )
 
@@ -490,7 +418,7 @@ class TrainLoop:
         norms = th.stack(th._foreach_norm([p.detach() for p in self.master_params]))
         if not norms.isfinite().all():
             raise self._diverged("a parameter is not finite")
-        path = dist_util.from_rank_0(self._write_checkpoint, self._label(), self._state())
+        path = dist_util.from_rank_0(self._write_checkpoint, self._total_step, self._state())
         # overflows may be the network's, not the loss scale's
         if not self._overflows_in_a_row or self._last_checkpoint is None:
             self._last_checkpoint = path
@@ -500,10 +428,9 @@ class TrainLoop:
         path = save_set(
             get_blob_logdir(),
             label,
-            model=self._master_params_to_state_dict(self.master_params),
+            model=self._state_dict_of(self.master_params),
             emas={
-                rate: self._master_params_to_state_dict(params)
-                for rate, params in zip(self.ema_rate, self.ema_params, strict=True)
+                rate: self._state_dict_of(params) for rate, params in zip(self.ema_rate, self.ema_params, strict=True)
             },
             optimizer=self.opt.state_dict(),
             state=state,
@@ -512,26 +439,11 @@ class TrainLoop:
             delete_old_sets(get_blob_logdir(), label, self.keep_checkpoints)
         return path
 
-    def _master_params_to_state_dict(self, master_params):
+    def _state_dict_of(self, master_params):
         if self.use_fp16:
             master_params = unflatten_master_params(self.model_params, master_params)
-        state_dict = self.model.state_dict()
         names = [name for name, _ in self.model.named_parameters()]
-        state_dict.update({name: p.detach() for name, p in zip(names, master_params, strict=True)})
-        return state_dict
-
-    def _state_dict_to_master_params(self, state_dict, path):
-        params = []
-        for name, p in self.model.named_parameters():
-            if name not in state_dict or state_dict[name].shape != p.shape:
-                raise InputError(f"{path} does not fit the model: {name} is missing or has another shape")
-            params.append(state_dict[name])
-        return make_master_params(params) if self.use_fp16 else params
-
-
-def _state_of(part):
-    """state_dict() of a data iterator or sampler that has one, else None."""
-    return part.state_dict() if hasattr(part, "state_dict") else None
+        return {**self.model.state_dict(), **dict(zip(names, (p.detach() for p in master_params), strict=True))}
 
 
 def log_loss_dict(diffusion, ts, losses):

@@ -613,7 +613,7 @@ def test_public_attributes():
 
 
 def test_names_the_original_offers():
-    from improved_diffusion import fp16_util, nn
+    from improved_diffusion import checkpoint_util, fp16_util, nn
 
     helpers = [
         "make_master_params", "master_params_to_model_params", "model_grads_to_master_grads",
@@ -621,4 +621,5 @@ def test_names_the_original_offers():
     ]  # fmt: skip
     assert all(getattr(train_util, name) is getattr(fp16_util, name) for name in helpers)
     assert train_util.update_ema is nn.update_ema
+    assert train_util.find_ema_checkpoint is checkpoint_util.find_ema_checkpoint
     assert train_util.find_resume_checkpoint() is None

@@ -1,0 +1,166 @@
+"""
+How a run goes on: from which checkpoint, and what each of its parts takes from there.
+
+All ranks call these functions together; rank 0 looks at the files.
+"""
+
+from . import dist_util, logger
+from .checkpoint_util import (
+    find_ema_checkpoint,
+    find_newest_checkpoint,
+    find_optimizer_checkpoint,
+    find_state_checkpoint,
+    is_in,
+    is_of_a_run,
+    newest_step,
+    parse_resume_step_from_filename,
+    rng_state,
+    set_rng_state,
+)
+from .errors import InputError
+
+
+def find_checkpoint(resume_checkpoint, directory):
+    """
+    The model file that a run continues from.
+
+    :param resume_checkpoint: its path; or "auto", for the newest complete one of `directory`.
+    :return: the path; None or "" for none.
+    """
+    if resume_checkpoint != "auto":
+        return resume_checkpoint
+    path = dist_util.from_rank_0(find_newest_checkpoint, directory)
+    if path is None:
+        logger.log(f"no complete checkpoint in {directory}: the run begins anew")
+        # the row of step 0, if that is all: a run logged it and ended before its first checkpoint
+        logger.get_current().drop_from("step", 0, unless_above=0)
+    return path
+
+
+def warn_of_other_checkpoints(main_checkpoint, directory):
+    """Of a run that this one, which saves to `directory`, does not continue: both would lose by it."""
+    newest = dist_util.from_rank_0(newest_step, directory)
+    goes_on_here = main_checkpoint and is_of_a_run(main_checkpoint) and is_in(main_checkpoint, directory)
+    step = parse_resume_step_from_filename(main_checkpoint) if goes_on_here else -1
+    if newest is not None and newest > step:
+        logger.warn(
+            f"{directory} has checkpoints up to step {newest} of a run that this one does not continue; it will "
+            "overwrite some of them, and resume_checkpoint auto would take the newest. A run wants its own folder"
+        )
+
+
+def find_files_beside(main_checkpoint, ema_rates):
+    """The paths of a checkpoint's other files: (one for each EMA rate, optimizer, state), None for what is missing."""
+
+    def find():
+        step = parse_resume_step_from_filename(main_checkpoint)
+        return (
+            [find_ema_checkpoint(main_checkpoint, step, rate) for rate in ema_rates],
+            find_optimizer_checkpoint(main_checkpoint, step),
+            find_state_checkpoint(main_checkpoint, step),
+        )
+
+    return dist_util.from_rank_0(find)
+
+
+def load_model(model, path):
+    """
+    Load a model file into a network.
+
+    :raises InputError: if it does not fit.
+    """
+    logger.log(f"loading model from checkpoint: {path}...")
+    params = dist_util.load_state_dict(path, map_location=dist_util.dev())
+    try:
+        model.load_state_dict(params)
+    except (RuntimeError, TypeError, AttributeError) as e:  # the last two if it is no dict of names
+        reason = str(e).splitlines()[:2][-1].strip()
+        raise InputError(f"{path} does not fit the model: {reason}") from None
+
+
+def load_ema(model, path):
+    """
+    :return: the averages in a file, tensors in the order of the network's parameters.
+    :raises InputError: if they do not fit.
+    """
+    logger.log(f"loading EMA from checkpoint: {path}...")
+    averages = dist_util.load_state_dict(path, map_location=dist_util.dev())
+    for name, p in model.named_parameters():
+        if name not in averages or averages[name].shape != p.shape:
+            raise InputError(f"{path} does not fit the model: {name} is missing or has another shape")
+    return [averages[name] for name, _ in model.named_parameters()]
+
+
+def load_optimizer(opt, path, use_fp16):
+    """
+    Load an optimizer's state, if there is a file.
+
+    :param use_fp16: of this run, for the message.
+    :raises InputError: if it does not fit.
+    """
+    if not path:
+        logger.log("there is no checkpoint of the optimizer: it begins anew")
+        return
+    logger.log(f"loading optimizer state from checkpoint: {path}")
+    # to the CPU: torch moves the moments to the parameters' device itself, and AdamW reads its step
+    # count at every update, which would wait for a GPU if it were there
+    state_dict = dist_util.load_state_dict(path, map_location="cpu")
+    try:
+        opt.load_state_dict(state_dict)
+    except (ValueError, KeyError, TypeError):
+        raise InputError(
+            f"{path} does not fit the model's optimizer; a run with use_fp16 {not use_fp16} would have written it so"
+        ) from None
+
+
+def log_changes(before, now):
+    """Log which of the values that two dicts share have changed."""
+    for name in sorted(before.keys() & now.keys()):
+        if before[name] != now[name]:
+            logger.log(f"{name} is {now[name]} from here on, and was {before[name]} in the checkpoint")
+
+
+# ---------------------------------------------------------------- parts that differ from rank to rank
+
+
+def state_of_parts(*, schedule_sampler, data, statistics):
+    """What load_parts() continues from: plain values and tensors, lists of one entry a rank."""
+    ranks = dist_util.all_gather_object(
+        {"data": _state_of(data), "rng": rng_state(), "statistics": statistics.state_dict()}
+    )
+    return {"schedule_sampler": _state_of(schedule_sampler), **{key: [rank[key] for rank in ranks] for key in ranks[0]}}
+
+
+def load_parts(state, step, *, schedule_sampler, data, statistics):
+    """
+    Let a run's parts, and the random numbers, go on where state_of_parts() found them.
+
+    :param step: of the run, which random numbers begin anew from if the number of ranks is another.
+    """
+    _continue(schedule_sampler, "schedule sampler", state["schedule_sampler"])
+    ranks, rank = len(state["rng"]), dist_util.rank()
+    if ranks == dist_util.world_size():
+        _continue(data, "data", state["data"][rank])
+        set_rng_state(state["rng"][rank])
+        statistics.load_state_dict(state["statistics"][rank])
+    else:
+        logger.warn(
+            f"the checkpoint is of {ranks} ranks, now there are {dist_util.world_size()}: the data begin anew, and "
+            f"so do the random numbers, from step {step} and the seed, if one is given"
+        )
+        dist_util.seed_anew(step)
+        statistics.load_state_dicts(state["statistics"])
+
+
+def _state_of(part):
+    """state_dict() of a data iterator or sampler that has one, else None."""
+    return part.state_dict() if hasattr(part, "state_dict") else None
+
+
+def _continue(part, name, state):
+    if state is None or not hasattr(part, "load_state_dict"):
+        return
+    try:
+        part.load_state_dict(state)
+    except (ValueError, KeyError) as e:
+        logger.warn(f"the {name} cannot continue where it was: {e}")
