@@ -84,6 +84,8 @@ def parse_flags(parser):
             parser.error(f"--{flag} {getattr(args, flag)}: give {right}")
     if hasattr(args, "microbatch") and not (args.microbatch == -1 or 1 <= args.microbatch <= args.batch_size):
         parser.error(f"--microbatch {args.microbatch}: give 1 to batch_size ({args.batch_size}), or -1 for all of it")
+    if getattr(args, "use_fp16", False) and getattr(args, "use_bf16", False):
+        parser.error("--use_fp16 True and --use_bf16 True: choose one of them")
     if getattr(args, "resume_checkpoint", "") == "auto" and not any(map(os.environ.get, LOG_DIRECTORIES)):
         parser.error("--resume_checkpoint auto: set OPENAI_LOGDIR, the folder that the run's files are in")
     if hasattr(args, "small_size") and not 1 <= args.small_size <= args.large_size:

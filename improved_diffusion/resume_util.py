@@ -102,10 +102,10 @@ def load_optimizer(opt, path, use_fp16):
         logger.log("there is no checkpoint of the optimizer: it begins anew")
         return
     logger.log(f"loading optimizer state from checkpoint: {path}")
-    # to the CPU: torch moves the moments to the parameters' device itself, and AdamW reads its step
-    # count at every update, which would wait for a GPU if it were there
-    state_dict = dist_util.load_state_dict(path, map_location="cpu")
+    state_dict = dist_util.load_state_dict(path, map_location="cpu")  # the optimizer moves it to its device
     try:
+        for group in state_dict["param_groups"]:
+            group["fused"] = opt.defaults["fused"]  # a file of the original's has None
         opt.load_state_dict(state_dict)
     except (ValueError, KeyError, TypeError):
         raise InputError(

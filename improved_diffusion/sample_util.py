@@ -7,6 +7,7 @@ import torch as th
 from . import dist_util, logger
 from .errors import InputError
 from .files import write_files
+from .script_util import configure_compute
 
 
 class SampleNoise:
@@ -34,6 +35,36 @@ class SampleNoise:
         """Labels below num_classes, int64 [N]."""
         device = dist_util.dev()
         return th.stack([th.randint(num_classes, (), generator=g, device=device) for g in self.generators])
+
+
+def for_inference(model, *, batch_size, use_fp16=False, use_bf16=False, compile=False):
+    """
+    Make a network ready for samplers and likelihoods, on this rank's device.
+
+    :param batch_size: samples a call, at most.
+    :param use_fp16, use_bf16, compile: see script_util.configure_compute().
+    :return: what to call in the network's place.
+    """
+    model.to(dist_util.dev()).eval()
+    configure_compute(model, use_fp16=use_fp16, use_bf16=use_bf16, compile=compile)
+    return in_full_batches(model, batch_size) if compile else model
+
+
+def in_full_batches(model, batch_size):
+    """
+    :return: a function that calls the network with batch_size samples always: a smaller batch is filled up with
+             copies of its last sample, whose results are dropped. What is compiled for one shape is enough then.
+    """
+
+    def call(x, t, **kwargs):
+        missing = batch_size - len(x)
+
+        def filled(v):
+            return th.cat([v, v[-1:].expand(missing, *v.shape[1:])]) if missing else v
+
+        return model(filled(x), filled(t), **{name: filled(v) for name, v in kwargs.items()})[: len(x)]
+
+    return call
 
 
 def generate(

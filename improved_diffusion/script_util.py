@@ -7,6 +7,8 @@ original's flags, extra_model_defaults() those that came later.
 
 import argparse
 import inspect
+import os
+import shutil
 
 from . import gaussian_diffusion as gd
 from .errors import InputError
@@ -63,6 +65,11 @@ def _shared_defaults():
 def extra_model_defaults():
     """Flags that the factories take beyond the original's; these values change nothing."""
     return dict(num_classes=NUM_CLASSES, image_channels=3, channel_mult="")
+
+
+def compute_defaults():
+    """Flags of how the network computes, see configure_compute()."""
+    return dict(use_fp16=False, use_bf16=False, compile=False)
 
 
 def train_loop_defaults():
@@ -340,6 +347,26 @@ def create_gaussian_diffusion(
         loss_type=loss_type,
         rescale_timesteps=rescale_timesteps,
     )
+
+
+def configure_compute(model, *, use_fp16=False, use_bf16=False, compile=False):
+    """
+    Let a network compute faster, with other rounding. Its weights and their names stay.
+
+    :param use_fp16: its torso in float16, weights included. For sampling: TrainLoop does it itself.
+    :param use_bf16: its torso under autocast to bfloat16.
+    :param compile: by torch.compile, when it is first called. Each shape of a batch is compiled anew.
+    :raises InputError: if there is nothing to compile with.
+    """
+    if use_fp16:
+        model.convert_to_fp16()
+    if use_bf16:
+        model.convert_to_bf16()
+    if compile:
+        compilers = [os.environ.get("CXX"), "g++", "clang++", "c++"]
+        if os.name == "posix" and not any(shutil.which(name) for name in compilers if name):
+            raise InputError("compile True needs a C++ compiler: install g++, or set CXX to one")
+        model.compile(dynamic=False)
 
 
 # ---------------------------------------------------------------- flags

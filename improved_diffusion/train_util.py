@@ -147,7 +147,7 @@ class TrainLoop:
         dist_util.sync_params(self.model_params)
         if self.use_fp16:
             self._setup_fp16()
-        self.opt = AdamW(self.master_params, lr=self.lr, weight_decay=self.weight_decay)
+        self.opt = AdamW(self.master_params, lr=self.lr, weight_decay=self.weight_decay, fused=True)
         self.ema_params = [copy.deepcopy(self.master_params) for _ in self.ema_rate]
         if main_checkpoint:
             self._resume(main_checkpoint)
@@ -157,7 +157,7 @@ class TrainLoop:
         if self.use_ddp:
             self.ddp_model = DDP(
                 self.model,
-                device_ids=[dist_util.dev()] if th.cuda.is_available() else None,
+                device_ids=[dist_util.dev()] if dist_util.dev().type == "cuda" else None,
                 bucket_cap_mb=128,
             )
 

@@ -6,6 +6,7 @@ parameters are a file format: checkpoints, optimizer states and flat float32 mas
 indexed by them.
 """
 
+import contextlib
 from abc import abstractmethod
 
 import torch as th
@@ -191,12 +192,14 @@ class AttentionBlock(nn.Module):
         return checkpoint(self._forward, (x,), self.parameters(), self.use_checkpoint)
 
     def _forward(self, x):
-        n, c, *spatial = x.shape
-        x = x.reshape(n, c, -1)  # (N, C, L)
-        qkv = self.qkv(self.norm(x))  # (N, 3C, L), head by head
-        h = self.attention(qkv.reshape(n * self.num_heads, -1, qkv.shape[2]))  # (N * heads, C / heads, L)
-        h = self.proj_out(h.reshape(n, c, -1))
-        return (x + h).reshape(n, c, *spatial)
+        spatial = x.shape[2:]
+        h = self.norm(x).flatten(2).transpose(1, 2)  # (N, L, C)
+        # each position's channels side by side: a convolution one wide is a matrix product, and its heads are views
+        qkv = F.linear(h, self.qkv.weight.squeeze(-1), self.qkv.bias)  # (N, L, 3C), head by head
+        qkv = qkv.unflatten(2, (self.num_heads, -1)).permute(0, 2, 3, 1)  # (N, heads, 3C / heads, L)
+        h = self.attention(qkv).permute(0, 3, 1, 2).flatten(2)  # (N, L, C)
+        h = F.linear(h, self.proj_out.weight.squeeze(-1), self.proj_out.bias)
+        return x + h.transpose(1, 2).unflatten(2, spatial)
 
 
 class QKVAttention(nn.Module):
@@ -204,12 +207,11 @@ class QKVAttention(nn.Module):
 
     def forward(self, qkv):
         """
-        :param qkv: [N, 3C, L]: queries, keys and values.
-        :return: [N, C, L].
+        :param qkv: [N, ..., 3C, L]: queries, keys and values.
+        :return: [N, ..., C, L].
         """
-        # contiguous, since the fused kernels want each position's channels side by side
-        q, k, v = qkv.transpose(1, 2).contiguous().unsqueeze(1).chunk(3, dim=-1)  # each (N, 1, L, C)
-        return F.scaled_dot_product_attention(q, k, v).squeeze(1).transpose(1, 2)
+        q, k, v = qkv.transpose(-2, -1).chunk(3, dim=-1)  # each (N, ..., L, C)
+        return F.scaled_dot_product_attention(q, k, v).transpose(-2, -1)
 
 
 class UNetModel(nn.Module):
@@ -267,6 +269,7 @@ class UNetModel(nn.Module):
         self.use_checkpoint = use_checkpoint
         self.num_heads = num_heads
         self.num_heads_upsample = num_heads_upsample
+        self.use_bf16 = False
 
         emb_channels = model_channels * 4
         self.time_embed = nn.Sequential(
@@ -343,9 +346,14 @@ class UNetModel(nn.Module):
             blocks.apply(convert_module_to_f16)
 
     def convert_to_fp32(self):
-        """Undo convert_to_fp16()."""
+        """Undo convert_to_fp16() and convert_to_bf16()."""
+        self.use_bf16 = False
         for blocks in self._torso():
             blocks.apply(convert_module_to_f32)
+
+    def convert_to_bf16(self):
+        """Compute the torso under autocast to bfloat16. The weights stay float32."""
+        self.use_bf16 = True
 
     def _torso(self):
         return self.input_blocks, self.middle_block, self.output_blocks
@@ -364,7 +372,7 @@ class UNetModel(nn.Module):
         :raises ValueError: if y is missing, or given to a model without classes.
         """
         h = self._features(x, timesteps, y)["up"][-1].type(x.dtype)
-        return self.out(h)
+        return self.out(h).contiguous()
 
     def get_feature_vectors(self, x, timesteps, y=None):
         """
@@ -390,14 +398,18 @@ class UNetModel(nn.Module):
             emb = emb + self.label_emb(y)
 
         h = x.type(self.inner_dtype)
+        if h.device.type == "cpu" and self.dims == 2 and not th.is_grad_enabled():
+            # a CPU's convolutions are quicker so; in training, GroupNorm's backward pass loses what they gain
+            h = h.contiguous(memory_format=th.channels_last)
         down, up = [], []
-        for block in self.input_blocks:
-            h = block(h, emb)
-            down.append(h)
-        h = middle = self.middle_block(h, emb)
-        for block, skip in zip(self.output_blocks, reversed(down), strict=True):
-            h = block(th.cat([h, skip], dim=1), emb)
-            up.append(h)
+        with th.autocast(x.device.type, th.bfloat16) if self.use_bf16 else contextlib.nullcontext():
+            for block in self.input_blocks:
+                h = block(h, emb)
+                down.append(h)
+            h = middle = self.middle_block(h, emb)
+            for block, skip in zip(self.output_blocks, reversed(down), strict=True):
+                h = block(th.cat([h, skip], dim=1), emb)
+                up.append(h)
         return {"down": down, "middle": middle, "up": up}
 
 

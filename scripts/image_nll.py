@@ -10,9 +10,10 @@ import torch as th
 from improved_diffusion import dist_util, logger
 from improved_diffusion.command_line import create_parser, parse_flags, run
 from improved_diffusion.image_datasets import load_data_once
-from improved_diffusion.sample_util import SampleNoise, save_arrays
+from improved_diffusion.sample_util import SampleNoise, for_inference, save_arrays
 from improved_diffusion.script_util import (
     args_to_dict,
+    compute_defaults,
     create_model_and_diffusion,
     extra_model_defaults,
     model_and_diffusion_defaults,
@@ -30,7 +31,7 @@ def main():
 
     model, diffusion = create_model_and_diffusion(**args_to_dict(args, MODEL_FLAGS))
     load_weights(model, args.model_path)
-    model.to(dist_util.dev()).eval()
+    model = for_inference(model, batch_size=args.batch_size, **args_to_dict(args, compute_defaults()))
     data = load_data_once(
         data_dir=args.data_dir,
         batch_size=args.batch_size,
@@ -79,7 +80,7 @@ def run_bpd_evaluation(model, diffusion, data, clip_denoised, seed=None):
 
 def create_argparser():
     defaults = dict(data_dir="", clip_denoised=True, num_samples=1000, batch_size=1, model_path="", num_workers=1)
-    return create_parser({**defaults, **MODEL_FLAGS}, description=__doc__)
+    return create_parser({**defaults, **compute_defaults(), **MODEL_FLAGS}, description=__doc__)
 
 
 if __name__ == "__main__":

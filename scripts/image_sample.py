@@ -4,9 +4,10 @@ Draw samples from a trained model and write them to samples_NxHxWxC.npz.
 
 from improved_diffusion import dist_util, logger
 from improved_diffusion.command_line import create_parser, parse_flags, run
-from improved_diffusion.sample_util import draw_labels, generate, save_samples
+from improved_diffusion.sample_util import draw_labels, for_inference, generate, save_samples
 from improved_diffusion.script_util import (
     args_to_dict,
+    compute_defaults,
     create_model_and_diffusion,
     extra_model_defaults,
     model_and_diffusion_defaults,
@@ -23,7 +24,7 @@ def main():
 
     model, diffusion = create_model_and_diffusion(**args_to_dict(args, MODEL_FLAGS))
     load_weights(model, args.model_path)
-    model.to(dist_util.dev()).eval()
+    model = for_inference(model, batch_size=args.batch_size, **args_to_dict(args, compute_defaults()))
 
     def conditions(numbers, noise_fn):
         return {"y": draw_labels(args.num_classes, len(numbers), noise_fn)} if args.class_cond else {}
@@ -48,7 +49,7 @@ def main():
 
 def create_argparser():
     defaults = dict(clip_denoised=True, num_samples=10000, batch_size=16, use_ddim=False, model_path="")
-    return create_parser({**defaults, **MODEL_FLAGS}, description=__doc__)
+    return create_parser({**defaults, **compute_defaults(), **MODEL_FLAGS}, description=__doc__)
 
 
 if __name__ == "__main__":

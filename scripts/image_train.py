@@ -8,6 +8,8 @@ from improved_diffusion.image_datasets import load_data
 from improved_diffusion.resample import create_named_schedule_sampler
 from improved_diffusion.script_util import (
     args_to_dict,
+    compute_defaults,
+    configure_compute,
     create_model_and_diffusion,
     extra_model_defaults,
     model_and_diffusion_defaults,
@@ -27,6 +29,7 @@ def main():
     model, diffusion = create_model_and_diffusion(**args_to_dict(args, MODEL_FLAGS))
     if args.resume_checkpoint not in ("", "auto"):  # the second can be looked for when there is a log
         load_weights(model, args.resume_checkpoint, flag="resume_checkpoint")
+    configure_compute(model, use_bf16=args.use_bf16, compile=args.compile)
     data = load_data(
         data_dir=args.data_dir,
         batch_size=args.batch_size,
@@ -52,7 +55,7 @@ def main():
 
 def create_argparser():
     defaults = dict(data_dir="", schedule_sampler="uniform", num_workers=1, **train_loop_defaults())
-    return create_parser({**defaults, **MODEL_FLAGS}, description=__doc__)
+    return create_parser({**defaults, **compute_defaults(), **MODEL_FLAGS}, description=__doc__)
 
 
 if __name__ == "__main__":

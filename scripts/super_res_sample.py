@@ -8,9 +8,10 @@ import torch as th
 
 from improved_diffusion import dist_util, logger
 from improved_diffusion.command_line import create_parser, parse_flags, run
-from improved_diffusion.sample_util import generate, load_base_samples, save_samples
+from improved_diffusion.sample_util import for_inference, generate, load_base_samples, save_samples
 from improved_diffusion.script_util import (
     args_to_dict,
+    compute_defaults,
     extra_model_defaults,
     sr_create_model_and_diffusion,
     sr_model_and_diffusion_defaults,
@@ -33,7 +34,7 @@ def main():
         num_classes=args.num_classes if args.class_cond else None,
     )
     load_weights(model, args.model_path)
-    model.to(dist_util.dev()).eval()
+    model = for_inference(model, batch_size=args.batch_size, **args_to_dict(args, compute_defaults()))
 
     def conditions(numbers, _):
         chosen = [i % len(base_images) for i in numbers]
@@ -65,7 +66,7 @@ def create_argparser():
     defaults = dict(
         clip_denoised=True, num_samples=10000, batch_size=16, use_ddim=False, base_samples="", model_path=""
     )
-    return create_parser({**defaults, **MODEL_FLAGS}, description=__doc__)
+    return create_parser({**defaults, **compute_defaults(), **MODEL_FLAGS}, description=__doc__)
 
 
 if __name__ == "__main__":

@@ -69,7 +69,9 @@ ORIGINAL_FLAGS = {
     "super_res_train": {**SUPER_RESOLUTION, **TRAINING},
     "super_res_sample": dict(SUPER_RESOLUTION, **SAMPLING, base_samples=""),
 }
-NEW_FLAGS = dict(num_classes=1000, image_channels=3, channel_mult="", seed=None)
+NEW_FLAGS = dict(
+    num_classes=1000, image_channels=3, channel_mult="", seed=None, use_fp16=False, use_bf16=False, compile=False
+)
 NEW_TRAINING_FLAGS = dict(NEW_FLAGS, max_steps=0, num_workers=1, keep_checkpoints=0)
 NEW_BY_SCRIPT = {
     "image_train": NEW_TRAINING_FLAGS,
