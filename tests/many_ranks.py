@@ -114,6 +114,8 @@ def gradients(net, sampler, use_fp16, microbatch):
             p.data.add_(th.randn(p.shape, generator=th.Generator().manual_seed(1)), alpha=0.02)
         if use_fp16:
             train_util.master_params_to_model_params(loop.model_params, loop.master_params)
+    if net == "compiled unet":
+        loop.model.compile(backend="aot_eager", dynamic=False)  # needs no compiler
     rng = np.random.default_rng(2)
     scale = 2**loop.lg_loss_scale if use_fp16 else 1
     gradient = None
@@ -135,9 +137,12 @@ def gradients(net, sampler, use_fp16, microbatch):
 
 def all_gradients():
     train_util.INITIAL_LOG_LOSS_SCALE = 4.0  # which a sum of whole numbers does not overflow
-    cases = itertools.product(
-        ("unet", "whole numbers"), (UniformSampler, LossSecondMomentResampler), (False, True), (-1, 1, 3)
-    )
+    cases = [
+        *itertools.product(
+            ("unet", "whole numbers"), (UniformSampler, LossSecondMomentResampler), (False, True), (-1, 1, 3)
+        ),
+        *itertools.product(["compiled unet"], [UniformSampler], [False], (-1, 3)),
+    ]
     return {
         (net, sampler.__name__, use_fp16, microbatch): gradients(net, sampler, use_fp16, microbatch)
         for net, sampler, use_fp16, microbatch in cases
