@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from improved_diffusion.errors import InputError
 from improved_diffusion.packed_images import read_packed_images, write_packed_images
 
-LABELS, CLASSES = [0, 2, 1, 0, 2], ["ant", "bee", "日本"]
+LABELS, CLASSES = [0, 2, 1, 0, 2], ["ant", "日本", "\udcff"]  # the last is a file name that is no text
 
 
 def pixels(n=5, size=4, channels=3):
