@@ -44,6 +44,7 @@ _ALLOWED = {  # flag -> (whether a value can work, what can)
     "num_channels": _at_least(32),
     "num_res_blocks": _at_least(1),
     "num_classes": _at_least(1),
+    "image_size": _at_least(1),
     "image_channels": _one_of(1, 3),
     "diffusion_steps": _at_least(1),
     "noise_schedule": _one_of("linear", "cosine"),
@@ -60,7 +61,7 @@ _ALLOWED = {  # flag -> (whether a value can work, what can)
     "log_interval": _at_least(1),
     "save_interval": _at_least(1),
     "keep_checkpoints": _at_least(0),
-    "num_workers": _at_least(0),
+    "num_workers": ((lambda v: v >= -1), "0 or more, or -1 for as many as make sense"),
     "seed": ((lambda v: v is None or 0 <= v < 2**63), "0 or more"),
 }
 

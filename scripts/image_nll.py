@@ -79,7 +79,7 @@ def run_bpd_evaluation(model, diffusion, data, clip_denoised, seed=None):
 
 
 def create_argparser():
-    defaults = dict(data_dir="", clip_denoised=True, num_samples=1000, batch_size=1, model_path="", num_workers=1)
+    defaults = dict(data_dir="", clip_denoised=True, num_samples=1000, batch_size=1, model_path="", num_workers=-1)
     return create_parser({**defaults, **compute_defaults(), **MODEL_FLAGS}, description=__doc__)
 
 

@@ -54,7 +54,7 @@ def main():
 
 
 def create_argparser():
-    defaults = dict(data_dir="", schedule_sampler="uniform", num_workers=1, **train_loop_defaults())
+    defaults = dict(data_dir="", schedule_sampler="uniform", num_workers=-1, **train_loop_defaults())
     return create_parser({**defaults, **compute_defaults(), **MODEL_FLAGS}, description=__doc__)
 
 

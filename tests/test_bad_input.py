@@ -20,7 +20,10 @@ CASES = [  # scripts, flags that differ from those that work, what the line must
     # the folder of images
     (READING, dict(data_dir=None), ["data_dir", "name a folder of images"]),
     (READING, dict(data_dir="nowhere"), ["data_dir nowhere", "no such folder"]),
-    (READING, dict(data_dir="images/a_000.png"), ["data_dir images/a_000.png", "no such folder"]),
+    (READING, dict(data_dir="images/a_000.png"), ["data_dir images/a_000.png", "not a whole file of packed images"]),
+    (READING, dict(data_dir="base.npz"), ["data_dir base.npz", "no images in it", "arr_0.npy, arr_1.npy"]),
+    (READING, dict(data_dir="other.npz"), ["data_dir other.npz", "4x4 with 3 channels, 8x8 with 3 are wanted"]),
+    (READING, dict(data_dir="gone.npz"), ["data_dir gone.npz", "No such file"]),
     (READING, dict(data_dir="text"), ["data_dir text", "no images", "jpg, jpeg, png, gif"]),
     (TRAINING, dict(batch_size=7), ["data_dir images", "6 images", "batch_size 6 or less"]),
     (READING, dict(data_dir="corrupt"), ["corrupt/a_002.png", "cannot be read as an image"]),
@@ -76,7 +79,7 @@ CASES = [  # scripts, flags that differ from those that work, what the line must
     (TRAINING, dict(save_interval=0), ["--save_interval 0", "1 or more"]),
     (TRAINING, dict(max_steps=-1), ["--max_steps -1", "0 or more"]),
     (TRAINING, dict(lr_anneal_steps=-1), ["--lr_anneal_steps -1", "0 or more"]),
-    (READING, dict(num_workers=-1), ["--num_workers -1", "0 or more"]),
+    (READING, dict(num_workers=-2), ["--num_workers -2", "0 or more"]),
     (ALL, dict(seed=-1), ["--seed -1", "0 or more"]),
     # words
     (ALL, dict(class_cond="perhaps"), ["--class_cond", "'perhaps' is neither True nor False"]),

@@ -1,12 +1,8 @@
 """From files to batches: which images, which pixels, which labels, in which order, and what is said of bad ones."""
 
-import io
-import multiprocessing
 import os
-import signal
-import subprocess
-import threading
 
+import blobfile as bf
 import numpy as np
 import pytest
 import torch as th
@@ -14,17 +10,19 @@ from harness import ROOT, write_images
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from improved_diffusion import image_datasets
 from improved_diffusion.errors import InputError
 from improved_diffusion.image_datasets import (
-    BatchStream,
     ImageDataset,
+    PackedDataset,
+    decode_folder,
     load_data,
     load_data_once,
     load_superres_data,
 )
+from improved_diffusion.packed_images import read_packed_images, write_packed_images
 
 RECORDED_IMAGES = ROOT / "tests" / "data" / "images"
 
@@ -85,6 +83,60 @@ def test_listing_is_recursive_and_sorted_and_knows_every_spelling_of_an_extensio
     assert [os.path.relpath(path, tmp_path) for path in found] == expected
 
 
+@pytest.fixture
+def odd_folder(tmp_path):
+    """Links of all kinds, names that are no names, and a folder that is called an image."""
+    for name in ["a/1.png", "b.png/2.png", "a\nb.png", "\udcff.png", " .png", ".png", "png", "c.png"]:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    for name, target in {
+        "broken.png": "nowhere",
+        "broken": "nowhere",
+        "loop": "loop",
+        "loop.jpg": "loop.jpg",
+        "file.jpeg": "c.png",
+        "other": "c.png",
+        "z": "a",
+    }.items():
+        (tmp_path / name).symlink_to(target)
+    return tmp_path
+
+
+def test_links_and_odd_names(odd_folder):
+    """A folder with an image's name and a broken link are found to be unreadable later, by name."""
+    found = image_datasets._list_image_files_recursively(str(odd_folder))
+    expected = [" .png", ".png", "a/1.png", "a\nb.png", "b.png", "broken.png", "c.png", "file.jpeg", "loop.jpg"]
+    assert [os.path.relpath(path, odd_folder) for path in found] == [*expected, "z/1.png", "\udcff.png"]
+
+
+def test_the_listing_looks_at_no_file(monkeypatch, tmp_path):
+    """On a disk across a network each look is a journey."""
+    write_images(tmp_path / "deep" / "er", count=3)
+    (tmp_path / "deep" / "notes.txt").touch()
+
+    def look(*_, **__):
+        pytest.fail("a file was looked at")
+
+    with monkeypatch.context() as patch:
+        for name in ("stat", "lstat"):
+            patch.setattr(os, name, look)
+        assert len(image_datasets._list_image_files_recursively(str(tmp_path))) == 3
+
+
+def test_a_folder_that_cannot_be_listed(monkeypatch, tmp_path):
+    write_images(tmp_path / "shut", count=2)
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("shut"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(InputError, match=r"data_dir .* cannot be listed \(.*shut: Permission denied\)"):
+        load_data(data_dir=str(tmp_path), batch_size=1, image_size=8)
+
+
 def test_dataloader_can_be_imported_from_here_as_from_the_original():
     assert image_datasets.DataLoader is DataLoader
 
@@ -123,6 +175,24 @@ def test_rgb_and_greyscale_images_are_resampled_in_their_own_mode(tmp_path, mode
     x, _ = ImageDataset(size, [str(tmp_path / "a.png")])[0]
     assert x.shape == (3, size, size)
     np.testing.assert_array_equal(pixels_of(x), resampled(image, size))
+
+
+@given(width=st.integers(2, 150), height=st.integers(2, 150), mode=st.sampled_from(["RGB", "L"]), extreme=st.booleans())
+@settings(max_examples=300)
+def test_halving_is_that_of_pillow(width, height, mode, extreme):
+    pixels = noise(width, height, width, *([3] if mode == "RGB" else []))
+    image = Image.fromarray((pixels % 2) * 255 if extreme else pixels)
+    expected = image.resize((width // 2, height // 2), Image.Resampling.BOX)
+    assert image_datasets._halved(image).tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize(
+    "size", [(2, 2), (2, 4), (2, 5), (2, 6), (40, 80), (40, 81), (40, 82), (41, 82), (41, 84), (82, 40)]
+)
+def test_halving_of_long_images_is_that_of_pillow(size):
+    image = Image.fromarray(noise(1, size[1], size[0], 3))
+    expected = image.resize(tuple(n // 2 for n in size), Image.Resampling.BOX)
+    assert image_datasets._halved(image).tobytes() == expected.tobytes()
 
 
 def palette_image(seed):
@@ -305,158 +375,6 @@ def test_order_and_random_numbers_are_those_of_a_dataloader_made_anew_each_epoch
     assert deterministic == (epochs[0] == epochs[1])
 
 
-class ProcessIds(Dataset):
-    def __len__(self):
-        return 6
-
-    def __getitem__(self, i):
-        return os.getpid(), {}
-
-
-@pytest.mark.parametrize("num_workers", [0, 1, 2])
-def test_the_same_workers_serve_all_epochs(num_workers):
-    stream = BatchStream(ProcessIds(), batch_size=2, shuffle=True, num_workers=num_workers)
-    ids = {i for _ in range(4 * 3) for i in next(stream)[0].tolist()}
-    assert len(ids) == max(num_workers, 1)
-    assert (os.getpid() in ids) == (num_workers == 0)
-
-
-class ProcessIdsOnce(ProcessIds):
-    def __len__(self):
-        return 40
-
-
-def worker_of(pid):
-    (process,) = [child for child in multiprocessing.active_children() if child.pid == pid]
-    return process
-
-
-def stream_of_batches(num_workers):
-    return BatchStream(ProcessIds(), batch_size=1, shuffle=False, num_workers=num_workers)
-
-
-def loader_of_a_folder(num_workers, monkeypatch, greys):
-    """load_data_once(), whose images are the process ids of those that read them."""
-    monkeypatch.setattr(image_datasets, "_open_folder", lambda *_, **__: ProcessIdsOnce())
-    return load_data_once(data_dir="", batch_size=1, image_size=8, num_workers=num_workers)
-
-
-@pytest.mark.skipif(not hasattr(signal, "sigtimedwait"), reason="who sent a signal is known on Linux only")
-@pytest.mark.parametrize("kind", ["stream", "once"])
-def test_signals_leave_workers_alone_until_their_parent_ends_them(monkeypatch, greys, kind):
-    """A scheduler's reach all processes of a run; training still needs its batches."""
-    made = stream_of_batches(2) if kind == "stream" else loader_of_a_folder(2, monkeypatch, greys)
-    data = iter(made)
-    pids = sorted({next(data)[0].item() for _ in range(4)})
-    assert len(pids) == 2 and os.getpid() not in pids
-    for name in ("INT", "TERM", "TERM", "INT"):
-        subprocess.run(["/bin/sh", "-c", f"kill -{name} {pids[0]} {pids[1]}"], check=True)
-    for _ in range(8):  # more than they have read ahead
-        assert next(data)[0].item() in pids
-    workers = [worker_of(pid) for pid in pids]
-    assert all(worker.is_alive() for worker in workers)
-    for worker in workers:
-        os.kill(worker.pid, signal.SIGINT)  # the terminal's, whoever sends it
-    assert next(data)[0].item() in pids
-    for worker in workers:
-        worker.terminate()  # as the loader itself does with one that does not end when told to
-        worker.join(timeout=60)
-    assert [worker.exitcode for worker in workers] == [0, 0]
-
-
-def test_signals_where_their_senders_are_not_known(monkeypatch):
-    """SIGINT is left to the parent there too, SIGTERM works as ever."""
-    monkeypatch.delattr(signal, "sigtimedwait", raising=False)
-    before, threads = signal.getsignal(signal.SIGINT), threading.active_count()
-    try:
-        image_datasets._leave_signals_to_the_parent(os.getppid(), 0)
-        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-        assert (
-            signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, []) and threading.active_count() == threads
-        )
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-# ---------------------------------------------------------------- going on where another stream was
-
-
-class Identity(Dataset):
-    def __init__(self, n):
-        self.n = n
-
-    def __len__(self):
-        return self.n
-
-    def __getitem__(self, i):
-        return i, {}
-
-
-def take(stream, count):
-    return [next(stream)[0].tolist() for _ in range(count)]
-
-
-def through_a_file(state):
-    """A state as it comes back from a checkpoint, which may hold plain values and tensors only."""
-    file = io.BytesIO()
-    th.save(state, file)
-    file.seek(0)
-    return th.load(file, weights_only=True)
-
-
-@given(
-    num_images=st.integers(1, 12),
-    batch_size=st.integers(1, 4),
-    shuffle=st.booleans(),
-    before=st.integers(0, 30),
-    used=st.integers(0, 5),
-    seed=st.integers(0, 2**32),
-)
-@settings(deadline=None, max_examples=60)
-def test_a_loaded_state_goes_on_exactly(num_images, batch_size, shuffle, before, used, seed):
-    batch_size = min(batch_size, num_images)
-    th.manual_seed(seed)
-    stream = BatchStream(Identity(num_images), batch_size, shuffle, num_workers=0)
-    take(stream, before)
-    state, rng = through_a_file(stream.state_dict()), th.get_rng_state()
-    expected, rng_after = take(stream, 14), th.get_rng_state()
-
-    th.manual_seed(seed + 1)
-    resumed = BatchStream(Identity(num_images), batch_size, shuffle, num_workers=0)
-    take(resumed, used)  # a stream in use may load, too
-    resumed.load_state_dict(state)
-    th.set_rng_state(rng)
-    assert take(resumed, 14) == expected
-    assert th.equal(th.get_rng_state(), rng_after)
-
-
-@pytest.mark.parametrize("before", [0, 1, 2, 3, 4], ids=lambda n: f"after_{n}_of_3_batches")
-def test_a_loaded_state_goes_on_exactly_with_workers_that_decode_ahead(before):
-    th.manual_seed(1)
-    stream = BatchStream(Identity(7), 2, shuffle=True, num_workers=1)
-    take(stream, before)
-    state, rng = stream.state_dict(), th.get_rng_state()
-    expected = take(stream, 7)
-    stream.load_state_dict(state)
-    th.set_rng_state(rng)
-    assert take(stream, 7) == expected
-
-
-@pytest.mark.parametrize(
-    ("other", "message"),
-    [
-        (dict(dataset=Identity(9)), "num_images was 8 then and is 9 now"),
-        (dict(batch_size=3), "batch_size was 2 then and is 3 now"),
-        (dict(shuffle=False), "shuffle was True then and is False now"),
-    ],
-)
-def test_a_state_of_other_data_is_refused_with_the_numbers(other, message):
-    settings = dict(dataset=Identity(8), batch_size=2, shuffle=True, num_workers=0)
-    state = BatchStream(**settings).state_dict()
-    with pytest.raises(ValueError, match=message):
-        BatchStream(**{**settings, **other}).load_state_dict(state)
-
-
 # ---------------------------------------------------------------- super-resolution
 
 
@@ -511,6 +429,136 @@ def test_load_data_once(greys, num_workers, limit, expected):
     assert [numbers(x) for x, _ in batches] == expected
     assert [cond["y"].tolist() for _, cond in batches] == [[int(i >= 3) for i in batch] for batch in expected]
     assert th.equal(th.get_rng_state(), rng)
+
+
+# ---------------------------------------------------------------- packed images
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory):
+    """A folder of eleven images of many sizes and four classes, and the same packed. :return: both paths, as a dict."""
+    root = tmp_path_factory.mktemp("photographs")
+    for i in range(11):
+        name = f"{'dbca'[i % 4]}_{i:02d}.{'jpg' if i % 3 else 'png'}"
+        (root / "folder" / str(i % 2)).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(noise(i, 17 + 5 * i, 40 - i, 3)).save(root / "folder" / str(i % 2) / name)
+    paths = {}
+    for channels in (1, 3):
+        batches, *rest = decode_folder(str(root / "folder"), image_size=8, image_channels=channels, batch_size=4)
+        paths[channels] = str(root / f"{channels}.npz")
+        write_packed_images(paths[channels], batches, *rest)
+    return {"folder": str(root / "folder"), **paths}
+
+
+def assert_same_batches(ours, theirs, count):
+    """The bits of images, conditions and random numbers of `count` batches."""
+    th.manual_seed(3)
+    expected = [(*next(theirs), th.get_rng_state()) for _ in range(count)]
+    th.manual_seed(3)
+    for x, cond, rng in expected:
+        got, got_cond = next(ours)
+        assert (got.dtype, got.shape) == (x.dtype, x.shape) and got.is_contiguous()
+        assert th.equal(got.view(th.int32), x.view(th.int32)) and th.equal(th.get_rng_state(), rng)
+        assert got_cond.keys() == cond.keys()
+        assert all(th.equal(got_cond[k], v) and got_cond[k].dtype == v.dtype for k, v in cond.items())
+
+
+@pytest.mark.parametrize("num_workers", [-1, 0, 2])
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("rank", [None, 0, 1])
+def test_packed_images_give_the_batches_of_their_folder(monkeypatch, photographs, rank, channels, num_workers):
+    if rank is not None:
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        monkeypatch.setenv("RANK", str(rank))
+    for class_cond in (False, True):
+        words = dict(
+            batch_size=2, image_size=8, image_channels=channels, class_cond=class_cond, num_workers=num_workers
+        )
+        for deterministic in (False, True):
+            streams = [
+                load_data(data_dir=photographs[which], deterministic=deterministic, **words)
+                for which in (channels, "folder")
+            ]
+            assert_same_batches(*streams, 13)
+
+
+@pytest.mark.parametrize("class_cond", [False, True])
+def test_packed_images_for_super_resolution(photographs, class_cond):
+    words = dict(batch_size=3, large_size=8, small_size=4, class_cond=class_cond, num_workers=0)
+    streams = [load_superres_data(data_dir=photographs[which], **words) for which in (3, "folder")]
+    assert "low_res" in next(streams[0])[1] and next(streams[1])
+    assert_same_batches(*(load_superres_data(data_dir=photographs[which], **words) for which in (3, "folder")), 7)
+
+
+@pytest.mark.parametrize("limit", [None, 5, 100])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_packed_images_once(monkeypatch, photographs, limit, rank):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", str(rank))
+    words = dict(batch_size=2, image_size=8, class_cond=True, num_workers=0, limit=limit)
+    ours, theirs = (list(load_data_once(data_dir=photographs[which], **words)) for which in (3, "folder"))
+    assert len(ours) == len(theirs)
+    assert_same_batches(iter(ours), iter(theirs), len(theirs))
+
+
+@pytest.mark.parametrize("before", [0, 1, 4, 6])
+@pytest.mark.parametrize("change", [("folder", 3), (3, "folder"), (3, 3)], ids=str)
+def test_a_run_goes_on_from_one_to_the_other(photographs, before, change):
+    words = dict(batch_size=2, image_size=8, class_cond=True, num_workers=0)
+    first, second = (load_data(data_dir=photographs[which], **words) for which in change)
+    for _ in range(before):
+        next(first)
+    second.load_state_dict(first.state_dict())
+    assert_same_batches(second, first, 9)
+
+
+def test_packed_images_are_read_in_this_process_unless_told(photographs):
+    workers = {
+        (which, n): load_data(
+            data_dir=photographs[which], batch_size=2, image_size=8, num_workers=n
+        )._loader.num_workers
+        for which in (3, "folder")
+        for n in (-1, 0, 2)
+    }
+    assert workers == {(3, -1): 0, (3, 0): 0, (3, 2): 2, ("folder", -1): 1, ("folder", 0): 0, ("folder", 2): 2}
+
+
+def test_a_sample_of_packed_images_is_that_of_the_folder(photographs):
+    images, labels, _ = read_packed_images(photographs[3], with_labels=True)
+    packed = PackedDataset(images, labels)
+    folder = ImageDataset(8, image_datasets._list_image_files_recursively(photographs["folder"]), classes=list(labels))
+    assert len(packed) == len(folder) == 11
+    for i in range(11):
+        (x, cond), (expected, expected_cond) = packed[i], folder[i]
+        np.testing.assert_array_equal(x, expected)
+        assert x.dtype == np.float32 and cond == expected_cond
+        np.testing.assert_array_equal(packed.pixels(i), folder.pixels(i))
+
+
+@pytest.mark.parametrize("load", [load_data, load_data_once])
+@pytest.mark.parametrize(
+    ("wrong", "parts"),
+    [
+        (dict(image_size=16), ["8x8 with 3 channels, 16x16 with 3 are wanted", "prepare_images.py", "--image_size 16"]),
+        (dict(image_channels=1), ["8x8 with 3 channels, 8x8 with 1 are wanted", "--image_size 8 --image_channels 1"]),
+        (dict(class_cond=True, num_classes=3), ["4 classes (a, b, c, ...)", "num_classes is 3"]),
+        (dict(data_dir="gs://bucket/images.npz"), ["gs://bucket/images.npz", "local disk"]),
+        (dict(data_dir="/nowhere/images.npz"), ["/nowhere/images.npz", "No such file"]),
+        (dict(data_dir=__file__), [__file__, "not a whole file of packed images"]),
+    ],
+)
+def test_packed_images_that_cannot_work_are_refused_at_once(monkeypatch, photographs, load, wrong, parts):
+    monkeypatch.setattr(bf, "isdir", os.path.isdir)  # asks no store
+    with pytest.raises(InputError) as refusal:
+        load(**{**dict(data_dir=photographs[3], batch_size=2, image_size=8), **wrong})
+    message = str(refusal.value)
+    assert message.startswith("data_dir ") and "\n" not in message
+    assert [part for part in parts if part not in message] == []
+
+
+def test_fewer_packed_images_than_a_batch_are_refused_with_the_numbers(photographs):
+    with pytest.raises(InputError, match=r"data_dir .*3\.npz: 11 images are fewer than a batch; give batch_size 11 or"):
+        load_data(data_dir=photographs[3], batch_size=12, image_size=8)
 
 
 # ---------------------------------------------------------------- what cannot work

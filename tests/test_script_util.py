@@ -72,11 +72,11 @@ ORIGINAL_FLAGS = {
 NEW_FLAGS = dict(
     num_classes=1000, image_channels=3, channel_mult="", seed=None, use_fp16=False, use_bf16=False, compile=False
 )
-NEW_TRAINING_FLAGS = dict(NEW_FLAGS, max_steps=0, num_workers=1, keep_checkpoints=0)
+NEW_TRAINING_FLAGS = dict(NEW_FLAGS, max_steps=0, num_workers=-1, keep_checkpoints=0)
 NEW_BY_SCRIPT = {
     "image_train": NEW_TRAINING_FLAGS,
     "super_res_train": NEW_TRAINING_FLAGS,
-    "image_nll": dict(NEW_FLAGS, num_workers=1),
+    "image_nll": dict(NEW_FLAGS, num_workers=-1),
 }
 
 

@@ -1,0 +1,138 @@
+"""A dataset's batches, for ever in new orders or once, decoded ahead by processes that end with this one."""
+
+import functools
+import os
+import signal
+import threading
+
+import torch as th
+from torch.utils.data import DataLoader, default_collate
+
+from .errors import InputError
+
+
+class BatchStream:
+    """
+    A dataset's batches for ever, each epoch in a new order. What does not fill a batch at an
+    epoch's end is left out.
+
+    The orders are seeded by torch's global generator, an epoch at a time.
+    """
+
+    def __init__(self, dataset, batch_size, shuffle, num_workers, collate_fn=default_collate):
+        self._order = _EpochOrder(len(dataset), batch_size, shuffle)
+        self._loader = DataLoader(
+            dataset,
+            batch_sampler=self._order,
+            num_workers=num_workers,
+            collate_fn=collate_fn,
+            persistent_workers=num_workers > 0,
+            worker_init_fn=functools.partial(_leave_signals_to_the_parent, os.getpid()),
+            pin_memory=th.cuda.is_available(),
+            generator=th.Generator(),  # the loader's own draws must not disturb the global generator's order
+        )
+        self._epoch = None  # iterator over the rest of the epoch
+        self._given = 0  # batches of this epoch given out so far
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        if self._epoch is None:
+            if self._given == 0:
+                self._order.reseed()
+            self._order.skip = self._given
+            self._epoch = _one_line_errors(self._loader)
+        try:
+            batch, cond = next(self._epoch)
+        except StopIteration:
+            self._epoch, self._given = None, 0
+            return next(self)
+        self._given += 1
+        return batch, cond
+
+    def state_dict(self):
+        """The place in the data, for load_state_dict(); plain values only."""
+        return {**self._order.settings(), "seed": self._order.seed, "given": self._given}
+
+    def load_state_dict(self, state):
+        """
+        Continue behind the last batch that the stream which gave `state` gave out.
+
+        :raises ValueError: if that stream had another number of images or another batch size.
+        """
+        for key, mine in self._order.settings().items():
+            if state[key] != mine:
+                raise ValueError(f"{key} was {state[key]} then and is {mine} now")
+        self._epoch = None
+        self._order.seed, self._given = state["seed"], state["given"]
+
+
+class _EpochOrder:
+    """The indices of each batch of one epoch: a batch sampler for DataLoader."""
+
+    def __init__(self, num_images, batch_size, shuffle):
+        self.num_images = num_images
+        self.batch_size = batch_size
+        self.shuffle = shuffle
+        self.seed = 0
+        self.skip = 0
+
+    def settings(self):
+        return {"num_images": self.num_images, "batch_size": self.batch_size, "shuffle": self.shuffle}
+
+    def reseed(self):
+        # two draws an epoch, the first unused (one unshuffled): as many as a DataLoader made anew takes
+        for _ in range(2 if self.shuffle else 1):
+            self.seed = th.empty((), dtype=th.int64).random_().item()
+
+    def __iter__(self):
+        order = range(self.num_images)
+        if self.shuffle:
+            order = th.randperm(self.num_images, generator=th.Generator().manual_seed(self.seed)).tolist()
+        for i in range(self.skip, len(self)):
+            yield order[i * self.batch_size : (i + 1) * self.batch_size]
+
+    def __len__(self):
+        return self.num_images // self.batch_size
+
+
+def in_order(dataset, batch_size, num_workers, collate_fn=default_collate):
+    """An iterator of a dataset's batches in its order, each sample once; the last batch may be smaller."""
+    loader = DataLoader(
+        dataset,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        collate_fn=collate_fn,
+        worker_init_fn=functools.partial(_leave_signals_to_the_parent, os.getpid()),
+        generator=th.Generator(),
+    )
+    return _one_line_errors(loader)
+
+
+def _leave_signals_to_the_parent(parent, worker):
+    """
+    A terminal or a scheduler sends SIGINT and SIGTERM to all processes of a run, and training
+    answers them by going on until it has saved: its workers end when it says so, or is gone itself.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if not hasattr(signal, "sigtimedwait"):
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def wait():
+        while os.getppid() == parent:  # torch looks too, but not at a parent that died while the worker began
+            received = signal.sigtimedwait({signal.SIGTERM}, 5)
+            if received is not None and received.si_pid == parent:
+                break
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def _one_line_errors(loader):
+    """A loader's batches; an InputError raised in a worker loses the worker's traceback."""
+    try:
+        yield from loader
+    except InputError as e:
+        raise InputError(str(e).strip().splitlines()[-1].split("InputError: ")[-1]) from None

@@ -1,0 +1,160 @@
+"""The batches of a dataset: who decodes them, and where a stream goes on."""
+
+import io
+import multiprocessing
+import os
+import signal
+import subprocess
+import threading
+
+import pytest
+import torch as th
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.data import Dataset
+
+from improved_diffusion import batch_stream
+from improved_diffusion.batch_stream import BatchStream, in_order
+
+# ---------------------------------------------------------------- processes
+
+
+class ProcessIds(Dataset):
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, i):
+        return os.getpid(), {}
+
+
+@pytest.mark.parametrize("num_workers", [0, 1, 2])
+def test_the_same_workers_serve_all_epochs(num_workers):
+    stream = BatchStream(ProcessIds(), batch_size=2, shuffle=True, num_workers=num_workers)
+    ids = {i for _ in range(4 * 3) for i in next(stream)[0].tolist()}
+    assert len(ids) == max(num_workers, 1)
+    assert (os.getpid() in ids) == (num_workers == 0)
+
+
+class ProcessIdsOnce(ProcessIds):
+    def __len__(self):
+        return 40
+
+
+def worker_of(pid):
+    (process,) = [child for child in multiprocessing.active_children() if child.pid == pid]
+    return process
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigtimedwait"), reason="who sent a signal is known on Linux only")
+@pytest.mark.parametrize("kind", ["stream", "once"])
+def test_signals_leave_workers_alone_until_their_parent_ends_them(kind):
+    """A scheduler's reach all processes of a run; training still needs its batches."""
+    data = BatchStream(ProcessIds(), 1, False, num_workers=2) if kind == "stream" else in_order(ProcessIdsOnce(), 1, 2)
+    pids = sorted({next(data)[0].item() for _ in range(4)})
+    assert len(pids) == 2 and os.getpid() not in pids
+    for name in ("INT", "TERM", "TERM", "INT"):
+        subprocess.run(["/bin/sh", "-c", f"kill -{name} {pids[0]} {pids[1]}"], check=True)
+    for _ in range(8):  # more than they have read ahead
+        assert next(data)[0].item() in pids
+    workers = [worker_of(pid) for pid in pids]
+    assert all(worker.is_alive() for worker in workers)
+    for worker in workers:
+        os.kill(worker.pid, signal.SIGINT)  # the terminal's, whoever sends it
+    assert next(data)[0].item() in pids
+    for worker in workers:
+        worker.terminate()  # as the loader itself does with one that does not end when told to
+        worker.join(timeout=60)
+    assert [worker.exitcode for worker in workers] == [0, 0]
+
+
+def test_signals_where_their_senders_are_not_known(monkeypatch):
+    """SIGINT is left to the parent there too, SIGTERM works as ever."""
+    monkeypatch.delattr(signal, "sigtimedwait", raising=False)
+    before, threads = signal.getsignal(signal.SIGINT), threading.active_count()
+    try:
+        batch_stream._leave_signals_to_the_parent(os.getppid(), 0)
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        assert (
+            signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, []) and threading.active_count() == threads
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+# ---------------------------------------------------------------- going on where another stream was
+
+
+class Identity(Dataset):
+    def __init__(self, n):
+        self.n = n
+
+    def __len__(self):
+        return self.n
+
+    def __getitem__(self, i):
+        return i, {}
+
+
+def take(stream, count):
+    return [next(stream)[0].tolist() for _ in range(count)]
+
+
+def through_a_file(state):
+    """A state as it comes back from a checkpoint, which may hold plain values and tensors only."""
+    file = io.BytesIO()
+    th.save(state, file)
+    file.seek(0)
+    return th.load(file, weights_only=True)
+
+
+@given(
+    num_images=st.integers(1, 12),
+    batch_size=st.integers(1, 4),
+    shuffle=st.booleans(),
+    before=st.integers(0, 30),
+    used=st.integers(0, 5),
+    seed=st.integers(0, 2**32),
+)
+@settings(deadline=None, max_examples=60)
+def test_a_loaded_state_goes_on_exactly(num_images, batch_size, shuffle, before, used, seed):
+    batch_size = min(batch_size, num_images)
+    th.manual_seed(seed)
+    stream = BatchStream(Identity(num_images), batch_size, shuffle, num_workers=0)
+    take(stream, before)
+    state, rng = through_a_file(stream.state_dict()), th.get_rng_state()
+    expected, rng_after = take(stream, 14), th.get_rng_state()
+
+    th.manual_seed(seed + 1)
+    resumed = BatchStream(Identity(num_images), batch_size, shuffle, num_workers=0)
+    take(resumed, used)  # a stream in use may load, too
+    resumed.load_state_dict(state)
+    th.set_rng_state(rng)
+    assert take(resumed, 14) == expected
+    assert th.equal(th.get_rng_state(), rng_after)
+
+
+@pytest.mark.parametrize("before", [0, 1, 2, 3, 4], ids=lambda n: f"after_{n}_of_3_batches")
+def test_a_loaded_state_goes_on_exactly_with_workers_that_decode_ahead(before):
+    th.manual_seed(1)
+    stream = BatchStream(Identity(7), 2, shuffle=True, num_workers=1)
+    take(stream, before)
+    state, rng = stream.state_dict(), th.get_rng_state()
+    expected = take(stream, 7)
+    stream.load_state_dict(state)
+    th.set_rng_state(rng)
+    assert take(stream, 7) == expected
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (dict(dataset=Identity(9)), "num_images was 8 then and is 9 now"),
+        (dict(batch_size=3), "batch_size was 2 then and is 3 now"),
+        (dict(shuffle=False), "shuffle was True then and is False now"),
+    ],
+)
+def test_a_state_of_other_data_is_refused_with_the_numbers(other, message):
+    settings = dict(dataset=Identity(8), batch_size=2, shuffle=True, num_workers=0)
+    state = BatchStream(**settings).state_dict()
+    with pytest.raises(ValueError, match=message):
+        BatchStream(**{**settings, **other}).load_state_dict(state)
