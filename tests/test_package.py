@@ -199,6 +199,8 @@ def test_the_flags_of_the_papers_models_build_them(words):
     assert sum(p.numel() for p in model.parameters()) in parameters
 
 
-@pytest.mark.parametrize("flag", ["num_classes", "image_channels", "channel_mult", "max_steps", "seed", "num_workers"])
+@pytest.mark.parametrize(
+    "flag", ["num_classes", "image_channels", "channel_mult", "max_steps", "seed", "num_workers", "use_bf16", "compile"]
+)
 def test_the_readme_names_the_new_flags(flag):
     assert f"`--{flag}" in README

@@ -70,8 +70,8 @@ def relative_error(got, want):
 @pytest.mark.parametrize("size", WORLDS[1:])
 def test_gradients_are_those_of_one_rank(worlds, size):
     """
-    With and without microbatches, of both samplers, compiled or not. The torso's float16 rounds each microbatch's gradient
-    to 11 bits, wherever the ranks cut the batch, but what needs no rounding is exact there too.
+    With and without microbatches, of both samplers, compiled or not. The torso's float16 rounds each microbatch's
+    gradient to 11 bits, wherever the ranks cut the batch, but what needs no rounding is exact there too.
     """
     want = worlds[1][1][0]["gradients"]
     for key, answers in worlds[size][1][0]["gradients"].items():
