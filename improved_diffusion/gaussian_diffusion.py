@@ -72,7 +72,7 @@ class GaussianDiffusion:
     Training and sampling for one noise schedule.
 
     Its tables (betas, alphas_cumprod, posterior_variance, ...) are float64 numpy arrays [T].
-    To change one, assign a new array: a GPU keeps a copy of what it has used.
+    To change one, assign a new array: the device keeps a copy of what a step has used.
 
     :param betas: [T] in (0, 1], the variance of each step.
     :param model_mean_type: a ModelMeanType.
@@ -330,6 +330,7 @@ class GaussianDiffusion:
             indices = tqdm(indices, total=self.num_timesteps, desc="sampling", unit="step")
         for i in indices:
             t = th.full((shape[0],), i, device=device, dtype=th.long)
+            # no inference mode here: a model may guide itself by gradients, a caller may train on what it is given
             with th.no_grad():
                 out = step(model, x, t, **step_kwargs)
             yield out

@@ -36,6 +36,7 @@ class SampleNoise:
         return th.stack([th.randint(num_classes, (), generator=g, device=device) for g in self.generators])
 
 
+@th.inference_mode()
 def generate(
     diffusion, model, *, shape, num_samples, batch_size, conditions, use_ddim=False, clip_denoised=True, seed=None
 ):

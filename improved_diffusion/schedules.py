@@ -37,40 +37,30 @@ def betas_for_alpha_bar(num_diffusion_timesteps, alpha_bar, max_beta=0.999):
     return np.array([min(1 - alpha_bar((i + 1) / n) / alpha_bar(i / n), max_beta) for i in range(n)])
 
 
+_copies = {}  # (device, axes, ids of the arrays) -> their copy, for as long as the arrays live
+
+
 def at_timesteps(tables, timesteps, dims):
     """
     The entries of several tables at the timesteps, in one go.
 
-    :param tables: numpy arrays [T], all of floats or all of integers.
+    The device keeps a copy of the tables, so that no step of a loop converts them or waits for a transfer.
+
+    :param tables: tuple of numpy arrays [T], all of floats or all of integers.
     :param timesteps: integer tensor [N], whose device the results have.
     :param dims: how many axes they get.
     :return: a tensor [N, 1, 1, ...] for each table, float32 or int64, shaped to multiply data of that many axes.
     """
-    shape = len(tables), -1, *[1] * (dims - 1)
-    if timesteps.device.type == "cpu":
-        # numpy's look-ups cost a fraction of torch's, and see a table that was changed in place
-        i = timesteps.numpy()
-        return [th.from_numpy(row) for row in _rows([table[i] for table in tables]).reshape(shape)]
-    return _copy_on(timesteps.device, tables)[:, timesteps].view(shape).unbind()
-
-
-_copies = {}  # (device, ids of the arrays) -> their copy there, for as long as the arrays live
-
-
-def _copy_on(device, tables):
-    """The tables as one tensor [len(tables), T] on a device, which keeps it: no step of a loop waits for a transfer."""
-    key = device, *map(id, tables)
-    if key not in _copies:
-        with th.inference_mode(False):  # whoever trains later needs a copy made while sampling, too
-            _copies[key] = th.from_numpy(_rows(tables)).to(device)
+    key = timesteps.device, dims, *map(id, tables)
+    copy = _copies.get(key)
+    if copy is None:
+        with th.inference_mode(False), np.errstate(over="ignore"):  # whoever trains later needs a plain tensor, too
+            rows = np.array(tables, dtype=np.int64 if tables[0].dtype.kind in "iu" else np.float32)
+            copy = th.from_numpy(rows).to(timesteps.device).view(*rows.shape, *[1] * (dims - 1))
+        _copies[key] = copy
         for table in tables:
             weakref.finalize(table, _copies.pop, key, None)
-    return _copies[key]
-
-
-def _rows(arrays):
-    with np.errstate(over="ignore"):  # what float32 cannot hold is infinite there
-        return np.array(arrays, dtype=np.int64 if arrays[0].dtype.kind in "iu" else np.float32)
+    return copy.index_select(1, timesteps).unbind()
 
 
 def one_a_sample(values):
