@@ -252,7 +252,9 @@ class GaussianDiffusion:
         )
         noise = noise_fn(x)
         std = th.exp(0.5 * one_a_sample(out["log_variance"]))
-        sample = add_to(_unless_first(t, std) * noise, out["mean"])
+        std = _unless_first(t, std)
+        ours = noise_fn is th.randn_like and noise.dtype == std.dtype
+        sample = add_to(noise.mul_(std) if ours else std * noise, out["mean"])
         return {"sample": sample, "pred_xstart": out["pred_xstart"]}
 
     def p_sample_loop(
