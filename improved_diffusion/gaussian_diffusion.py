@@ -14,43 +14,19 @@ where it learns the variance too.
 
 import enum
 import math
-import weakref
 
 import numpy as np
 import torch as th
 
 from .losses import discretized_gaussian_log_likelihood, normal_kl
 from .nn import mean_flat
-
-
-def get_named_beta_schedule(schedule_name, num_diffusion_timesteps):
-    """
-    The variances beta of a schedule's steps.
-
-    "linear" is Ho et al.'s 1e-4 ... 0.02 for 1000 steps, scaled so that other step counts end
-    equally noisy. "cosine" is the paper's equation 17.
-
-    :return: float64 array [num_diffusion_timesteps].
-    :raises NotImplementedError: for another name.
-    """
-    if schedule_name == "linear":
-        scale = 1000 / num_diffusion_timesteps
-        return np.linspace(scale * 0.0001, scale * 0.02, num_diffusion_timesteps, dtype=np.float64)
-    if schedule_name == "cosine":
-        return betas_for_alpha_bar(num_diffusion_timesteps, lambda s: math.cos((s + 0.008) / 1.008 * math.pi / 2) ** 2)
-    raise NotImplementedError(f"unknown beta schedule {schedule_name!r}: there are linear and cosine")
-
-
-def betas_for_alpha_bar(num_diffusion_timesteps, alpha_bar, max_beta=0.999):
-    """
-    Betas whose running product of 1 - beta follows a given curve.
-
-    :param alpha_bar: maps the fraction 0...1 of the process that has passed to the product there.
-    :param max_beta: upper bound, below 1 to keep the last steps from being singular.
-    :return: float64 array [num_diffusion_timesteps].
-    """
-    n = num_diffusion_timesteps
-    return np.array([min(1 - alpha_bar((i + 1) / n) / alpha_bar(i / n), max_beta) for i in range(n)])
+from .schedules import (
+    add_to,
+    at_timesteps,
+    betas_for_alpha_bar,  # noqa: F401 (part of this module, as in the original)
+    get_named_beta_schedule,  # noqa: F401
+    one_a_sample,
+)
 
 
 class ModelMeanType(enum.Enum):
@@ -93,7 +69,7 @@ class GaussianDiffusion:
     Training and sampling for one noise schedule.
 
     Its tables (betas, alphas_cumprod, posterior_variance, ...) are float64 numpy arrays [T].
-    To change one, assign a new array; a GPU keeps a copy of what it has used.
+    To change one, assign a new array: the device keeps a copy of what a step has used, which is read-only from then on.
 
     :param betas: [T] in (0, 1], the variance of each step.
     :param model_mean_type: a ModelMeanType.
@@ -163,10 +139,9 @@ class GaussianDiffusion:
         """
         if noise is None:
             noise = th.randn_like(x_start)
-        return (
-            _extract_into_tensor(self.sqrt_alphas_cumprod, t, x_start.shape) * x_start
-            + _extract_into_tensor(self.sqrt_one_minus_alphas_cumprod, t, x_start.shape) * noise
-        )
+        tables = self.sqrt_alphas_cumprod, self.sqrt_one_minus_alphas_cumprod
+        signal_rate, noise_rate = at_timesteps(tables, t, x_start.dim())
+        return add_to(signal_rate * x_start, noise_rate * noise)
 
     def q_posterior_mean_variance(self, x_start, x_t, t):
         """
@@ -176,13 +151,10 @@ class GaussianDiffusion:
 
         :return: three tensors of x_t's shape.
         """
-        mean = (
-            _extract_into_tensor(self.posterior_mean_coef1, t, x_t.shape) * x_start
-            + _extract_into_tensor(self.posterior_mean_coef2, t, x_t.shape) * x_t
-        )
-        variance = _extract_into_tensor(self.posterior_variance, t, x_t.shape)
-        log_variance = _extract_into_tensor(self.posterior_log_variance_clipped, t, x_t.shape)
-        return mean, variance, log_variance
+        coefs = self.posterior_mean_coef1, self.posterior_mean_coef2
+        variances = self.posterior_variance, self.posterior_log_variance_clipped
+        coef1, coef2, variance, log_variance = at_timesteps(coefs + variances, t, x_t.dim())
+        return add_to(coef1 * x_start, coef2 * x_t), variance.expand(x_t.shape), log_variance.expand(x_t.shape)
 
     # ---------------------------------------------------------------- p: noise to data
 
@@ -211,7 +183,9 @@ class GaussianDiffusion:
         if denoised_fn is not None:
             pred_xstart = denoised_fn(pred_xstart)
         if clip_denoised:
-            pred_xstart = pred_xstart.clamp(-1, 1)
+            # what the model or denoised_fn gave is theirs, and stays as it is
+            theirs = denoised_fn is not None or self.model_mean_type == ModelMeanType.START_X
+            pred_xstart = pred_xstart.clamp(-1, 1) if theirs else pred_xstart.clamp_(-1, 1)
 
         if self.model_mean_type == ModelMeanType.PREVIOUS_X:
             mean = output
@@ -225,42 +199,36 @@ class GaussianDiffusion:
         if output.shape != wanted:
             raise ValueError(f"the model's output must have shape {wanted}, not {tuple(output.shape)}")
         if self.model_var_type == ModelVarType.FIXED_LARGE:
-            variance, log_variance = self._large_variance, self._large_log_variance
+            tables = self._large_variance, self._large_log_variance
         elif self.model_var_type == ModelVarType.FIXED_SMALL:
-            variance, log_variance = self.posterior_variance, self.posterior_log_variance_clipped
+            tables = self.posterior_variance, self.posterior_log_variance_clipped
         else:
             output, log_variance = output.chunk(2, dim=1)
             if self.model_var_type == ModelVarType.LEARNED_RANGE:
-                low = _extract_into_tensor(self.posterior_log_variance_clipped, t, x.shape)
-                high = _extract_into_tensor(self._log_betas, t, x.shape)
-                v = (log_variance + 1) / 2  # the output is in about [-1, 1]
-                log_variance = v * high + (1 - v) * low  # equation 15
+                low, high = at_timesteps((self.posterior_log_variance_clipped, self._log_betas), t, x.dim())
+                v = (log_variance + 1).div_(2)  # the output is in about [-1, 1]
+                log_variance = add_to(v * high, (1 - v).mul_(low))  # equation 15
             return output, th.exp(log_variance), log_variance
-        return (
-            output,
-            _extract_into_tensor(variance, t, x.shape),
-            _extract_into_tensor(log_variance, t, x.shape),
-        )
+        return output, *(values.expand(x.shape) for values in at_timesteps(tables, t, x.dim()))
 
     def _learns_variance(self):
         return self.model_var_type in (ModelVarType.LEARNED, ModelVarType.LEARNED_RANGE)
 
     def _predict_xstart_from_eps(self, x_t, t, eps):
-        return (
-            _extract_into_tensor(self.sqrt_recip_alphas_cumprod, t, x_t.shape) * x_t
-            - _extract_into_tensor(self.sqrt_recipm1_alphas_cumprod, t, x_t.shape) * eps
-        )
+        recip, recipm1 = self._reciprocals(t, x_t)
+        return add_to(recip * x_t, recipm1 * eps, alpha=-1)
 
     def _predict_xstart_from_xprev(self, x_t, t, xprev):
         # the posterior mean solved for x_0
-        return (xprev - _extract_into_tensor(self.posterior_mean_coef2, t, x_t.shape) * x_t) / _extract_into_tensor(
-            self.posterior_mean_coef1, t, x_t.shape
-        )
+        coef1, coef2 = at_timesteps((self.posterior_mean_coef1, self.posterior_mean_coef2), t, x_t.dim())
+        return (xprev - coef2 * x_t).div_(coef1)
 
     def _predict_eps_from_xstart(self, x_t, t, pred_xstart):
-        return (
-            _extract_into_tensor(self.sqrt_recip_alphas_cumprod, t, x_t.shape) * x_t - pred_xstart
-        ) / _extract_into_tensor(self.sqrt_recipm1_alphas_cumprod, t, x_t.shape)
+        recip, recipm1 = self._reciprocals(t, x_t)
+        return add_to(recip * x_t, pred_xstart, alpha=-1).div_(recipm1)
+
+    def _reciprocals(self, t, x):
+        return at_timesteps((self.sqrt_recip_alphas_cumprod, self.sqrt_recipm1_alphas_cumprod), t, x.dim())
 
     def _scale_timesteps(self, t):
         if self.rescale_timesteps:
@@ -280,7 +248,10 @@ class GaussianDiffusion:
             model, x, t, clip_denoised=clip_denoised, denoised_fn=denoised_fn, model_kwargs=model_kwargs
         )
         noise = noise_fn(x)
-        sample = out["mean"] + _unless_first(t, x) * th.exp(0.5 * out["log_variance"]) * noise
+        std = th.exp(0.5 * one_a_sample(out["log_variance"]))
+        std = _unless_first(t, std)
+        ours = noise_fn is th.randn_like and noise.dtype == std.dtype
+        sample = add_to(noise.mul_(std) if ours else std * noise, out["mean"])
         return {"sample": sample, "pred_xstart": out["pred_xstart"]}
 
     def p_sample_loop(
@@ -358,6 +329,7 @@ class GaussianDiffusion:
             indices = tqdm(indices, total=self.num_timesteps, desc="sampling", unit="step")
         for i in indices:
             t = th.full((shape[0],), i, device=device, dtype=th.long)
+            # no inference mode here: a model may guide itself by gradients, a caller may train on what it is given
             with th.no_grad():
                 out = step(model, x, t, **step_kwargs)
             yield out
@@ -380,12 +352,15 @@ class GaussianDiffusion:
         )
         # from the processed x_0, so that clamping it changes the direction too
         eps = self._predict_eps_from_xstart(x, t, out["pred_xstart"])
-        alpha_bar = _extract_into_tensor(self.alphas_cumprod, t, x.shape)
-        alpha_bar_prev = _extract_into_tensor(self.alphas_cumprod_prev, t, x.shape)
+        alpha_bar, alpha_bar_prev = at_timesteps((self.alphas_cumprod, self.alphas_cumprod_prev), t, x.dim())
+        noise = noise_fn(x)  # for eta = 0 too: a seeded script goes on with the random numbers it always had
+        noisy = isinstance(eta, th.Tensor) or eta != 0
         sigma = eta * th.sqrt((1 - alpha_bar_prev) / (1 - alpha_bar)) * th.sqrt(1 - alpha_bar / alpha_bar_prev)
-        noise = noise_fn(x)
-        mean = out["pred_xstart"] * th.sqrt(alpha_bar_prev) + th.sqrt(1 - alpha_bar_prev - sigma**2) * eps
-        return {"sample": mean + _unless_first(t, x) * sigma * noise, "pred_xstart": out["pred_xstart"]}
+        eps_rate = th.sqrt(1 - alpha_bar_prev - sigma**2) if noisy else th.sqrt(1 - alpha_bar_prev)
+        sample = add_to(th.sqrt(alpha_bar_prev) * out["pred_xstart"], eps.mul_(eps_rate))
+        if noisy:
+            sample = add_to(_unless_first(t, sigma) * noise, sample)
+        return {"sample": sample, "pred_xstart": out["pred_xstart"]}
 
     def ddim_reverse_sample(self, model, x, t, clip_denoised=True, denoised_fn=None, model_kwargs=None, eta=0.0):
         """
@@ -401,8 +376,8 @@ class GaussianDiffusion:
             model, x, t, clip_denoised=clip_denoised, denoised_fn=denoised_fn, model_kwargs=model_kwargs
         )
         eps = self._predict_eps_from_xstart(x, t, out["pred_xstart"])
-        alpha_bar_next = _extract_into_tensor(self.alphas_cumprod_next, t, x.shape)
-        sample = out["pred_xstart"] * th.sqrt(alpha_bar_next) + th.sqrt(1 - alpha_bar_next) * eps
+        (alpha_bar_next,) = at_timesteps((self.alphas_cumprod_next,), t, x.dim())
+        sample = add_to(th.sqrt(alpha_bar_next) * out["pred_xstart"], th.sqrt(1 - alpha_bar_next) * eps)
         return {"sample": sample, "pred_xstart": out["pred_xstart"]}
 
     def ddim_sample_loop(
@@ -516,10 +491,12 @@ class GaussianDiffusion:
         true_mean, _, true_log_variance = self.q_posterior_mean_variance(x_start, x_t, t)
         out = self.p_mean_variance(model, x_t, t, clip_denoised=clip_denoised, model_kwargs=model_kwargs)
         kl = normal_kl(true_mean, true_log_variance, out["mean"], out["log_variance"])
-        decoder_nll = -discretized_gaussian_log_likelihood(
-            x_start, means=out["mean"], log_scales=0.5 * out["log_variance"]
-        )
-        nats = th.where(t == 0, mean_flat(decoder_nll), mean_flat(kl))
+        nats, first = mean_flat(kl), t == 0
+        # the decoder's term is most of the work, and few batches have a sample that needs it; to ask a GPU is to wait
+        if t.device.type != "cpu" or first.any():
+            log_scales = 0.5 * out["log_variance"]
+            decoder_nll = -discretized_gaussian_log_likelihood(x_start, means=out["mean"], log_scales=log_scales)
+            nats = th.where(first, mean_flat(decoder_nll), nats)
         return {"output": nats / math.log(2.0), "pred_xstart": out["pred_xstart"]}
 
     def _prior_bpd(self, x_start):
@@ -567,37 +544,16 @@ def _last_sample(steps):
     return final
 
 
-def _unless_first(t, x):
-    """1 where t > 0, 0 where t = 0, shaped to multiply x."""
-    return (t != 0).to(x.dtype).view(-1, *[1] * (x.dim() - 1))
+def _unless_first(t, std):
+    """`std` where t > 0, 0 where t = 0: the last step adds no noise."""
+    return std * (t != 0).view(-1, *[1] * (std.dim() - 1))
 
 
 def _extract_into_tensor(arr, timesteps, broadcast_shape):
     """
-    The entries of a table at the timesteps, as float32.
+    The entries of any array [T] at the timesteps, as float32, for code that was written for the original.
 
-    :param arr: numpy array [T].
-    :param timesteps: integer tensor [N], whose device the result has.
-    :param broadcast_shape: (N, ...).
-    :return: tensor of broadcast_shape (a view that repeats one value a sample).
+    :return: tensor of broadcast_shape (N, ...), a view that repeats one value a sample.
     """
-    values = _table_on(timesteps.device, arr)[timesteps].float()
+    values = th.from_numpy(arr).to(timesteps.device)[timesteps].float()
     return values.view(-1, *[1] * (len(broadcast_shape) - 1)).expand(broadcast_shape)
-
-
-_gpu_tables = {}  # (id of the array, device) -> its copy there, for as long as the array lives
-
-
-def _table_on(device, arr):
-    """
-    `arr` as a tensor on `device`. The CPU shares the array's memory; another device keeps a copy,
-    so that no step of a loop waits for a transfer.
-    """
-    if device.type == "cpu":
-        return th.from_numpy(arr)
-    key = id(arr), device
-    if key not in _gpu_tables:
-        table = th.from_numpy(arr)
-        _gpu_tables[key] = (table.float() if table.is_floating_point() else table).to(device)
-        weakref.finalize(arr, _gpu_tables.pop, key, None)
-    return _gpu_tables[key]

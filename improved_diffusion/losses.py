@@ -20,7 +20,7 @@ def normal_kl(mean1, logvar1, mean2, logvar2):
         raise TypeError("normal_kl needs at least one tensor among its arguments")
 
     # exp() below wants tensors; a Python number takes dtype and device of its neighbours
-    logvar1, logvar2 = (v if isinstance(v, th.Tensor) else like.new_tensor(v) for v in (logvar1, logvar2))
+    logvar1, logvar2 = (v if isinstance(v, th.Tensor) else like.new_full((), v) for v in (logvar1, logvar2))
     # near zero the terms cancel, and what is left depends on their order: -1 first, as published figures have it
     return 0.5 * (-1.0 + logvar2 - logvar1 + th.exp(logvar1 - logvar2) + (mean1 - mean2) ** 2 * th.exp(-logvar2))
 
@@ -59,12 +59,5 @@ def discretized_gaussian_log_likelihood(x, *, means, log_scales):
     inv_stdv = th.exp(-log_scales)
     cdf_upper = approx_standard_normal_cdf(inv_stdv * (centered + 1.0 / 255.0))
     cdf_lower = approx_standard_normal_cdf(inv_stdv * (centered - 1.0 / 255.0))
-
-    def safe_log(p):  # a bin far from the mean has probability 0 in float32
-        return th.log(p.clamp(min=1e-12))
-
-    return th.where(
-        x < -0.999,
-        safe_log(cdf_upper),
-        th.where(x > 0.999, safe_log(1.0 - cdf_lower), safe_log(cdf_upper - cdf_lower)),
-    )
+    probability = th.where(x < -0.999, cdf_upper, th.where(x > 0.999, 1.0 - cdf_lower, cdf_upper - cdf_lower))
+    return th.log(probability.clamp(min=1e-12))  # a bin far from the mean has probability 0 in float32

@@ -3,7 +3,8 @@
 import numpy as np
 
 from .errors import InputError
-from .gaussian_diffusion import GaussianDiffusion, _table_on
+from .gaussian_diffusion import GaussianDiffusion
+from .schedules import at_timesteps
 
 
 def space_timesteps(num_timesteps, section_counts):
@@ -121,7 +122,7 @@ class _WrappedModel:
         self.original_num_steps = original_num_steps
 
     def __call__(self, x, ts, **kwargs):
-        ts = _table_on(ts.device, self.timestep_map)[ts]
+        (ts,) = at_timesteps((self.timestep_map,), ts, 1)
         if self.rescale_timesteps:
             ts = ts.float() * (1000.0 / self.original_num_steps)
         return self.model(x, ts, **kwargs)

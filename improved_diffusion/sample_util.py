@@ -67,6 +67,7 @@ def in_full_batches(model, batch_size):
     return call
 
 
+@th.inference_mode()
 def generate(
     diffusion, model, *, shape, num_samples, batch_size, conditions, use_ddim=False, clip_denoised=True, seed=None
 ):

@@ -49,6 +49,7 @@ def main():
     run_bpd_evaluation(model, diffusion, data, args.clip_denoised, args.seed)
 
 
+@th.inference_mode()
 def run_bpd_evaluation(model, diffusion, data, clip_denoised, seed=None):
     # tensors from the start, since a rank may have no image at all
     sums = {key: th.zeros(diffusion.num_timesteps, dtype=th.float64, device=dist_util.dev()) for key in TERMS}

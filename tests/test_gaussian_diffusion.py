@@ -1,5 +1,6 @@
 """Schedules, the forward and reverse processes, samplers, training losses and the variational bound."""
 
+import copy
 import gc
 import math
 
@@ -22,8 +23,11 @@ from parity_cases import (
     tensor,
     toy_model_for,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from improved_diffusion import gaussian_diffusion as gd
+from improved_diffusion import schedules
 from improved_diffusion.gaussian_diffusion import (
     GaussianDiffusion,
     LossType,
@@ -32,6 +36,7 @@ from improved_diffusion.gaussian_diffusion import (
     betas_for_alpha_bar,
     get_named_beta_schedule,
 )
+from improved_diffusion.resample import create_named_schedule_sampler
 
 MEANS = [m.name for m in ModelMeanType]
 VARS = [v.name for v in ModelVarType]
@@ -177,22 +182,55 @@ def test_extract_gives_one_value_a_sample():
     assert th.equal(out, th.tensor([0.125, 0.5]).view(2, 1, 1).expand(2, 3, 4))
 
 
-def test_copies_of_tables_on_another_device_live_as_long_as_the_table():
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_copies_of_tables_live_as_long_as_the_table(device):
     def entries():
-        return [key for key in gd._gpu_tables if key[1] == t.device]
+        return [key for key in schedules._copies if number in key]
 
-    t = th.zeros(2, dtype=th.long, device="meta")
+    t = th.zeros(2, dtype=th.long, device=device)
     table = np.array([0.5, 0.25])
+    number = id(table)
     copies = []
-    for _ in range(2):
-        out = gd._extract_into_tensor(table, t, (2, 3))
-        assert (out.shape, out.dtype, out.device) == ((2, 3), th.float32, t.device)
-        assert entries() == [(id(table), t.device)]
-        copies.append(gd._gpu_tables[id(table), t.device])
-    assert copies[0] is copies[1]
+    for inference in (True, False):
+        with th.inference_mode(inference):
+            (out,) = schedules.at_timesteps((table,), t, 2)
+        assert (out.shape, out.dtype, out.device) == ((2, 1), th.float32, t.device)
+        copies.append(schedules._copies[entries()[0]])
+    assert copies[0] is copies[1] and not copies[0].is_inference()
     del table
     gc.collect()
     assert not entries()
+
+
+def test_a_table_that_is_assigned_anew_is_used_from_then_on():
+    d, x, t = make_diffusion(steps=30), tensor("x", 2, 3), th.tensor([2, 7])
+    before = d.q_sample(x, t, noise=x)
+    d.sqrt_alphas_cumprod = 2 * d.sqrt_alphas_cumprod
+    after = d.q_sample(x, t, noise=x)
+    th.testing.assert_close(after - before, th.tensor(d.sqrt_alphas_cumprod / 2, dtype=th.float32)[t, None] * x)
+
+
+def test_a_table_that_is_in_use_cannot_be_changed_in_place():
+    """The device's copy would not see it. Arrays of one's own stay as they are."""
+    d, own = make_diffusion(steps=30), np.array([0.5, 0.25])
+    d.sqrt_alphas_cumprod[3] = 0.5
+    d.q_sample(tensor("x", 2, 3), th.tensor([2, 7]))
+    with pytest.raises(ValueError, match="read-only"):
+        d.sqrt_alphas_cumprod[3] = 0.6
+    gd._extract_into_tensor(own, th.tensor([1]), (1,))
+    own[1] = 0.75
+    assert gd._extract_into_tensor(own, th.tensor([1]), (1,)).item() == 0.75
+
+
+def test_what_float32_cannot_hold_is_infinite():
+    (values,) = schedules.at_timesteps((np.array([1e300, 1.0]),), th.tensor([0, 1]), 1)
+    assert values.tolist() == [math.inf, 1.0]
+
+
+def test_a_copy_of_a_diffusion_has_its_own_tables():
+    d = make_diffusion(steps=30)
+    x, t = tensor("x", 2, 3), th.tensor([2, 7])
+    assert th.equal(copy.deepcopy(d).q_sample(x, t, noise=x), d.q_sample(x, t, noise=x))
 
 
 # ---------------------------------------------------------------- q
@@ -864,3 +902,147 @@ def test_one_step_chains(mean, var, beta):
     th.testing.assert_close(out["p_sample_loop"], out["ddim_sample_loop"])  # neither adds noise at t = 0
     if var != "LEARNED":  # all that a fixed variance, or a range, can mean here
         th.testing.assert_close(out["p_mean_variance log_variance"], th.full((3, 2, 4), math.log(beta)))
+
+
+# ---------------------------------------------------------------- what a step leaves alone, and what it never does
+
+
+@pytest.mark.parametrize("mean", MEANS)
+@pytest.mark.parametrize("var", VARS)
+def test_steps_leave_what_they_are_given_as_it_is(mean, var):
+    d, t = make_diffusion(steps=30, mean=mean, var=var), th.tensor([0, 9])
+    given = dict(
+        x=3 * tensor("x", 2, 2, 3),
+        output=3 * tensor("output", 2, 4 if var.startswith("LEARNED") else 2, 3),
+        noise=tensor("noise", 2, 2, 3),
+        denoised=3 * tensor("denoised", 2, 2, 3),
+    )
+    before = {k: v.clone() for k, v in given.items()}
+    for denoised_fn in (None, lambda v: given["denoised"], lambda v: v):
+        kwargs = dict(denoised_fn=denoised_fn, noise_fn=lambda x: given["noise"])
+        d.p_sample(always(given["output"]), given["x"], t, **kwargs)
+        for eta in (0.0, 0.5):
+            d.ddim_sample(always(given["output"]), given["x"], t, eta=eta, **kwargs)
+    for clip in (False, True):
+        out = d.ddim_reverse_sample(always(given["output"]), given["x"], t, clip_denoised=clip)
+        assert not clip or out["pred_xstart"].abs().max() <= 1
+    d.training_losses(always(given["output"]), given["x"], t, noise=given["noise"])
+    assert all(th.equal(given[k], before[k]) for k in given)
+
+
+@pytest.mark.parametrize("mean", MEANS)
+@pytest.mark.parametrize("var", VARS)
+def test_gradients_go_through_a_step(mean, var):
+    d, t = make_diffusion(steps=30, mean=mean, var=var), th.tensor([1, 9])
+    x = tensor("x", 2, 2, 3).double().mul_(0.3).requires_grad_()
+    model = always(tensor("output", 2, 4 if var.startswith("LEARNED") else 2, 3).double() * 0.3)
+    for step, kwargs in ((d.p_sample, {}), (d.ddim_sample, {}), (d.ddim_sample, dict(eta=0.5))):
+        kwargs["noise_fn"] = th.ones_like
+        assert th.autograd.gradcheck(lambda v, s=step, k=kwargs: s(model, v, t, **k)["sample"], x)
+
+
+@pytest.mark.parametrize("loss", LOSS_TYPES)
+def test_a_batch_without_a_first_timestep_has_the_losses_it_has_beside_one(loss):
+    d = make_diffusion(steps=50, var="LEARNED_RANGE", loss=loss)
+    x_start, eps = image_batch("x0", 4, 2, 3), tensor("eps", 4, 2, 3)
+    with_first, without = (
+        d.training_losses(ToyModel(True), x_start, th.tensor([first, 1, 25, 49]), noise=eps) for first in (0, 3)
+    )
+    for key in with_first:
+        assert th.equal(with_first[key][1:], without[key][1:])
+        assert with_first[key][0] != without[key][0]
+
+
+@pytest.mark.parametrize("loop", LOOP_NAMES)
+def test_a_model_may_guide_itself_by_gradients_and_samples_may_be_trained_on(loop):
+    d = make_diffusion(steps=5, schedule="cosine")
+
+    def guided(x, t):
+        with th.enable_grad():
+            x = x.detach().requires_grad_()
+            return th.autograd.grad((x**2).sum(), x)[0]
+
+    grad_modes = []
+    for out in getattr(d, loop + "_progressive")(guided, (2, 3), device="cpu"):
+        grad_modes.append((th.is_grad_enabled(), th.is_inference_mode_enabled()))
+        w = th.ones(3, requires_grad=True)
+        (w * out["sample"] * out["pred_xstart"]).sum().backward()
+        assert th.equal(w.grad, (out["sample"] * out["pred_xstart"]).sum(dim=0))
+    assert grad_modes == [(True, False)] * 5
+
+
+@pytest.mark.parametrize("var", VARS)
+def test_everything_works_under_inference_mode_and_what_follows_trains(var):
+    d = make_diffusion(steps=4, schedule="cosine", var=var)
+    model, x_start = toy_model_for(d), image_batch("x0", 2, 3)
+    with th.inference_mode():
+        th.manual_seed(0)
+        inside = d.p_sample_loop(model, (2, 3)), d.calc_bpd_loop(model, x_start)["total_bpd"]
+    th.manual_seed(0)
+    assert th.equal(d.p_sample_loop(model, (2, 3)), inside[0])
+    assert th.equal(d.calc_bpd_loop(model, x_start)["total_bpd"], inside[1])
+    d.training_losses(model, x_start, th.tensor([0, 3]))["loss"].sum().backward()
+    assert model.w.grad.isfinite().all()
+
+
+def steps_of_all_kinds(device):
+    """Pairs of a name and a function without arguments: the steps that loops repeat."""
+    shape, t = (2, 2, 4, 4), th.zeros(2, dtype=th.long, device=device)
+    x = th.zeros(shape, device=device)
+    for respacing in (None, "10"):
+        for var in VARS:
+            d = make_diffusion(steps=30, var=var, rescale=True, respacing=respacing)
+            output = th.zeros(2, 4 if var.startswith("LEARNED") else 2, 4, 4, device=device)
+            for step in (d.p_sample, d.ddim_sample, d.ddim_reverse_sample, d.training_losses):
+                yield f"{step.__name__} {var} {respacing}", lambda f=step, o=output: f(always(o), x, t)
+            yield f"eta {var} {respacing}", lambda d=d, o=output: d.ddim_sample(always(o), x, t, eta=0.5)
+            kl = make_diffusion(steps=30, var=var, loss="RESCALED_KL", respacing=respacing)
+            yield f"kl {var} {respacing}", lambda d=kl, o=output: d.training_losses(always(o), x, t)
+
+
+class OnlyOn(TorchDispatchMode):
+    """Refuses every operation that makes or takes a tensor elsewhere. On meta a wait for a value fails by itself."""
+
+    def __init__(self, device):
+        super().__init__()
+        self.device = device
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for v in tree_leaves((args, kwargs, out)):
+            assert not isinstance(v, th.Tensor) or v.device.type == self.device, f"{func} touched {v.device}"
+        return out
+
+
+def test_no_step_touches_another_device_or_waits_for_a_value():
+    for name, step in steps_of_all_kinds("meta"):
+        step()  # brings the tables there
+        with OnlyOn("meta"):
+            try:
+                step()
+            except Exception as e:
+                raise AssertionError(name) from e
+
+
+def test_what_the_guard_of_the_steps_refuses():
+    with OnlyOn("meta"):
+        with pytest.raises(AssertionError, match="touched cpu"):
+            th.tensor([1, 2])
+        with pytest.raises(RuntimeError):
+            th.zeros(2, device="meta").sum().item()
+        with pytest.raises((RuntimeError, NotImplementedError)):
+            th.zeros(2, device="meta")[th.zeros(2, dtype=th.bool, device="meta")]
+
+
+@pytest.mark.skipif(not th.cuda.is_available(), reason="needs a GPU")
+def test_no_step_waits_for_the_gpu():
+    sampler = create_named_schedule_sampler("uniform", make_diffusion(steps=30))
+    steps = [*steps_of_all_kinds("cuda"), ("sampler", lambda: sampler.sample(4, th.device("cuda")))]
+    for _, step in steps:
+        step()  # brings the tables there
+    th.cuda.set_sync_debug_mode("error")
+    try:
+        for _, step in steps:
+            step()
+    finally:
+        th.cuda.set_sync_debug_mode("default")

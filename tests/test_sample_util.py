@@ -60,6 +60,18 @@ def quiet_logger(tmp_path):
 # ---------------------------------------------------------------- drawing
 
 
+def test_nothing_is_kept_for_gradients_while_samples_are_drawn():
+    modes = []
+
+    def conditions(numbers, noise_fn):
+        modes.append(th.is_inference_mode_enabled())
+        return numbered(numbers, noise_fn)
+
+    draw(StubDiffusion(), conditions=conditions)
+    assert modes and all(modes)
+    assert not th.is_inference_mode_enabled()
+
+
 @pytest.mark.parametrize(("num_samples", "batches"), [(1, [1]), (3, [3]), (6, [3, 3]), (7, [3, 3, 1])])
 def test_exactly_num_samples_in_order_with_a_smaller_last_batch(num_samples, batches):
     diffusion = StubDiffusion()
