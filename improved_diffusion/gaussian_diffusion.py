@@ -69,7 +69,7 @@ class GaussianDiffusion:
     Training and sampling for one noise schedule.
 
     Its tables (betas, alphas_cumprod, posterior_variance, ...) are float64 numpy arrays [T].
-    To change one, assign a new array: the device keeps a copy of what a step has used, which is read-only from then on.
+    They may be changed, whole or in place: the next step sees it.
 
     :param betas: [T] in (0, 1], the variance of each step.
     :param model_mean_type: a ModelMeanType.
@@ -555,5 +555,5 @@ def _extract_into_tensor(arr, timesteps, broadcast_shape):
 
     :return: tensor of broadcast_shape (N, ...), a view that repeats one value a sample.
     """
-    values = th.from_numpy(arr).to(timesteps.device)[timesteps].float()
+    values = th.tensor(arr, device=timesteps.device)[timesteps].float()
     return values.view(-1, *[1] * (len(broadcast_shape) - 1)).expand(broadcast_shape)

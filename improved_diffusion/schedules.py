@@ -37,14 +37,15 @@ def betas_for_alpha_bar(num_diffusion_timesteps, alpha_bar, max_beta=0.999):
     return np.array([min(1 - alpha_bar((i + 1) / n) / alpha_bar(i / n), max_beta) for i in range(n)])
 
 
-_copies = {}  # (device, axes, ids of the arrays) -> their copy, for as long as the arrays live
+_copies = {}  # (device, axes, ids of the arrays) -> (their bytes, their copy), for as long as the arrays live
 
 
 def at_timesteps(tables, timesteps, dims):
     """
     The entries of several tables at the timesteps, in one go.
 
-    The device keeps a copy of the tables, so that no step of a loop converts them or waits for a transfer.
+    The device keeps a copy of the tables, so that no step of a loop converts them or waits for a transfer,
+    unless they have changed since the last one.
 
     :param tables: tuple of numpy arrays [T], all of floats or all of integers.
     :param timesteps: integer tensor [N], whose device the results have.
@@ -52,15 +53,16 @@ def at_timesteps(tables, timesteps, dims):
     :return: a tensor [N, 1, 1, ...] for each table, float32 or int64, shaped to multiply data of that many axes.
     """
     key = timesteps.device, dims, *map(id, tables)
-    copy = _copies.get(key)
-    if copy is None:
+    contents = b"".join(table.tobytes() for table in tables)  # some kilobytes: less than a microsecond each
+    known, copy = _copies.get(key, (None, None))
+    if contents != known:
         with th.inference_mode(False), np.errstate(over="ignore"):  # whoever trains later needs a plain tensor, too
             rows = np.array(tables, dtype=np.int64 if tables[0].dtype.kind in "iu" else np.float32)
             copy = th.from_numpy(rows).to(timesteps.device).view(*rows.shape, *[1] * (dims - 1))
-        _copies[key] = copy
-        for table in tables:
-            table.flags.writeable = False  # an error, where the copy would not see the change
-            weakref.finalize(table, _copies.pop, key, None)
+        if known is None:
+            for table in tables:
+                weakref.finalize(table, _copies.pop, key, None)
+        _copies[key] = contents, copy
     return copy.index_select(1, timesteps).unbind()
 
 
