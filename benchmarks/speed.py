@@ -104,7 +104,7 @@ def compare(work, functions, flops, setting, args, notes, calls=1):
                 "of the peak": rate / rates[VARIANTS[name].dtype],
             }
         )
-    notes.append(
-        f"Peak during {work}, {setting}: " + ", ".join(f"{d} {r / 1e9:,.0f} GFLOP/s" for d, r in rates.items())
-    )
+    measured = ", ".join(f"{str(dtype).removeprefix('torch.')} {r / 1e9:,.0f} GFLOP/s" for dtype, r in rates.items())
+    size = setting.image_size
+    notes.append(f"Peak during the rows of {work}, {size}x{size}, batch {setting.batch_size}: {measured}.")
     return rows
