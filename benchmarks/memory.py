@@ -34,14 +34,16 @@ def memory(args):
             setting = Setting(image_size, args.num_channels, args.num_res_blocks, batch_size)
             forms = list(FORMS.items())[: 3 if args.quick else None]
             measured = {label: measure_apart(*form, setting, args.device) for label, form in forms}
-            plain = measured["plain, float32"]["peak"]
+            plain = measured["plain, float32"]
             rows += [
                 {
                     **setting._asdict(),
                     "variant": label,
                     "peak, MiB": m["peak"] / MIB,
-                    "times plain": m["peak"] / plain,
+                    "times plain": m["peak"] / plain["peak"],
                     "model and optimizer, MiB": m["kept"] / MIB,
+                    "beyond these, MiB": (m["peak"] - m["kept"]) / MIB,
+                    "beyond, times plain": (m["peak"] - m["kept"]) / (plain["peak"] - plain["kept"]),
                     "resident, MiB": m["resident"] and m["resident"] / MIB,
                 }
                 for label, m in measured.items()

@@ -41,7 +41,7 @@ DEFAULTS = dict(
 OF_COMMAND = dict(
     load=dict(image_sizes=[64], batch_sizes=[64], repetitions=3),
     overhead=dict(repetitions=15),
-    memory=dict(image_sizes=[64], batch_sizes=[2], num_channels=128, num_res_blocks=3),
+    memory=dict(image_sizes=[64], batch_sizes=[8], num_channels=128, num_res_blocks=3),
     startup=dict(repetitions=5),
 )
 QUICK = dict(

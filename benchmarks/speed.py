@@ -9,7 +9,7 @@ from improved_diffusion import dist_util
 
 
 def train(args):
-    """Steps of training: loss, gradients, optimizer, moving average. Under a launcher, on all ranks together."""
+    """Steps of training: loss, gradients, optimizer, average. Under a launcher, images/s of all ranks, FLOPs of one."""
     rows, notes = [], []
     names = chosen_variants(args, notes)
     for setting in settings(args):
