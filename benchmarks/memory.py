@@ -70,10 +70,10 @@ def measure(name, use_checkpoint, setting, device):
         th.cuda.reset_peak_memory_stats()
         step()
         return {"peak": th.cuda.max_memory_allocated(), "kept": kept, "resident": None}
-    most_resident = resident("VmHWM") - before if before is not None else None
     zero_grad(loop)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         step()
+    most_resident = resident("VmHWM") - before if before is not None else None
     return {"peak": kept + most_at_once(record), "kept": kept, "resident": most_resident}
 
 
