@@ -1,5 +1,6 @@
 # make demo    train on real handwritten digits and draw some (minutes, two cores)
 # make test    lint and the whole test suite
+# make benchmark    measure speed and memory (an hour or less; on a machine that does nothing else)
 # make clean   forget the demo's results; the environment in .venv stays
 
 PYTHON ?= python3
@@ -14,7 +15,7 @@ LAST_DIGIT := demo/digits/8_01796.png
 WEIGHTS := demo/run/ema_0.99_001000.pt
 SAMPLES := demo/samples/samples_500x16x16x1.npz
 
-.PHONY: demo test lint benchmark-digits clean
+.PHONY: demo test lint benchmark benchmark-digits clean
 
 demo: demo/digits.png
 	@echo "The model's handwriting, a row for each digit: $(CURDIR)/demo/digits.png"
@@ -33,6 +34,9 @@ $(WEIGHTS): $(LAST_DIGIT)
 
 $(LAST_DIGIT): .venv/demo
 	$(PY) scripts/prepare_digits.py demo/digits
+
+benchmark: .venv/demo
+	$(PY) benchmarks/run.py all
 
 benchmark-digits: $(SAMPLES)
 	$(PY) benchmarks/digits.py $(SAMPLES) demo/digits

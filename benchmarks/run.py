@@ -1,0 +1,123 @@
+"""
+Measure the library: training, sampling, loading, what a step costs beyond the network, memory and startup.
+
+    python benchmarks/run.py train                         the main row: 32x32, 64 channels, 2 blocks, batch 16
+    python benchmarks/run.py train --batch_sizes 4,16,64   how cost grows
+    python benchmarks/run.py all --quick                   whether all of it works, in a minute
+
+Each sub-command prints a Markdown table of medians (least..most) and writes it, with the machine and the settings, to
+OUT/NAME.json. What is compared takes turns, so that a busy machine disturbs all alike; "plain" is plain.py.
+"""
+
+import argparse
+import os
+
+import torch as th
+from loading import load
+from memory import memory
+from models import VARIANTS
+from overhead import overhead
+from speed import sample, train
+from startup import startup
+
+from improved_diffusion import dist_util
+from improved_diffusion.command_line import FlagParser, run
+from improved_diffusion.errors import InputError
+
+COMMANDS = dict(train=train, sample=sample, load=load, overhead=overhead, memory=memory, startup=startup)
+
+DEFAULTS = dict(
+    image_sizes=[32],
+    batch_sizes=[16],
+    num_channels=64,
+    num_res_blocks=2,
+    sample_steps=10,
+    chain_steps=50,
+    num_images=1024,
+    load_seconds=2.0,
+    workers=[1, 2, 4],
+    repetitions=7,
+)
+OF_COMMAND = dict(
+    load=dict(image_sizes=[64], batch_sizes=[64], repetitions=3),
+    overhead=dict(repetitions=15),
+    memory=dict(image_sizes=[64], batch_sizes=[8], num_channels=128, num_res_blocks=3),
+    startup=dict(repetitions=5),
+)
+QUICK = dict(
+    image_sizes=[32],
+    batch_sizes=[2],
+    num_channels=32,
+    num_res_blocks=1,
+    sample_steps=2,
+    chain_steps=2,
+    num_images=8,
+    load_seconds=0.0,
+    workers=[1],
+    repetitions=1,
+)
+
+
+def main():
+    args = create_argparser().parse_args()
+    dist_util.setup_dist()
+    for name in COMMANDS if args.command == "all" else [args.command]:
+        COMMANDS[name](settings_of(name, args))
+
+
+def settings_of(name, args):
+    """The flags, with this sub-command's defaults where none were given."""
+    defaults = QUICK if args.quick else {**DEFAULTS, **OF_COMMAND.get(name, {})}
+    given = {key: value for key, value in vars(args).items() if value is not None}
+    return argparse.Namespace(**{"variants": None, **defaults, **given, "device": device_of(args)})
+
+
+def device_of(args):
+    """:raises InputError: if there is no such device."""
+    if args.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the library uses a GPU wherever there is one
+    if args.device == "cuda" and not th.cuda.is_available():
+        raise InputError("--device cuda: there is no GPU here; give cpu")
+    device = dist_util.dev()
+    return th.device(device)
+
+
+def create_argparser():
+    parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=[*COMMANDS, "all"])
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="a GPU if there is one")
+    parser.add_argument("--quick", action="store_true", help="the smallest sizes, once: a check, not a measurement")
+    parser.add_argument("--out", default=os.path.join(os.path.dirname(os.path.abspath(__file__)), "results"))
+    parser.add_argument("--variants", type=names, help=f"of train and sample, with commas: {', '.join(VARIANTS)}")
+    for name, value in DEFAULTS.items():
+        kind = numbers if isinstance(value, list) else positive(type(value))
+        parser.add_argument(f"--{name}", type=kind, help=f"{'with commas, ' * (kind is numbers)}{value} if not given")
+    return parser
+
+
+def names(text):
+    chosen = text.split(",")
+    if unknown := set(chosen) - set(VARIANTS):
+        raise argparse.ArgumentTypeError(f"{min(unknown)!r} is none of {', '.join(VARIANTS)}")
+    return chosen
+
+
+def numbers(text):
+    return [positive(int)(word) for word in text.split(",")]
+
+
+def positive(kind):
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = 0
+        if value <= 0:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+        return value
+
+    return parse
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,100 @@
+"""How long functions take, side by side, and what the machine can do at most."""
+
+import statistics
+import time
+from typing import NamedTuple
+
+import torch as th
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+
+class Spread(NamedTuple):
+    """Of repeated measurements."""
+
+    median: float
+    least: float
+    most: float
+
+
+def spread(values):
+    return Spread(statistics.median(values), min(values), max(values))
+
+
+def alternate(functions, repetitions, device):
+    """
+    Call each of the functions in turn, again and again, so that whatever else the machine does hits all alike.
+
+    The first call of each is not measured: it compiles, allocates and chooses kernels.
+
+    :param functions: {name: function without arguments}.
+    :return: {name: list of seconds}, `repetitions` each.
+    """
+    seconds = {name: [] for name in functions}
+    for repetition in range(repetitions + 1):
+        for name, function in functions.items():
+            elapsed = time_once(function, device)
+            if repetition:
+                seconds[name].append(elapsed)
+    return seconds
+
+
+def time_once(function, device):
+    synchronize(device)
+    start = time.perf_counter()
+    function()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def synchronize(device):
+    if device.type == "cuda":
+        th.cuda.synchronize(device)
+
+
+def count_flops(function):
+    """Floating-point operations of the convolutions and matrix products in a call of the function."""
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
+
+
+class Peak:
+    """
+    Work at the highest rate that the machine reaches at a precision: a wide 3x3 convolution on a CPU, a large
+    matrix product on a GPU. A call does `flops` floating-point operations.
+
+    In float32 the product is in TF32, which a GPU's convolutions use unless told otherwise.
+    """
+
+    def __init__(self, device, dtype, quick=False):
+        if device.type == "cuda":
+            size = 1024 if quick else 8192
+            self._inputs = [th.randn(size, size, device=device, dtype=dtype) for _ in range(2)]
+            self._work = th.mm
+        else:
+            channels, width, batch = (32, 8, 2) if quick else (128, 32, 16)
+            x, weight = th.randn(batch, channels, width, width), th.randn(channels, channels, 3, 3) / channels
+            self._inputs = [v.to(dtype) for v in (x, weight)]
+            self._work = lambda x, weight: F.conv2d(x, weight, padding=1)
+            self._use_the_quicker_layout(device)
+        self.flops = count_flops(self)
+
+    def _use_the_quicker_layout(self, device):
+        inputs = self._inputs
+        layouts = [inputs, [v.to(memory_format=th.channels_last) for v in inputs]]
+
+        def seconds(layout):
+            self._inputs = layout
+            return min(time_once(self, device) for _ in range(4))
+
+        self._inputs = min(layouts, key=seconds)
+
+    def __call__(self):
+        precision = th.get_float32_matmul_precision()
+        th.set_float32_matmul_precision("high")
+        try:
+            with th.inference_mode():
+                self._work(*self._inputs)
+        finally:
+            th.set_float32_matmul_precision(precision)
