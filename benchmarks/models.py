@@ -8,7 +8,7 @@ import torch.nn as nn
 from plain import PlainLoop, PlainUNet
 
 from improved_diffusion import logger
-from improved_diffusion.script_util import create_model_and_diffusion, model_and_diffusion_defaults
+from improved_diffusion.script_util import configure_compute, create_model_and_diffusion, model_and_diffusion_defaults
 from improved_diffusion.train_util import TrainLoop
 
 
@@ -70,10 +70,7 @@ def network(name, setting, device, **kwargs):
         return PlainUNet(model), diffusion
     if name == "diffusers":
         return Diffusers(model, setting).to(device), diffusion
-    if variant.dtype == th.bfloat16:
-        model.convert_to_bf16()
-    if variant.compiled:
-        model.compile()
+    configure_compute(model, use_bf16=variant.dtype == th.bfloat16, compile=variant.compiled)
     return model, diffusion
 
 

@@ -2,8 +2,8 @@
 The textbook form of each step, for comparison: what the arithmetic of one costs where nothing was done about it.
 
 Every look-up copies a float64 numpy table to the device, indexes it, converts what it found and repeats it to
-the shape of the images; every quantity of a step is computed in full, wanted or not; a loop makes its timesteps
-from Python lists. The numbers are those of improved_diffusion, for a model that predicts the noise and, in the
+the shape of the images; every quantity of a step is computed in full, wanted or not; a loop makes its timesteps, and
+the timesteps that the model knows them by, from Python lists. The numbers are those of improved_diffusion, for a model that predicts the noise and, in the
 losses, a variance in the learned range. x is [N, C, ...], t is [N]; equations are of arXiv 2102.09672.
 """
 
@@ -18,6 +18,7 @@ class NaiveDiffusion:
 
     def __init__(self, betas, learn_sigma=False):
         self.learn_sigma, self.num_timesteps = learn_sigma, len(betas)
+        self.timestep_map = list(range(len(betas)))  # of a respaced process: the places of its steps in the longer one
         alpha_bar = np.cumprod(1 - betas)
         before = np.append(1.0, alpha_bar[:-1])
         variance = betas * (1 - before) / (1 - alpha_bar)  # equation 10
@@ -35,7 +36,7 @@ class NaiveDiffusion:
         return mean, *(look_up(table, t, x_t) for table in self.posterior)
 
     def p_mean_variance(self, model, x, t, clip=True):
-        output = model(x, t)
+        output = model(x, th.tensor(self.timestep_map, device=t.device)[t])
         if self.learn_sigma:
             output, v = th.split(output, x.shape[1], dim=1)
             fraction = (v + 1) / 2
@@ -77,7 +78,7 @@ class NaiveDiffusion:
         """The hybrid loss (equation 16, the bound not scaled), [N]."""
         noise = th.randn_like(x_start)
         x_t = look_up(self.signal, t, x_start) * x_start + look_up(self.noise, t, x_start) * noise
-        output = model(x_t, t)
+        output = model(x_t, th.tensor(self.timestep_map, device=t.device)[t])
         eps, v = th.split(output, x_start.shape[1], dim=1)
         frozen = th.cat([eps.detach(), v], dim=1)
         return mean((noise - eps) ** 2) + self.bound(lambda x, t: frozen, x_start, x_t, t)

@@ -623,3 +623,19 @@ def test_names_the_original_offers():
     assert train_util.update_ema is nn.update_ema
     assert train_util.find_ema_checkpoint is checkpoint_util.find_ema_checkpoint
     assert train_util.find_resume_checkpoint() is None
+
+
+@pytest.mark.skipif(not th.cuda.is_available(), reason="needs a GPU")
+def test_no_step_waits_for_the_gpu(tmp_path, monkeypatch):
+    """Between two rows of the log; float16 alone must know whether a gradient overflowed."""
+    monkeypatch.undo()  # on_one_cpu()
+    with logger.scoped_configure(dir=str(tmp_path), format_strs=[]):
+        loop = make_loop(model=TinyNet().cuda(), log_interval=10)
+        batch, cond = next(batches())
+        loop.run_step(batch.pin_memory(), cond)  # the first is logged
+        loop.step += 1
+        th.cuda.set_sync_debug_mode("error")
+        try:
+            loop.run_step(batch.pin_memory(), cond)
+        finally:
+            th.cuda.set_sync_debug_mode("default")
