@@ -2,9 +2,10 @@
 The textbook form of each step, for comparison: what the arithmetic of one costs where nothing was done about it.
 
 Every look-up copies a float64 numpy table to the device, indexes it, converts what it found and repeats it to
-the shape of the images; every quantity of a step is computed in full, wanted or not; a loop makes its timesteps, and
-the timesteps that the model knows them by, from Python lists. The numbers are those of improved_diffusion, for a model that predicts the noise and, in the
-losses, a variance in the learned range. x is [N, C, ...], t is [N]; equations are of arXiv 2102.09672.
+the shape of the images; every quantity of a step is computed in full, wanted or not; a loop makes its timesteps,
+and those that the model knows them by, from Python lists. The numbers are those of improved_diffusion, for a model
+that predicts the noise and, in the losses, a variance in the learned range. x is [N, C, ...], t is [N]; equations
+are of arXiv 2102.09672.
 """
 
 import math
