@@ -212,7 +212,7 @@ def test_plain_and_ours_train_alike():
 
 def test_what_is_compiled_and_in_which_precision(monkeypatch):
     compiled = []
-    monkeypatch.setattr(th.nn.Module, "compile", lambda self: compiled.append(self))
+    monkeypatch.setattr(th.nn.Module, "compile", lambda self, **_: compiled.append(self))
     for name, variant in models.VARIANTS.items():
         if name == "diffusers":
             continue
