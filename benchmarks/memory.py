@@ -32,8 +32,9 @@ def memory(args):
     for image_size in args.image_sizes:
         for batch_size in args.batch_sizes:
             setting = Setting(image_size, args.num_channels, args.num_res_blocks, batch_size)
-            forms = list(FORMS.items())[: 3 if args.quick else None]
-            measured = {label: measure_apart(*form, setting, args.device) for label, form in forms}
+            chosen = {"plain", *(args.variants or (["fp32"] if args.quick else ["fp32", "bf16"]))}
+            forms = {label: form for label, form in FORMS.items() if form[0] in chosen}
+            measured = {label: measure_apart(*form, setting, args.device) for label, form in forms.items()}
             plain = measured["plain, float32"]
             rows += [
                 {

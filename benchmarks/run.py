@@ -88,7 +88,9 @@ def create_argparser():
     parser.add_argument("--device", choices=["cpu", "cuda"], help="a GPU if there is one")
     parser.add_argument("--quick", action="store_true", help="the smallest sizes, once: a check, not a measurement")
     parser.add_argument("--out", default=os.path.join(os.path.dirname(os.path.abspath(__file__)), "results"))
-    parser.add_argument("--variants", type=names, help=f"of train and sample, with commas: {', '.join(VARIANTS)}")
+    parser.add_argument(
+        "--variants", type=names, help=f"of train, sample and memory, with commas: {', '.join(VARIANTS)}"
+    )
     for name, value in DEFAULTS.items():
         kind = numbers if isinstance(value, list) else positive(type(value))
         parser.add_argument(f"--{name}", type=kind, help=f"{'with commas, ' * (kind is numbers)}{value} if not given")

@@ -103,6 +103,16 @@ def commands(target):
     return [shlex.split(line) for line in done.stdout.replace("\\\n", " ").splitlines()]
 
 
+def test_importing_the_factories_imports_nothing_heavy():
+    """Next to torch and numpy: what looks at files, images, ranks or compilers comes when it is used."""
+    code = (
+        "import sys, torch, numpy; before = set(sys.modules); import improved_diffusion.script_util; "
+        "print({name.partition('.')[0] for name in set(sys.modules) - before} - sys.stdlib_module_names)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("{'improved_diffusion'}\n", "")
+
+
 def test_the_automatic_check_is_make_test():
     run = ROOT / ".ci" / "run"
     assert os.access(run, os.X_OK)
