@@ -25,6 +25,7 @@ from .schedules import (
     at_timesteps,
     betas_for_alpha_bar,  # noqa: F401 (part of this module, as in the original)
     get_named_beta_schedule,  # noqa: F401
+    is_transformed,
     one_a_sample,
 )
 
@@ -183,9 +184,7 @@ class GaussianDiffusion:
         if denoised_fn is not None:
             pred_xstart = denoised_fn(pred_xstart)
         if clip_denoised:
-            # what the model or denoised_fn gave is theirs, and stays as it is
-            theirs = denoised_fn is not None or self.model_mean_type == ModelMeanType.START_X
-            pred_xstart = pred_xstart.clamp(-1, 1) if theirs else pred_xstart.clamp_(-1, 1)
+            pred_xstart = pred_xstart.clamp(-1, 1)
 
         if self.model_mean_type == ModelMeanType.PREVIOUS_X:
             mean = output
@@ -207,7 +206,7 @@ class GaussianDiffusion:
             if self.model_var_type == ModelVarType.LEARNED_RANGE:
                 low, high = at_timesteps((self.posterior_log_variance_clipped, self._log_betas), t, x.dim())
                 v = (log_variance + 1).div_(2)  # the output is in about [-1, 1]
-                log_variance = add_to(v * high, (1 - v).mul_(low))  # equation 15
+                log_variance = add_to(v * high, (1 - v) * low)  # equation 15
             return output, th.exp(log_variance), log_variance
         return output, *(values.expand(x.shape) for values in at_timesteps(tables, t, x.dim()))
 
@@ -357,7 +356,7 @@ class GaussianDiffusion:
         noisy = isinstance(eta, th.Tensor) or eta != 0
         sigma = eta * th.sqrt((1 - alpha_bar_prev) / (1 - alpha_bar)) * th.sqrt(1 - alpha_bar / alpha_bar_prev)
         eps_rate = th.sqrt(1 - alpha_bar_prev - sigma**2) if noisy else th.sqrt(1 - alpha_bar_prev)
-        sample = add_to(th.sqrt(alpha_bar_prev) * out["pred_xstart"], eps.mul_(eps_rate))
+        sample = add_to(th.sqrt(alpha_bar_prev) * out["pred_xstart"], eps_rate * eps)
         if noisy:
             sample = add_to(_unless_first(t, sigma) * noise, sample)
         return {"sample": sample, "pred_xstart": out["pred_xstart"]}
@@ -493,7 +492,7 @@ class GaussianDiffusion:
         kl = normal_kl(true_mean, true_log_variance, out["mean"], out["log_variance"])
         nats, first = mean_flat(kl), t == 0
         # the decoder's term is most of the work, and few batches have a sample that needs it; to ask a GPU is to wait
-        if t.device.type != "cpu" or first.any():
+        if t.device.type != "cpu" or is_transformed() or first.any():
             log_scales = 0.5 * out["log_variance"]
             decoder_nll = -discretized_gaussian_log_likelihood(x_start, means=out["mean"], log_scales=log_scales)
             nats = th.where(first, mean_flat(decoder_nll), nats)

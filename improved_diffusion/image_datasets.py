@@ -135,7 +135,7 @@ def _open_dataset(data_dir, image_size, class_cond, image_channels, num_classes,
     if not data_dir:
         raise InputError("data_dir is not given: name a folder of images, or a file of packed ones")
     share = slice(dist_util.rank(), limit, dist_util.world_size())
-    if not bf.isdir(data_dir) and (data_dir.endswith(ENDING) or os.path.isfile(data_dir)):
+    if not os.path.isdir(data_dir) and (data_dir.endswith(ENDING) or os.path.isfile(data_dir)):
         return _open_packed(data_dir, image_size, class_cond, image_channels, num_classes, share)
     paths = _find_images(data_dir, "data_dir")
     labels = None
@@ -340,7 +340,7 @@ class _PixelDataset(ImageDataset):
 
 class PackedDataset(_Samples):
     """
-    Images that have been scaled and cropped before.
+    Images that have been scaled and cropped before. A DataLoader of them needs _collate().
 
     :param images: uint8 [N, H, W, C].
     :param classes: their labels, int64 [N], or None.

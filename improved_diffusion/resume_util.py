@@ -4,6 +4,8 @@ How a run goes on: from which checkpoint, and what each of its parts takes from 
 All ranks call these functions together; rank 0 looks at the files.
 """
 
+import torch as th
+
 from . import dist_util, logger
 from .checkpoint_util import (
     find_ema_checkpoint,
@@ -111,6 +113,10 @@ def load_optimizer(opt, path, use_fp16):
         raise InputError(
             f"{path} does not fit the model's optimizer; a run with use_fp16 {not use_fp16} would have written it so"
         ) from None
+    for p, state in opt.state.items():  # the fused update takes for granted that moments lie in memory as p does
+        for key, value in state.items():
+            if isinstance(value, th.Tensor) and value.shape == p.shape:
+                state[key] = th.empty_like(p, dtype=value.dtype).copy_(value)
 
 
 def log_changes(before, now):

@@ -58,6 +58,8 @@ def in_full_batches(model, batch_size):
 
     def call(x, t, **kwargs):
         missing = batch_size - len(x)
+        if missing < 0:
+            raise ValueError(f"{len(x)} samples are more than the batch of {batch_size} that was announced")
 
         def filled(v):
             return th.cat([v, v[-1:].expand(missing, *v.shape[1:])]) if missing else v
@@ -72,7 +74,8 @@ def generate(
     diffusion, model, *, shape, num_samples, batch_size, conditions, use_ddim=False, clip_denoised=True, seed=None
 ):
     """
-    Draw samples batch by batch, the ranks side by side; all ranks call it.
+    Draw samples batch by batch, the ranks side by side; all ranks call it. Under inference mode: a model
+    that guides itself by gradients is for the diffusion's own loops.
 
     :param shape: of one sample, (C, H, W).
     :param batch_size: samples at once on each rank.

@@ -356,15 +356,16 @@ def configure_compute(model, *, use_fp16=False, use_bf16=False, compile=False):
     :param use_fp16: its torso in float16, weights included. For sampling: TrainLoop does it itself.
     :param use_bf16: its torso under autocast to bfloat16.
     :param compile: by torch.compile, when it is first called. Each shape of a batch is compiled anew.
-    :raises InputError: if there is nothing to compile with.
+    :raises InputError: if there is nothing to compile with, or for two precisions at once.
     """
+    if use_fp16 and use_bf16:
+        raise InputError("use_fp16 True and use_bf16 True: choose one of them")
     if use_fp16:
         model.convert_to_fp16()
     if use_bf16:
         model.convert_to_bf16()
     if compile:
-        compilers = [os.environ.get("CXX"), "g++", "clang++", "c++"]
-        if os.name == "posix" and not any(shutil.which(name) for name in compilers if name):
+        if os.name == "posix" and not shutil.which(os.environ.get("CXX", "g++")):
             raise InputError("compile True needs a C++ compiler: install g++, or set CXX to one")
         model.compile(dynamic=False)
 

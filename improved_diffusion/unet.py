@@ -383,9 +383,9 @@ class UNetModel(nn.Module):
         """
         features = self._features(x, timesteps, y)
         return {
-            "down": [h.type(x.dtype) for h in features["down"]],
-            "middle": features["middle"].type(x.dtype),
-            "up": [h.type(x.dtype) for h in features["up"]],
+            "down": [h.type(x.dtype).contiguous() for h in features["down"]],
+            "middle": features["middle"].type(x.dtype).contiguous(),
+            "up": [h.type(x.dtype).contiguous() for h in features["up"]],
         }
 
     def _features(self, x, timesteps, y):

@@ -1042,3 +1042,34 @@ def test_no_step_waits_for_the_gpu():
             step()
     finally:
         th.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("dtype", [th.bfloat16, th.float16], ids=str)
+def test_a_learned_variance_of_half_precision_is_computed_in_float32(dtype):
+    d, x, t = make_diffusion(steps=30, var="LEARNED_RANGE"), tensor("x", 2, 3, 4, 4), th.tensor([2, 20])
+    output = tensor("out", 2, 6, 4, 4).to(dtype)
+    got = d.p_mean_variance(lambda x, t: output, x, t)["log_variance"]
+    low, high = (th.tensor(table)[t].view(-1, 1, 1, 1) for table in (d.posterior_log_variance_clipped, np.log(d.betas)))
+    v = (output.chunk(2, dim=1)[1] + 1) / 2
+    assert got.dtype == th.float32
+    th.testing.assert_close(got.double(), v * high + (1 - v) * low, rtol=1e-5, atol=1e-5)
+
+
+def test_steps_under_vmap():
+    """Ensembles and gradients by sample, as torch.func makes them."""
+    d, x, t = make_diffusion(steps=30), tensor("x", 2, 3), th.tensor([2, 20])
+    noises = tensor("noises", 4, 2, 3)
+    got = th.func.vmap(lambda noise: d.q_sample(x, t, noise=noise))(noises)
+    assert th.equal(got, th.stack([d.q_sample(x, t, noise=noise) for noise in noises]))
+    got = th.func.vmap(lambda eps: d.p_mean_variance(lambda x, t: eps, x, t)["mean"])(noises)
+    assert th.equal(got, th.stack([d.p_mean_variance(lambda x, t, eps=eps: eps, x, t)["mean"] for eps in noises]))
+
+
+def test_what_a_subclass_gives_stays_as_it_is():
+    eps = 5 * tensor("eps", 2, 3)
+    before = eps.clone()
+    d = make_diffusion(steps=30)
+    d._predict_xstart_from_eps = lambda x_t, t, eps: eps
+    d._predict_eps_from_xstart = lambda x_t, t, pred_xstart: eps
+    d.ddim_sample(lambda x, t: eps, tensor("x", 2, 3), th.tensor([2, 20]))
+    assert th.equal(eps, before)

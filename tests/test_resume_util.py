@@ -26,7 +26,7 @@ from training import (
     train,
 )
 
-from improved_diffusion import dist_util, logger, train_util
+from improved_diffusion import dist_util, logger, resume_util, train_util
 from improved_diffusion.errors import InputError
 from improved_diffusion.image_datasets import load_data
 from improved_diffusion.resample import LossSecondMomentResampler, UniformSampler
@@ -897,3 +897,25 @@ def test_a_signal_in_the_first_step_leaves_the_originals_checkpoint_alone(origin
         train(original, Signalled, resume_checkpoint=latest(original), max_steps=9)
     assert left.value.code == 0
     assert {name: data for name, data in snapshot(original).items() if name.endswith(".pt")} == source
+
+
+def test_moments_lie_in_memory_as_their_parameters(tmp_path):
+    """The fused update of AdamW does not look whether they do."""
+    after = []
+    for memory_format in (th.contiguous_format, th.channels_last):
+        model = th.nn.Conv2d(3, 4, 3, padding=1).to(memory_format=memory_format)
+        opt = th.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
+        generator = th.Generator().manual_seed(0)
+        moments = [th.rand(p.shape, generator=generator) for p in model.parameters() for _ in range(2)]
+        state = {
+            i: {"step": th.tensor(3.0), "exp_avg": moments[2 * i], "exp_avg_sq": moments[2 * i + 1]} for i in range(2)
+        }
+        th.save({**opt.state_dict(), "state": state}, tmp_path / "opt.pt")
+        resume_util.load_optimizer(opt, str(tmp_path / "opt.pt"), use_fp16=False)
+        for p in model.parameters():
+            p.data.zero_()
+            p.grad = th.ones_like(p)
+        opt.step()
+        after.append(model.weight.detach())
+    assert after[0].abs().max() > 0
+    th.testing.assert_close(after[1], after[0])
