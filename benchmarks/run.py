@@ -14,7 +14,7 @@ import os
 
 import torch as th
 from loading import load
-from memory import memory
+from memory import FORMS, memory
 from models import VARIANTS
 from overhead import overhead
 from speed import sample, train
@@ -26,35 +26,24 @@ from improved_diffusion.errors import InputError
 
 COMMANDS = dict(train=train, sample=sample, load=load, overhead=overhead, memory=memory, startup=startup)
 
-DEFAULTS = dict(
-    image_sizes=[32],
-    batch_sizes=[16],
-    num_channels=64,
-    num_res_blocks=2,
-    sample_steps=10,
-    chain_steps=50,
-    num_images=1024,
-    load_seconds=2.0,
-    workers=[1, 2, 4],
-    repetitions=7,
+SETTINGS = dict(  # flag: (its value if not given, that of --quick)
+    image_sizes=([32], [32]),
+    batch_sizes=([16], [2]),
+    num_channels=(64, 32),
+    num_res_blocks=(2, 1),
+    sample_steps=(10, 2),
+    chain_steps=(50, 2),
+    num_images=(1024, 8),
+    load_seconds=(2.0, 0.0),
+    workers=([1, 2, 4], [1]),
+    repetitions=(7, 1),
 )
+DEFAULTS, QUICK = ({name: values[i] for name, values in SETTINGS.items()} for i in range(2))
 OF_COMMAND = dict(
     load=dict(image_sizes=[64], batch_sizes=[64], repetitions=3),
     overhead=dict(repetitions=15),
     memory=dict(image_sizes=[64], batch_sizes=[8], num_channels=128, num_res_blocks=3),
     startup=dict(repetitions=5),
-)
-QUICK = dict(
-    image_sizes=[32],
-    batch_sizes=[2],
-    num_channels=32,
-    num_res_blocks=1,
-    sample_steps=2,
-    chain_steps=2,
-    num_images=8,
-    load_seconds=0.0,
-    workers=[1],
-    repetitions=1,
 )
 
 
@@ -69,6 +58,8 @@ def settings_of(name, args):
     """The flags, with this sub-command's defaults where none were given."""
     defaults = QUICK if args.quick else {**DEFAULTS, **OF_COMMAND.get(name, {})}
     given = {key: value for key, value in vars(args).items() if value is not None}
+    if name == "memory" and (unknown := set(given.get("variants", ())) - {form for form, _ in FORMS.values()}):
+        raise InputError(f"--variants {min(unknown)}: memory has no such form; give plain, fp32 or bf16")
     return argparse.Namespace(**{"variants": None, **defaults, **given, "device": device_of(args)})
 
 

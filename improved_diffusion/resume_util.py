@@ -93,11 +93,12 @@ def load_ema(model, path):
     return [averages[name] for name, _ in model.named_parameters()]
 
 
-def load_optimizer(opt, path, use_fp16):
+def load_optimizer(opt, path, use_fp16, told=()):
     """
-    Load an optimizer's state, if there is a file.
+    Load an optimizer's state, if there is a file. Learning rate and weight decay stay what they are.
 
     :param use_fp16: of this run, for the message.
+    :param told: those of the two whose change is logged.
     :raises InputError: if it does not fit.
     """
     if not path:
@@ -105,14 +106,17 @@ def load_optimizer(opt, path, use_fp16):
         return
     logger.log(f"loading optimizer state from checkpoint: {path}")
     state_dict = dist_util.load_state_dict(path, map_location="cpu")  # the optimizer moves it to its device
+    now = {name: opt.defaults[name] for name in ("lr", "weight_decay", "fused")}  # the last is None of the original's
     try:
+        before = {name: state_dict["param_groups"][0][name] for name in told}
         for group in state_dict["param_groups"]:
-            group["fused"] = opt.defaults["fused"]  # a file of the original's has None
+            group.update(now)
         opt.load_state_dict(state_dict)
     except (ValueError, KeyError, TypeError):
         raise InputError(
             f"{path} does not fit the model's optimizer; a run with use_fp16 {not use_fp16} would have written it so"
         ) from None
+    log_changes(before, now)
     for p, state in opt.state.items():  # the fused update takes for granted that moments lie in memory as p does
         for key, value in state.items():
             if isinstance(value, th.Tensor) and value.shape == p.shape:

@@ -1,8 +1,10 @@
 """What the steps between two rows of the log amount to."""
 
+import math
+
 import torch as th
 
-from . import dist_util
+from . import dist_util, logger
 
 
 class StepStatistics:
@@ -58,6 +60,12 @@ class StepStatistics:
             names += [key] + [f"{key}_q{i}" for i in range(len(table) - 1)]
         return {name: (total / count, count) for name, (total, count) in zip(names, rows, strict=True) if count}
 
+    def ranks_not_finite(self, key):
+        """The ranks whose own mean of a key is not finite, or that have none; all of them call it."""
+        mean, _ = self.read(over_ranks=False).get(key, (math.nan, 0))
+        finite = dist_util.all_gather_object(math.isfinite(mean))
+        return [rank for rank, is_finite in enumerate(finite) if not is_finite]
+
     def state_dict(self):
         """What has been taken in, for load_state_dict(); tensors only."""
         return {key: table.cpu() for key, table in self._tables.items()}
@@ -71,3 +79,16 @@ class StepStatistics:
         totals = {key: sum(state[key] for state in states if key in state) for state in states for key in state}
         rank_0 = dist_util.rank() == 0
         self.load_state_dict({key: table if rank_0 else th.zeros_like(table) for key, table in totals.items()})
+
+
+def log_loss_dict(diffusion, ts, losses):
+    """
+    Log the means of losses by sample, and by quarter of the timesteps under key_q0 to key_q3.
+
+    :param ts: [N] timesteps.
+    :param losses: {name: [N]}.
+    """
+    statistics = StepStatistics()
+    statistics.add_losses(diffusion, ts, losses)
+    for key, (mean, count) in statistics.read(over_ranks=False).items():
+        logger.logkv_mean(key, mean, count)

@@ -47,7 +47,7 @@ from .resume_util import (
     state_of_parts,
     warn_of_other_checkpoints,
 )
-from .step_statistics import StepStatistics
+from .step_statistics import StepStatistics, log_loss_dict  # noqa: F401 (the second is part of this module)
 from .stop_signals import StopSignals
 
 # In float16 the loss is multiplied by 2^lg_loss_scale, lest small gradients vanish. The scale grows
@@ -177,20 +177,14 @@ class TrainLoop:
                 self.ema_params[i] = make_master_params(params) if self.use_fp16 else params
             else:
                 logger.log(f"there is no checkpoint of EMA {self.ema_rate[i]}: it begins at the model's parameters")
-        self._load_optimizer(opt_path)
+        # an annealed learning rate is another at every step
+        told = ["weight_decay"] if self.lr_anneal_steps else ["lr", "weight_decay"]
+        load_optimizer(self.opt, opt_path, self.use_fp16, told)
         if state_path:
             self._load_state(dist_util.load_state_dict(state_path, map_location="cpu"))
             if is_in(main_checkpoint, get_blob_logdir()):
                 logger.get_current().drop_from("step", self.step)  # rows that will be written again
         self._saved = parse_resume_step_from_filename(main_checkpoint), self._updates
-
-    def _load_optimizer(self, path):
-        settings = {"lr": self.lr, "weight_decay": self.weight_decay}
-        load_optimizer(self.opt, path, self.use_fp16)
-        before = {name: self.opt.param_groups[0][name] for name in settings}
-        log_changes(before, {k: v for k, v in settings.items() if not (k == "lr" and self.lr_anneal_steps)})
-        for group in self.opt.param_groups:
-            group.update(settings)
 
     def _load_state(self, state):
         self.step, self.resume_step = state["updates"], 0
@@ -398,9 +392,7 @@ class TrainLoop:
 
     def _diverged(self, what):
         """The error to raise. All ranks come here together, and learn which of them have a loss that is not finite."""
-        mean, _ = self._statistics.read(over_ranks=False).get("loss", (math.nan, 0))
-        finite = dist_util.all_gather_object(math.isfinite(mean))
-        bad = [rank for rank, is_finite in enumerate(finite) if not is_finite] or range(len(finite))
+        bad = self._statistics.ranks_not_finite("loss") or range(dist_util.world_size())
         return TrainingError(
             f"{what} at step {self._total_step} on rank {', '.join(map(str, bad))}; "
             f"the last good checkpoint is {self._last_checkpoint or 'none'}. A lower lr helps, or a look at the data"
@@ -444,19 +436,6 @@ class TrainLoop:
             master_params = unflatten_master_params(self.model_params, master_params)
         names = [name for name, _ in self.model.named_parameters()]
         return {**self.model.state_dict(), **dict(zip(names, (p.detach() for p in master_params), strict=True))}
-
-
-def log_loss_dict(diffusion, ts, losses):
-    """
-    Log the means of losses by sample, and by quarter of the timesteps under key_q0 to key_q3.
-
-    :param ts: [N] timesteps.
-    :param losses: {name: [N]}.
-    """
-    statistics = StepStatistics()
-    statistics.add_losses(diffusion, ts, losses)
-    for key, (mean, count) in statistics.read(over_ranks=False).items():
-        logger.logkv_mean(key, mean, count)
 
 
 def get_blob_logdir():

@@ -1,0 +1,248 @@
+"""
+What rows of values and lines of text are written to: the terminal, log.txt, CSV, JSON lines, TensorBoard.
+
+Files are appended to, and a crash at any moment costs at most one row.
+"""
+
+import contextlib
+import csv
+import io
+import json
+import math
+import os
+import sys
+
+from .errors import InputError
+from .files import write_files
+
+
+class KVWriter:
+    """An output for rows of values."""
+
+    def writekvs(self, kvs):
+        raise NotImplementedError
+
+    def drop_from(self, key, value, unless_above=math.inf):
+        """
+        Remove the rows whose `key` is a number >= value; none if there is one > unless_above. An output
+        that cannot keeps them.
+        """
+
+    def close(self):
+        """Nothing to close, unless a subclass holds something open."""
+
+
+class SeqWriter:
+    """An output for lines of text."""
+
+    def writeseq(self, seq):
+        raise NotImplementedError
+
+
+class HumanOutputFormat(KVWriter, SeqWriter):
+    """
+    Boxed tables and lines of text, for reading.
+
+    :param filename_or_file: a path, appended to, or an open text file, which close() leaves open.
+    """
+
+    def __init__(self, filename_or_file):
+        self.own_file = isinstance(filename_or_file, (str, os.PathLike))
+        self.file = open(filename_or_file, "a", encoding="utf-8") if self.own_file else filename_or_file  # noqa: SIM115
+
+    def writekvs(self, kvs):
+        rows = []
+        for key, val in sorted(plain(kvs).items(), key=lambda item: item[0].lower()):
+            shown = f"{val:<8.3g}" if isinstance(val, float) else str(val)
+            rows.append((_shorten(key), _shorten(shown)))
+        key_width = max((len(key) for key, _ in rows), default=0)
+        val_width = max((len(val) for _, val in rows), default=0)
+        rule = "-" * (key_width + val_width + 7)
+        lines = [f"| {key:<{key_width}} | {val:<{val_width}} |" for key, val in rows]
+        self.writeseq(["\n".join([rule, *lines, rule])])
+
+    def writeseq(self, seq):
+        with _one_line_error(getattr(self.file, "name", "the log")):
+            self.file.write(" ".join(seq) + "\n")
+            self.file.flush()
+
+    def close(self):
+        if self.own_file:
+            self.file.close()
+
+
+class JSONOutputFormat(KVWriter):
+    """One JSON object a line, keys in the order they were logged. The file is open only during a write."""
+
+    def __init__(self, filename):
+        self.filename = os.path.abspath(filename)
+        _drop_cut_line(self.filename)
+
+    def writekvs(self, kvs):
+        _append(self.filename, json.dumps(plain(kvs), default=str) + "\n")
+
+    def drop_from(self, key, value, unless_above=math.inf):
+        with open(self.filename, encoding="utf-8") as f:
+            lines = f.readlines()
+        kept = _rows_kept(lines, [json.loads(line).get(key) for line in lines], value, unless_above)
+        _replace(self.filename, "".join(kept))
+
+
+class CSVOutputFormat(KVWriter):
+    """
+    A header, then a row a dump. An existing file's columns go on; a new key becomes a column at the right.
+
+    The file is open only during a write, so that os.replace() never leaves a stale handle.
+    """
+
+    def __init__(self, filename):
+        self.filename = os.path.abspath(filename)
+        _drop_cut_line(self.filename)
+        self.keys, _ = self._read()
+
+    def writekvs(self, kvs):
+        kvs = plain(kvs)
+        newcomers = sorted(kvs.keys() - set(self.keys))
+        if newcomers:
+            _, rows = self._read()
+            self._rewrite(self.keys + newcomers, [*rows, kvs])
+        else:
+            _append(self.filename, _csv_line(kvs, self.keys))
+
+    def drop_from(self, key, value, unless_above=math.inf):
+        keys, rows = self._read()
+        if key in keys:
+            self._rewrite(keys, _rows_kept(rows, [row[key] for row in rows], value, unless_above))
+
+    def _read(self):
+        """The columns' names, and the rows as dicts of strings, None where a row ends early."""
+        with open(self.filename, newline="", encoding="utf-8") as f:
+            reader = csv.DictReader(f)
+            return list(reader.fieldnames or []), list(reader)
+
+    def _rewrite(self, keys, rows):
+        header = dict(zip(keys, keys, strict=True))
+        _replace(self.filename, "".join(_csv_line(row, keys) for row in [header, *rows]))
+        self.keys = keys
+
+
+class TensorBoardOutputFormat(KVWriter):
+    """
+    Scalars in an event file in dir; values that are not numbers are left out.
+
+    A row's step is its "step" where it has one, else one more than the last row's, from 1.
+
+    :raises InputError: a ValueError, if TensorBoard is not installed.
+    """
+
+    def __init__(self, dir):
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as e:
+            raise InputError(
+                "OPENAI_LOG_FORMAT tensorboard needs the extra: pip install improved-diffusion[tensorboard]"
+            ) from e
+        self.writer = SummaryWriter(dir)
+        self.step = 0
+
+    def writekvs(self, kvs):
+        kvs = plain(kvs)
+        self.step = int(kvs.get("step", self.step + 1))
+        for key, val in kvs.items():
+            if isinstance(val, (int, float)):
+                self.writer.add_scalar(key, val, self.step)
+        self.writer.flush()
+
+    def close(self):
+        self.writer.close()
+
+
+FILE_FORMATS = {  # name: writer, and its file's name around the suffix
+    "log": (HumanOutputFormat, "log{}.txt"),
+    "csv": (CSVOutputFormat, "progress{}.csv"),
+    "json": (JSONOutputFormat, "progress{}.json"),
+    "tensorboard": (TensorBoardOutputFormat, "tb{}"),
+}
+
+
+def make_output_format(format, ev_dir, log_suffix=""):
+    """
+    Open the output called "stdout" or as in FILE_FORMATS, in the directory ev_dir, made if need be.
+
+    :raises InputError: a ValueError, for any other name, or if the format's library is missing.
+    """
+    check_format(format)
+    os.makedirs(ev_dir, exist_ok=True)
+    if format == "stdout":
+        return HumanOutputFormat(sys.stdout)
+    writer, name = FILE_FORMATS[format]
+    return writer(os.path.join(ev_dir, name.format(log_suffix)))
+
+
+def check_format(name):
+    if name != "stdout" and name not in FILE_FORMATS:
+        raise InputError(f"unknown log format {name!r}: not one of stdout, {', '.join(FILE_FORMATS)}")
+
+
+def plain(kvs):
+    """A copy of a dict with numpy scalars and one-element tensors as Python floats."""
+
+    def number(val):
+        if not hasattr(val, "dtype") or math.prod(val.shape) != 1:
+            return val
+        item = val.item()
+        return float(item) if isinstance(item, (int, float)) else item
+
+    return {key: number(val) for key, val in kvs.items()}
+
+
+def _rows_kept(rows, values, least, unless_above):
+    """The rows whose value is not a number >= least; all of them if there is a number > unless_above."""
+    numbers = [_number(value) for value in values]
+    if any(number > unless_above for number in numbers):
+        return rows
+    return [row for row, number in zip(rows, numbers, strict=True) if not number >= least]
+
+
+def _number(val):
+    """val as a float; NaN, which is >= nothing, where it is no number."""
+    try:
+        return float(val)
+    except (TypeError, ValueError):
+        return math.nan
+
+
+def _shorten(text):
+    return text if len(text) <= 30 else text[:27] + "..."
+
+
+def _csv_line(row, keys):
+    text = io.StringIO()
+    csv.writer(text, lineterminator="").writerow([row.get(key, "") for key in keys])
+    # a row that breaks inside a value and is cut there by a crash would pass for a whole one
+    return " ".join(text.getvalue().splitlines()) + "\n"
+
+
+@contextlib.contextmanager
+def _one_line_error(path):
+    try:
+        yield
+    except OSError as e:
+        raise InputError(f"{path}: cannot be written ({e.strerror})") from None
+
+
+def _append(path, text):
+    with _one_line_error(path), open(path, "a", newline="", encoding="utf-8") as f:
+        f.write(text)
+
+
+def _drop_cut_line(path):
+    """Take off a last line without its newline, which a crash cut short. Makes the file if there is none."""
+    with open(path, "ab+") as f:
+        f.seek(0)
+        f.truncate(f.read().rfind(b"\n") + 1)
+
+
+def _replace(path, text):
+    directory, name = os.path.split(path)
+    write_files(directory, {name: lambda f: f.write(text.encode())})
