@@ -19,6 +19,9 @@ from improved_diffusion.logger import Logger
 ROOT = Path(__file__).resolve().parent.parent
 LAUNCHER_VARIABLES = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMI_SIZE"]
 
+FULL = "/dev/full"
+on_a_full_disk = pytest.mark.skipif(not os.path.exists(FULL), reason="the device that is always full is Linux's")
+
 # a model of 8x8 images that builds in milliseconds
 TINY = dict(
     num_channels=32,
