@@ -1,5 +1,5 @@
 """
-What test_dist_util.py starts on two ranks: two_ranks.py FOLDER IMAGES
+What test_two_ranks.py starts on two ranks: two_ranks.py FOLDER IMAGES
 
 Each rank writes FOLDER/rank0.json or rank1.json; the runs' logs and checkpoints are in folders of their own.
 """

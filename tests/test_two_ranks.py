@@ -1,0 +1,91 @@
+"""Real runs on two ranks, by torchrun and by mpiexec."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from harness import write_images
+from launchers import clean_environment
+from training import assert_same, checkpoint_names, load, read_rows
+
+MPIEXEC = Path(sys.executable).parent / "mpiexec"
+LAUNCHERS = {
+    "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
+    "mpiexec": [str(MPIEXEC), "-n", "2", sys.executable],
+}
+
+
+@pytest.fixture(scope="module", params=[pytest.param(name, marks=pytest.mark.slow) for name in LAUNCHERS])
+def two_ranks(request, tmp_path_factory):
+    """two_ranks.py has run: (its folder, what rank 0 found, what rank 1 found)."""
+    if request.param == "mpiexec" and not MPIEXEC.exists():
+        pytest.skip("no mpiexec beside this Python: pip install mpich")
+    folder = tmp_path_factory.mktemp(request.param)
+    images = write_images(tmp_path_factory.mktemp("images"), count=5)
+    done = subprocess.run(
+        [*LAUNCHERS[request.param], str(Path(__file__).parent / "two_ranks.py"), str(folder), str(images)],
+        env=clean_environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr, done.stderr
+    return folder, *(json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1))
+
+
+def test_exchange_between_ranks(two_ranks):
+    for rank, found in enumerate(two_ranks[1:]):
+        assert found["rank"] == rank and found["group"] == [rank, 2, "gloo"]
+        assert found["gathered"] == [[0, 0], [1, 1], [1, 1], [1, 1]]
+        assert found["gathered from rank 1 alone"] == [0, 1]
+        assert found["objects"] == [{"rank": 0}, {"rank": 1}]
+        assert found["sum"] == [3, 20]
+        assert found["synced"] == [[0, 0, 0], [[0]]]
+
+
+def test_gradient_is_that_of_all_batches(two_ranks):
+    for found in two_ranks[1:]:
+        assert found["wrapped"] is True
+        assert found["gradient error"] < 1e-6
+
+
+def test_ranks_hold_the_same_parameters(two_ranks):
+    _, *found = two_ranks
+    assert found[0]["parameters"] == found[1]["parameters"]
+    assert found[0]["losses"] != found[1]["losses"]  # of different images
+
+
+def test_rows_are_means_over_ranks(two_ranks):
+    folder, *found = two_ranks
+    losses = np.array([f["losses"] for f in found]).reshape(2, 5, 2)  # rank, step, sample
+    rows = read_rows(folder / "whole")
+    assert [row["mse"] for row in rows] == pytest.approx(losses.mean(axis=(0, 2)), rel=1e-6)
+    assert [row["samples"] for row in rows] == [4, 8, 12, 16, 20]
+    assert found[0]["global batch"] == 4
+
+
+def test_rank_0_alone_writes(two_ranks):
+    folder = two_ranks[0]
+    files = {path.name for path in (folder / "whole").iterdir()}
+    labels = (0, 2, 4)
+    checkpoints = {f"{kind}{label:06d}.pt" for label in labels for kind in ("model", "ema_0.9_", "opt", "state")}
+    assert files == {*checkpoints, "progress.csv", "log.txt", "log-rank001.txt"}
+
+
+def test_resumed_on_ranks(two_ranks):
+    """Each rank goes on in its own data, with its own random numbers."""
+    folder = two_ranks[0]
+    for name in checkpoint_names(folder / "whole"):
+        assert_same(load(folder / "parts" / name), load(folder / "whole" / name), name)
+    assert (folder / "parts" / "progress.csv").read_text() == (folder / "whole" / "progress.csv").read_text()
+    assert all("cannot continue" not in path.read_text() for path in (folder / "parts").glob("log*.txt"))
+
+
+def test_divergence_of_one_rank_ends_all(two_ranks):
+    folder, *found = two_ranks
+    for message in [f["error"] for f in found]:
+        assert f"at step 3 on rank 1; the last good checkpoint is {folder}/diverged/model000002.pt" in message
