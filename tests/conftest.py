@@ -4,6 +4,7 @@ limit an example, take the same examples every time and leave nothing on disk. T
 threads would only wait for each other.
 """
 
+import functools
 import random
 import sys
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch as th
 import torch.distributed as dist
+from harness import run_on_ranks
 from hypothesis import settings
 
 from improved_diffusion import dist_util
@@ -40,3 +42,9 @@ def no_process_group():
     yield
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+@pytest.fixture
+def on_ranks(monkeypatch):
+    """on_ranks(size, function) is what function(rank) returns on each of several ranks."""
+    return functools.partial(run_on_ranks, monkeypatch)

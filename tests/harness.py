@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import os
+import pickle
 import subprocess
 import sys
 import threading
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch as th
+import torch.distributed as dist
 from PIL import Image
 
 from improved_diffusion import command_line, script_util
@@ -132,21 +134,76 @@ def save_weights(path, super_resolution=False, fill=None, **changed):
 
 
 def run_in_threads(size, function):
-    """What function(rank) returns, or raises, in a thread for each rank."""
-    results = [None] * size
+    """
+    What function(rank) returns, called in a thread for each rank.
+
+    :raises: when all of them have ended, what the first of them raised: the others may have waited for it in vain.
+    """
+    results, errors = [None] * size, []
 
     def work(rank):
         try:
             results[rank] = function(rank)
         except BaseException as e:
-            results[rank] = e
+            errors.append(e)
 
     threads = [threading.Thread(target=work, args=(rank,)) for rank in range(size)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
+    if errors:
+        raise errors[0]
     return results
+
+
+def run_on_ranks(patch, size, function):
+    """
+    run_in_threads(), with as much of torch.distributed as the ranks ask for.
+
+    :param patch: a MonkeyPatch.
+    """
+    here, meeting, table = threading.local(), threading.Barrier(size, timeout=60), {}
+
+    def exchange(value):
+        """What each rank has brought, once all have."""
+        table[here.rank] = value
+        meeting.wait()
+        brought = [table[rank] for rank in range(size)]
+        meeting.wait()  # nobody brings the next before all have read
+        return brought
+
+    def broadcast_object_list(objects, source):
+        sent = exchange(pickle.dumps(objects))[source]
+        if here.rank != source:
+            objects[:] = pickle.loads(sent)  # the others get copies
+
+    def all_gather_object(objects, value):
+        objects[:] = [pickle.loads(sent) for sent in exchange(pickle.dumps(value))]
+
+    def all_gather(tensors, tensor):
+        for mine, sent in zip(tensors, exchange(tensor.clone()), strict=True):
+            mine.copy_(sent)
+
+    def all_reduce(tensor, group=None):
+        tensor.copy_(sum(exchange(tensor.clone())))
+
+    for collective in (broadcast_object_list, all_gather_object, all_gather, all_reduce):
+        patch.setattr(dist, collective.__name__, collective)
+    patch.setattr(dist, "is_initialized", lambda: hasattr(here, "rank"))
+    patch.setattr(dist, "get_rank", lambda: here.rank)
+    patch.setattr(dist, "get_world_size", lambda: size)
+    patch.setattr(dist, "get_backend", lambda: "gloo")
+
+    def work(rank):
+        here.rank = rank
+        try:
+            return function(rank)
+        except BaseException:
+            meeting.abort()
+            raise
+
+    return run_in_threads(size, work)
 
 
 def snapshot(folder):

@@ -4,14 +4,12 @@ import io
 import os
 import pickle
 import random
-import threading
 
 import blobfile as bf
 import numpy as np
 import pytest
 import torch as th
 import torch.distributed as dist
-from harness import run_in_threads
 from hypothesis import example, given
 from hypothesis import strategies as st
 from launchers import TORCHRUN, no_launcher, started_by
@@ -287,40 +285,10 @@ def test_what_is_not_the_files_fault(tmp_path, monkeypatch, module, name, error)
 # ---------------------------------------------------------------- what one rank finds out for all
 
 
-@pytest.fixture
-def on_ranks(monkeypatch):
-    """Runs a function on several ranks: threads, with as much of torch.distributed as they ask for."""
-
-    def run(size, function):
-        here, meeting, table = threading.local(), threading.Barrier(size, timeout=60), {}
-
-        def broadcast_object_list(objects, source):
-            if here.rank == source:
-                table["sent"] = pickle.dumps(objects)  # the others get copies
-            meeting.wait()
-            objects[:] = pickle.loads(table["sent"]) if here.rank != source else objects
-            meeting.wait()
-
-        def all_reduce(tensor, group=None):
-            table[here.rank] = (tensor.clone(), group)
-            meeting.wait()
-            tensor.copy_(sum(table[rank][0] for rank in range(size)))
-            meeting.wait()
-
-        monkeypatch.setattr(dist, "is_initialized", lambda: hasattr(here, "rank"))
-        monkeypatch.setattr(dist, "get_rank", lambda: here.rank)
-        monkeypatch.setattr(dist, "get_world_size", lambda: size)
-        monkeypatch.setattr(dist, "get_backend", lambda: "gloo")
-        monkeypatch.setattr(dist, "broadcast_object_list", broadcast_object_list)
-        monkeypatch.setattr(dist, "all_reduce", all_reduce)
-
-        def work(rank):
-            here.rank = rank
-            return function(rank)
-
-        return run_in_threads(size, work)
-
-    return run
+def raised_by(function, *args):
+    with pytest.raises(Exception) as info:
+        function(*args)
+    return info.value
 
 
 @pytest.mark.parametrize("size", [2, 3])
@@ -345,7 +313,7 @@ def test_an_exception_of_rank_0(on_ranks, error):
         calls.append(1)
         raise error
 
-    raised = on_ranks(3, lambda rank: dist_util.from_rank_0(fail))
+    raised = on_ranks(3, lambda rank: raised_by(dist_util.from_rank_0, fail))
     if isinstance(error, InputError):
         assert [(type(e), e.args) for e in raised] == [(InputError, error.args)] * 3
     else:  # not every exception can be sent as it is
@@ -363,7 +331,7 @@ def test_a_checkpoint_is_read_once(on_ranks, tmp_path, monkeypatch):
         assert_same(found, CHECKPOINT)
     assert len(opened) == 1
     path.unlink()
-    lines = [str(e) for e in on_ranks(2, lambda rank: dist_util.load_state_dict(str(path)))]
+    lines = on_ranks(2, lambda rank: str(raised_by(dist_util.load_state_dict, str(path))))
     assert lines == [f"{path}: there is no such file"] * 2
 
 

@@ -1,5 +1,6 @@
 """The means between two rows of the log, against means computed by hand."""
 
+import math
 from collections import defaultdict
 
 import numpy as np
@@ -9,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from training import on_one_cpu
 
-from improved_diffusion import dist_util
-from improved_diffusion.step_statistics import StepStatistics
+from improved_diffusion import dist_util, logger
+from improved_diffusion.step_statistics import StepStatistics, log_loss_dict
 
 finite = st.floats(-1e6, 1e6, width=32)
 
@@ -183,3 +184,66 @@ def test_quarters_of_another_number_of_ranks():
         states.append(one.state_dict())
     statistics.load_state_dicts(states)
     assert statistics.read() == {"loss": (3.5, 2), "loss_q0": (0.0, 1), "loss_q3": (7.0, 1)}
+
+
+# ---------------------------------------------------------------- which ranks have a mean that is not finite
+
+
+def statistics_of(*values, key="loss"):
+    statistics = StepStatistics()
+    for value in values:
+        statistics.add(key, th.tensor(value))
+    return statistics
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
+def test_the_only_rank_is_not_finite(value):
+    assert statistics_of(1.0, 2.0).ranks_not_finite("loss") == []
+    assert statistics_of(1.0, value, 2.0).ranks_not_finite("loss") == [0]
+    assert statistics_of(value, key="grad_norm").ranks_not_finite("grad_norm") == [0]
+
+
+def test_a_mean_that_a_rank_does_not_have():
+    """Nobody can say that it was finite."""
+    assert StepStatistics().ranks_not_finite("loss") == [0]
+    assert statistics_of(1.0, key="grad_norm").ranks_not_finite("loss") == [0]
+
+
+def test_losses_of_one_quarter_are_told_by_their_key_alone():
+    statistics = StepStatistics()
+    statistics.add_losses(Steps(8), th.tensor([0, 7]), {"mse": th.tensor([math.nan, 1.0]), "vb": th.ones(2)})
+    assert statistics.ranks_not_finite("vb") == statistics.ranks_not_finite("mse_q3") == []
+    assert statistics.ranks_not_finite("mse") == statistics.ranks_not_finite("mse_q0") == [0]
+
+
+@pytest.mark.parametrize("bad", [(), (0,), (2,), (0, 1), (0, 1, 2)], ids=str)
+def test_ranks_that_are_not_finite_are_known_to_all(on_ranks, bad):
+    """By their own means, whatever the sum over the ranks is; what they have taken in stays as it was."""
+
+    def work(rank):
+        statistics = statistics_of(1.0, math.inf if rank in bad else 3.0)
+        found = statistics.ranks_not_finite("loss")
+        assert statistics.read(over_ranks=False) == {"loss": (math.inf if rank in bad else 2.0, 2)}
+        return found
+
+    assert on_ranks(3, work) == [list(bad)] * 3
+
+
+def test_a_rank_without_a_mean_among_others(on_ranks):
+    """It takes part, and nobody waits in vain."""
+    found = on_ranks(3, lambda rank: (StepStatistics() if rank == 1 else statistics_of(1.0)).ranks_not_finite("loss"))
+    assert found == [[1]] * 3
+
+
+# ---------------------------------------------------------------- outside a loop
+
+
+def test_log_loss_dict():
+    """Outside a loop: means over all calls since the last dump."""
+    diffusion = Steps(8)
+    with logger.scoped_configure(format_strs=[]):
+        log_loss_dict(diffusion, th.tensor([0, 1, 7]), {"loss": th.tensor([1.0, 3.0, 5.0]), "vb": th.zeros(3)})
+        log_loss_dict(diffusion, th.tensor([0]), {"loss": th.tensor([5.0])})
+        assert logger.getkvs() == {
+            "loss": 4.0, "loss_q0": 3.0, "loss_q3": 5.0, "vb": 0.0, "vb_q0": 0.0, "vb_q3": 0.0,
+        }  # fmt: skip

@@ -26,7 +26,7 @@ from improved_diffusion import logger, train_util
 from improved_diffusion.errors import InputError, TrainingError
 from improved_diffusion.fp16_util import unflatten_master_params
 from improved_diffusion.resample import LossSecondMomentResampler, create_named_schedule_sampler
-from improved_diffusion.train_util import TrainLoop, get_blob_logdir, log_loss_dict
+from improved_diffusion.train_util import TrainLoop, get_blob_logdir
 from improved_diffusion.unet import UNetModel
 
 
@@ -500,17 +500,6 @@ def test_rows_by_hand(tmp_path):
         assert row == pytest.approx(expected, rel=1e-5)
 
 
-def test_log_loss_dict():
-    """Outside a loop: means over all calls since the last dump."""
-    diffusion = NoiselessDiffusion()
-    with logger.scoped_configure(format_strs=[]):
-        log_loss_dict(diffusion, th.tensor([0, 1, 7]), {"loss": th.tensor([1.0, 3.0, 5.0]), "vb": th.zeros(3)})
-        log_loss_dict(diffusion, th.tensor([0]), {"loss": th.tensor([5.0])})
-        assert logger.getkvs() == {
-            "loss": 4.0, "loss_q0": 3.0, "loss_q3": 5.0, "vb": 0.0, "vb_q0": 0.0, "vb_q3": 0.0,
-        }  # fmt: skip
-
-
 # ---------------------------------------------------------------- for subclasses
 
 
@@ -613,7 +602,7 @@ def test_public_attributes():
 
 
 def test_names_the_original_offers():
-    from improved_diffusion import checkpoint_util, fp16_util, nn
+    from improved_diffusion import checkpoint_util, fp16_util, nn, step_statistics
 
     helpers = [
         "make_master_params", "master_params_to_model_params", "model_grads_to_master_grads",
@@ -621,6 +610,7 @@ def test_names_the_original_offers():
     ]  # fmt: skip
     assert all(getattr(train_util, name) is getattr(fp16_util, name) for name in helpers)
     assert train_util.update_ema is nn.update_ema
+    assert train_util.log_loss_dict is step_statistics.log_loss_dict
     assert train_util.find_ema_checkpoint is checkpoint_util.find_ema_checkpoint
     assert train_util.find_resume_checkpoint() is None
 
