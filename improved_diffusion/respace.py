@@ -89,13 +89,12 @@ class SpacedDiffusion(GaussianDiffusion):
 
     @property
     def timestep_map(self):
-        """The longer process's timestep of each of this one's, a list. To change it, assign another."""
+        """The longer process's timestep of each of this one's, a list that may be changed or replaced."""
         return self._timestep_map
 
     @timestep_map.setter
     def timestep_map(self, timesteps):
-        self._timestep_map = list(timesteps)
-        self._map_table = np.array(self._timestep_map)
+        self._timestep_map = _TimestepMap(timesteps)
 
     def p_mean_variance(self, model, *args, **kwargs):
         return super().p_mean_variance(self._wrap_model(model), *args, **kwargs)
@@ -106,10 +105,21 @@ class SpacedDiffusion(GaussianDiffusion):
     def _wrap_model(self, model):
         if isinstance(model, _WrappedModel):
             return model
-        return _WrappedModel(model, self._map_table, self.rescale_timesteps, self.original_num_steps)
+        return _WrappedModel(model, self.timestep_map, self.rescale_timesteps, self.original_num_steps)
 
     def _scale_timesteps(self, t):
         return t  # the wrapped model scales, by the longer process's length
+
+
+class _TimestepMap(list):
+    """A list that keeps itself as a table, too: the same one until the list is changed."""
+
+    _of, _table = None, None
+
+    def table(self):
+        if self._of != self:  # no slower than a microsecond for 1,000 steps, since each is found to be itself
+            self._of, self._table = list(self), np.array(self)
+        return self._table
 
 
 class _WrappedModel:
@@ -117,12 +127,12 @@ class _WrappedModel:
 
     def __init__(self, model, timestep_map, rescale_timesteps, original_num_steps):
         self.model = model
-        self.timestep_map = np.asarray(timestep_map)
+        self.timestep_map = timestep_map if isinstance(timestep_map, _TimestepMap) else _TimestepMap(timestep_map)
         self.rescale_timesteps = rescale_timesteps
         self.original_num_steps = original_num_steps
 
     def __call__(self, x, ts, **kwargs):
-        (ts,) = at_timesteps((self.timestep_map,), ts, 1)
+        (ts,) = at_timesteps((self.timestep_map.table(),), ts, 1)
         if self.rescale_timesteps:
             ts = ts.float() * (1000.0 / self.original_num_steps)
         return self.model(x, ts, **kwargs)

@@ -1,5 +1,7 @@
 """Which timesteps a shorter process keeps, and that it is the longer one there."""
 
+import copy
+import pickle
 import re
 
 import numpy as np
@@ -9,6 +11,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from parity_cases import TABLES, ToyModel, assert_recorded, image_batch, make_diffusion, tensor, toy_model_for
 
+from improved_diffusion import respace
 from improved_diffusion.gaussian_diffusion import GaussianDiffusion, LossType, ModelMeanType, ModelVarType
 from improved_diffusion.respace import SpacedDiffusion, space_timesteps
 
@@ -215,6 +218,56 @@ def test_another_timestep_map_may_be_assigned():
     assert d.timestep_map == [2, 6]
     d.p_sample_loop(model, (1, 2))
     assert model.seen == [[6], [2]]
+
+
+def test_a_timestep_map_may_be_changed_in_place():
+    """Before a loop, between its steps, and below a model that is wrapped already."""
+    d, model = SpacedDiffusion([0, 4, 5], **diffusion_kwargs(np.linspace(0.1, 0.2, 8))), ToyModel()
+    wrapped, x = d._wrap_model(model), th.zeros(1, 2)
+
+    def seen():
+        model.seen.clear()
+        d.p_sample_loop(model, (1, 2))
+        for step in (d.p_mean_variance, d.training_losses):
+            step(wrapped, x, th.tensor([1]))
+        return model.seen
+
+    assert seen() == [[5], [4], [0], [4], [4]]
+    d.timestep_map[1] = 3
+    assert seen() == [[5], [3], [0], [3], [3]]
+    d.timestep_map.append(7)
+    d.timestep_map.pop(0)
+    assert seen() == [[7], [5], [3], [5], [5]]
+    d.timestep_map.sort(reverse=True)
+    assert seen() == [[3], [5], [7], [5], [5]]
+    steps = d.p_sample_loop_progressive(model, (1, 2))
+    model.seen.clear()
+    next(steps)
+    d.timestep_map[:] = [1, 2, 6]
+    list(steps)
+    assert model.seen == [[3], [2], [1]]
+
+
+def test_copies_have_a_timestep_map_of_their_own():
+    d, model = SpacedDiffusion([0, 4], **diffusion_kwargs(np.linspace(0.1, 0.2, 8))), ToyModel()
+    d.p_sample_loop(model, (1, 2))
+    for other in (copy.deepcopy(d), pickle.loads(pickle.dumps(d))):
+        other.timestep_map[0] = 1
+        for diffusion, want in ((d, [[4], [0]]), (other, [[4], [1]])):
+            model.seen.clear()
+            diffusion.p_sample_loop(model, (1, 2))
+            assert model.seen == want
+
+
+def test_a_model_wrapped_by_hand():
+    """The timesteps in any form, as in the original."""
+    for timesteps in ([2, 6], (2, 6), np.array([2, 6])):
+        model = ToyModel()
+        wrapped = respace._WrappedModel(model, timesteps, False, 8)
+        wrapped(th.zeros(2, 3), th.tensor([1, 0]))
+        wrapped.timestep_map[1] = 7
+        wrapped(th.zeros(2, 3), th.tensor([1, 0]))
+        assert model.seen == [[6, 2], [7, 2]]
 
 
 def test_nothing_kept():
