@@ -54,14 +54,19 @@ def for_inference(model, *, batch_size, use_fp16=False, use_bf16=False, compile=
 
 def in_full_batches(model, batch_size):
     """
-    :return: a function that calls the network with batch_size samples always: a smaller batch is filled up with
-             copies of its last sample, whose results are dropped. What is compiled for one shape is enough then.
+    :param batch_size: samples a call, at most.
+    :return: a function that calls the network with as many samples as in the largest batch so far, which for few
+             samples is less than batch_size: a smaller batch is filled up with copies of its last sample, whose
+             results are dropped. What is compiled for the first batch, of the largest ones, is enough then.
     """
+    full = 0
 
     def call(x, t, **kwargs):
-        missing = batch_size - len(x)
-        if missing < 0:
+        nonlocal full
+        if len(x) > batch_size:
             raise ValueError(f"{len(x)} samples are more than the batch of {batch_size} that was announced")
+        full = max(full, len(x))
+        missing = full - len(x)
 
         def filled(v):
             return th.cat([v, v[-1:].expand(missing, *v.shape[1:])]) if missing else v

@@ -156,18 +156,47 @@ def test_nothing_to_compile_with(monkeypatch):
 # ---------------------------------------------------------------- batches of one shape
 
 
+def recorded(seen):
+    """A network that notes what it is called with."""
+
+    def model(x, t, y):
+        seen.append((tuple(x.shape), t.tolist(), y.tolist()))
+        return x + (t + y).view(-1, 1)
+
+    return model
+
+
 @pytest.mark.parametrize("size", [1, 2, 5])
 def test_batches_are_filled_up(size):
     seen = []
+    full = in_full_batches(recorded(seen), 5)
+    for n in (5, size):
+        x, t, y = tensor("x", n, 3), th.arange(n), 10 * th.arange(n)
+        assert th.equal(full(x, t, y=y), x + (t + y).view(-1, 1))
+    assert [shape for shape, *_ in seen] == [(5, 3)] * 2
 
-    def model(x, t, y):
-        seen.append((x.shape, t.tolist(), y.tolist()))
-        return x + (t + y).view(-1, 1)
 
-    x, t, y = tensor("x", size, 3), th.arange(size), 10 * th.arange(size)
-    assert th.equal(in_full_batches(model, 5)(x, t, y=y), x + (t + y).view(-1, 1))
-    ((shape, *_),) = seen
-    assert shape == (5, 3)
+@pytest.mark.parametrize("num_samples, sizes", [(2, [2]), (5, [5]), (7, [5, 5]), (13, [5, 5, 5])])
+def test_few_samples_are_no_full_batch(num_samples, sizes):
+    """What is compiled costs as much for one sample as for all that it is called with."""
+    seen = []
+    full = in_full_batches(recorded(seen), 5)
+    for numbers in th.arange(num_samples).split(5):
+        x = tensor("x", len(numbers), 3)
+        assert th.equal(full(x, numbers, y=numbers), x + 2 * numbers.view(-1, 1))
+    assert [shape[0] for shape, *_ in seen] == sizes
+
+
+def test_batches_that_grow():
+    """Up to what was announced."""
+    seen = []
+    full = in_full_batches(recorded(seen), 5)
+    for size in (1, 3, 2, 5, 1):
+        t = th.arange(size)
+        assert len(full(tensor("x", size, 3), t, y=t)) == size
+    assert [shape[0] for shape, *_ in seen] == [1, 3, 3, 5, 5]
+    with pytest.raises(ValueError, match="6 samples are more than the batch of 5"):
+        full(tensor("x", 6, 3), th.arange(6), y=th.arange(6))
 
 
 def test_for_inference():
