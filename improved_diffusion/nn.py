@@ -59,6 +59,17 @@ def update_ema(target_params, source_params, rate=0.99):
         th._foreach_add_(targets, sources, alpha=1 - rate)
 
 
+def match_gradients(optimizer, *_):
+    """
+    Let each gradient lie in memory as its parameter does. For register_step_pre_hook() of a fused optimizer, which
+    goes through both side by side and does not look: autograd's lie so, those that a step of one's own assigns may not.
+    """
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if p.grad is not None and p.grad.stride() != p.stride():
+                p.grad = th.empty_like(p).copy_(p.grad)
+
+
 def zero_module(module):
     """Set every parameter of `module` to zero and return it."""
     for p in module.parameters():

@@ -32,7 +32,7 @@ from .fp16_util import (
     unflatten_master_params,
     zero_grad,
 )
-from .nn import update_ema
+from .nn import match_gradients, update_ema
 from .progress import Progress
 from .resample import LossAwareSampler, UniformSampler
 from .resume_util import Resumable, find_checkpoint, load_model, warn_of_other_checkpoints
@@ -142,6 +142,7 @@ class TrainLoop(Resumable):
         if self.use_fp16:
             self._setup_fp16()
         self.opt = AdamW(self.master_params, lr=self.lr, weight_decay=self.weight_decay, fused=True)
+        self.opt.register_step_pre_hook(match_gradients)
         self.ema_params = [copy.deepcopy(self.master_params) for _ in self.ema_rate]
         if main_checkpoint:
             self._resume(main_checkpoint, get_blob_logdir())

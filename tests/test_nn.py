@@ -17,6 +17,7 @@ from improved_diffusion.nn import (
     checkpoint,
     conv_nd,
     linear,
+    match_gradients,
     mean_flat,
     normalization,
     scale_module,
@@ -200,3 +201,44 @@ def test_without_gradients_there_is_no_second_pass_to_prepare(monkeypatch):
     with th.no_grad():
         out = checkpoint(lambda v: v * 2, (th.ones(2, requires_grad=True),), (), True)
     assert not out.requires_grad
+
+
+# ---------------------------------------------------------------- gradients of any layout
+
+
+FOREIGN = {
+    "transposed": lambda g: g.transpose(0, 1).contiguous().transpose(0, 1),
+    "channels last": lambda g: g.contiguous(memory_format=th.channels_last),
+    "contiguous": lambda g: g.contiguous(),
+    "with gaps": lambda g: th.stack([g, g + 1], dim=-1)[..., 0],
+    "repeated": lambda g: g[:1, :1, :1, :1].expand(g.shape),
+}
+
+
+@pytest.mark.parametrize("layout", [th.contiguous_format, th.channels_last], ids=str)
+@pytest.mark.parametrize("foreign", FOREIGN.values(), ids=FOREIGN)
+def test_gradients_of_any_layout_are_those_that_a_fused_optimizer_sees(layout, foreign):
+    after = []
+    for fused in (False, True):
+        w = nn.Parameter(tensor("w", 4, 3, 2, 5).contiguous(memory_format=layout))
+        unused = nn.Parameter(th.ones(2))
+        opt = th.optim.AdamW([{"params": [unused]}, {"params": [w]}], lr=0.1, fused=fused)
+        if fused:
+            opt.register_step_pre_hook(match_gradients)
+        for step in range(3):
+            w.grad = foreign(tensor(f"gradient {step}", 4, 3, 2, 5))
+            opt.step()
+        assert unused.grad is None
+        after.append(w.detach())
+    th.testing.assert_close(after[1], after[0])
+    assert w.grad.stride() == w.stride()
+
+
+def test_gradients_of_autograd_stay_where_they_are():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1), nn.Flatten(), nn.Linear(64, 2))
+    for layout in (th.contiguous_format, th.channels_last):
+        net.to(memory_format=layout).zero_grad()
+        net(th.ones(2, 3, 6, 6)).sum().backward()
+        before = [p.grad for p in net.parameters()]
+        match_gradients(th.optim.AdamW(net.parameters(), fused=True))
+        assert all(p.grad is g for p, g in zip(net.parameters(), before, strict=True))
