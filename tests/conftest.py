@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch as th
 import torch.distributed as dist
-from harness import run_on_ranks
+from harness import run_on_ranks, write_images
 from hypothesis import settings
 
-from improved_diffusion import dist_util
+from improved_diffusion import dist_util, train_util
 
 th.set_num_threads(1)
 
@@ -48,3 +48,15 @@ def no_process_group():
 def on_ranks(monkeypatch):
     """on_ranks(size, function) is what function(rank) returns on each of several ranks."""
     return functools.partial(run_on_ranks, monkeypatch)
+
+
+@pytest.fixture
+def modest_scale(monkeypatch):
+    """A loss scale that a network of two parameters does not overflow at."""
+    monkeypatch.setattr(train_util, "INITIAL_LOG_LOSS_SCALE", 8.0)
+
+
+@pytest.fixture(scope="session")
+def seven_images(tmp_path_factory):
+    """Batches of three leave one over, so that an epoch has two."""
+    return write_images(tmp_path_factory.mktemp("images"), count=7)

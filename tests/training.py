@@ -1,4 +1,4 @@
-"""What the tests of the training loop share: a network of two parameters, a diffusion without noise, short runs."""
+"""What the tests of training share: a network of two parameters, a diffusion without noise, short runs in parts."""
 
 import csv
 import itertools
@@ -10,6 +10,8 @@ from parity_cases import make_diffusion
 
 from improved_diffusion import logger
 from improved_diffusion.fp16_util import convert_module_to_f16
+from improved_diffusion.image_datasets import load_data
+from improved_diffusion.resample import LossSecondMomentResampler, UniformSampler
 from improved_diffusion.train_util import TrainLoop
 
 
@@ -116,3 +118,70 @@ def assert_same(got, want, where=""):
         assert got.dtype == want.dtype and th.equal(got, want), where
     else:
         assert got == want, where
+
+
+# ---------------------------------------------------------------- runs that go on
+
+
+class Killed(BaseException):
+    pass
+
+
+def killed_after(step):
+    """A TrainLoop that dies before it logs or saves anything of the step behind this one."""
+
+    class Dying(TrainLoop):
+        def log_step(self):
+            if self.step > step:
+                raise Killed
+            super().log_step()
+
+    return Dying
+
+
+def run(folder, images, cls=TrainLoop, *, seed=0, net=TinyNet, dropout=0.0, sampler="uniform", workers=0, **parameters):
+    """
+    A run as image_train.py does it: real images, noise, dropout. Only `seed` sets it apart from another.
+    """
+    th.manual_seed(seed)
+    np.random.seed(seed)
+    diffusion = make_diffusion(4, "cosine")
+    samplers = {"uniform": UniformSampler, "loss-second-moment": lambda d: LossSecondMomentResampler(d, 2)}
+    data = load_data(data_dir=str(images), batch_size=3, image_size=8, num_workers=workers)
+    return train(
+        folder,
+        cls,
+        model=net(dropout=dropout),
+        diffusion=diffusion,
+        data=data,
+        schedule_sampler=samplers[sampler](diffusion),
+        batch_size=3,
+        **parameters,
+    )
+
+
+def latest(folder):
+    return str(folder / max(name for name in checkpoint_names(folder) if name.startswith("model")))
+
+
+def resume(folder, checkpoint=None, **changed):
+    """:return: (the loop, the lines that the resumed run added to log.txt)."""
+    log = folder / "log.txt"
+    before = len(log.read_text()) if log.exists() else 0
+    loop = train(folder, resume_checkpoint=checkpoint or latest(folder), **changed)
+    return loop, log.read_text()[before:].splitlines()
+
+
+def assert_continues(folder, whole):
+    """All that the uninterrupted run left in `whole` is in `folder` too, to the last bit."""
+    for name in checkpoint_names(whole):
+        assert_same(load(folder / name), load(whole / name), name)
+    assert (folder / "progress.csv").read_text() == (whole / "progress.csv").read_text()
+
+
+def checkpoint_names_of(*labels):
+    return sorted(f"{kind}{label:06d}.pt" for label in labels for kind in ("model", "ema_0.9_", "opt", "state"))
+
+
+def lines_of(folder):
+    return (folder / "log.txt").read_text().splitlines()
