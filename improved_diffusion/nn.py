@@ -66,8 +66,9 @@ def match_gradients(optimizer, *_):
     """
     for group in optimizer.param_groups:
         for p in group["params"]:
-            if p.grad is not None and p.grad.stride() != p.stride():
-                p.grad = th.empty_like(p).copy_(p.grad)
+            grad = p.grad
+            if grad is not None and grad.stride() != p.stride():
+                p.grad = th.empty_like(p).copy_(grad)
 
 
 def zero_module(module):

@@ -266,8 +266,9 @@ def test_a_model_wrapped_by_hand():
         wrapped = respace._WrappedModel(model, timesteps, False, 8)
         wrapped(th.zeros(2, 3), th.tensor([1, 0]))
         wrapped.timestep_map[1] = 7
-        wrapped(th.zeros(2, 3), th.tensor([1, 0]))
-        assert model.seen == [[6, 2], [7, 2]]
+        wrapped.timestep_map.append(3)
+        wrapped(th.zeros(2, 3), th.tensor([1, 2]))
+        assert model.seen == [[6, 2], [7, 3]]
 
 
 def test_nothing_kept():

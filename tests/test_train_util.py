@@ -37,12 +37,6 @@ def one_cpu(monkeypatch):
     np.random.seed(2)
 
 
-@pytest.fixture
-def modest_scale(monkeypatch):
-    """A loss scale that a network of two parameters does not overflow at."""
-    monkeypatch.setattr(train_util, "INITIAL_LOG_LOSS_SCALE", 8.0)
-
-
 class Recording(TrainLoop):
     """Remembers what each step used and yielded."""
 
@@ -565,6 +559,32 @@ def test_an_optimizer_step_of_ones_own(tmp_path):
     train(tmp_path, Frozen, model=model)
     assert_same(parameters_of(model), before)
     assert "grad_norm" not in read_rows(tmp_path)[0] and "loss" in read_rows(tmp_path)[0]
+
+
+@pytest.mark.parametrize("own_step", [False, True])
+def test_gradients_of_ones_own_may_lie_in_memory_as_they_like(tmp_path, own_step):
+    class Foreign(TrainLoop):
+        def forward_backward(self, batch, cond):
+            super().forward_backward(batch, cond)
+            for p in self.model_params:
+                p.grad = th.stack([p.grad, p.grad + 1], dim=-1)[..., 0]
+
+        def optimize_normal(self):
+            if own_step:
+                self.opt.step()
+                self._update_ema()
+            else:
+                super().optimize_normal()
+
+    loops = []
+    for cls in (TrainLoop, Foreign):
+        th.manual_seed(1)
+        np.random.seed(2)
+        loops.append(train(tmp_path / cls.__name__, cls))
+    want, got = loops
+    assert_same(got.model.state_dict(), want.model.state_dict())
+    assert_same(got.opt.state_dict(), want.opt.state_dict())
+    assert_same([list(params) for params in got.ema_params], [list(params) for params in want.ema_params])
 
 
 def test_one_rank_has_no_wrapper():
