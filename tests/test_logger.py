@@ -489,7 +489,7 @@ def test_a_log_directory_that_cannot_be_is_refused_in_one_line(tmp_path, monkeyp
     file = tmp_path / "file"
     file.touch()
     monkeypatch.setenv("OPENAI_LOGDIR", str(file))
-    with pytest.raises(ValueError, match=r"OPENAI_LOGDIR .*cannot be made a folder") as refusal:
+    with pytest.raises(ValueError, match=r"log_dir .*file: cannot be made a folder") as refusal:
         logger.configure()
     assert "\n" not in str(refusal.value)
 
