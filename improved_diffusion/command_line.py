@@ -26,7 +26,8 @@ class FlagParser(argparse.ArgumentParser):
         for word in unknown:
             flag = word.partition("=")[0]
             if flag.startswith("--"):
-                near = difflib.get_close_matches(flag, self._option_string_actions, n=1)
+                near = [known for known in self._option_string_actions if known.startswith(flag)]
+                near += difflib.get_close_matches(flag, self._option_string_actions, n=1)
                 self.error(f"there is no flag {flag}; {f'did you mean {near[0]}?' if near else '--help lists them'}")
         if unknown:
             self.error(f"unrecognized arguments: {' '.join(unknown)}")

@@ -89,9 +89,9 @@ def train(folder, cls=TrainLoop, **changed):
 
 
 def read_rows(folder):
-    """progress.csv as a list of {key: number}, without empty cells."""
+    """progress.csv as a list of {key: number}, without empty cells, and without images/s, which no two runs share."""
     with open(folder / "progress.csv", newline="") as f:
-        return [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(f)]
+        return [{k: float(v) for k, v in row.items() if v and k != "images/s"} for row in csv.DictReader(f)]
 
 
 def checkpoint_names(folder):
