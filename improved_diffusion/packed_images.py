@@ -53,9 +53,7 @@ def write_packed_images(path, batches, shape, labels, classes):
                     member.write(np.ascontiguousarray(batch).data)
                     given += len(batch)
                 if not given == len(labels) == shape[0]:
-                    raise ValueError(
-                        f"{path}: {given} images and {len(labels)} labels, not {shape[0]} of each"
-                    )
+                    raise ValueError(f"{path}: {given} images and {len(labels)} labels, not {shape[0]} of each")
             for name, array in {"labels": np.array(labels, np.int64), "classes": np.array(classes, str)}.items():
                 with archive.open(zipfile.ZipInfo(f"{name}.npy", EPOCH), "w") as member:
                     np.lib.format.write_array(member, array, allow_pickle=False)

@@ -62,27 +62,35 @@ def load_pickled_dict(opened, name):
         raise InputError(f"{name}: not a whole pickle of a dict of arrays ({first_line(e)})") from None
 
 
-def check_planar(name, data, labels, allowed):
+def check_planar(src, batches, allowed):
     """
-    That a batch holds images as the tiny-image data sets do: an image's red values, then its green, then its blue ones.
+    That batches hold images as the tiny-image data sets do: an image's red values, then its green, then its blue ones.
 
-    :param name: what messages call its file.
-    :param data: uint8 [N, 3 * S * S], or anything with an array's dtype and shape, if it is right.
-    :param labels: N integers of `allowed`, a range, if they are right.
-    :return: (S, int64 [N]).
-    :raises InputError: if it holds anything else.
+    :param src: the file or folder they are in, for messages.
+    :param batches: an iterable of (name, data, labels). Right are data of uint8 [N, 3 * S * S], or anything with such
+                    an array's dtype and shape, and N labels of `allowed`.
+    :param allowed: a range.
+    :return: (S, int64 labels of all together).
+    :raises InputError: if one holds anything else, or another S than the first.
     """
-    dtype, shape = getattr(data, "dtype", type(data).__name__), getattr(data, "shape", ())
-    size = math.isqrt(shape[1] // 3) if len(shape) == 2 else 0
-    if dtype != np.uint8 or size == 0 or shape != (shape[0], 3 * size * size):
-        raise InputError(f"{name}: data is {dtype} of shape {shape}; uint8 of shape (N, 3 * S * S) is wanted")
-    try:
-        labels = np.array(labels)
-    except ValueError:  # lists of several lengths
-        labels = np.array(None)
-    if labels.shape != shape[:1] or labels.dtype.kind not in "iu" or not np.isin(labels, allowed).all():
-        raise InputError(f"{name}: labels are not an integer from {allowed[0]} to {allowed[-1]} for each image")
-    return size, labels.astype(np.int64)
+    size, all_labels = None, []
+    for name, data, labels in batches:
+        dtype, shape = getattr(data, "dtype", type(data).__name__), getattr(data, "shape", ())
+        side = math.isqrt(shape[1] // 3) if len(shape) == 2 else 0
+        size = side if size is None else size
+        if dtype != np.uint8 or 0 in (*shape, side) or shape[1] != 3 * side * side or side != size:
+            wanted = f"uint8 of shape (N, {3 * size * size if size else '3 * S * S'})"
+            raise InputError(f"SRC {src}: {name}: data is {dtype} of shape {shape}; {wanted} is wanted")
+        try:
+            labels = np.array(labels)
+        except ValueError:  # lists of several lengths
+            labels = np.array(None)
+        if labels.shape != shape[:1] or labels.dtype.kind not in "iu" or not np.isin(labels, allowed).all():
+            raise InputError(
+                f"SRC {src}: {name}: labels are not one for each image, all integers from {allowed[0]} to {allowed[-1]}"
+            )
+        all_labels.append(labels.astype(np.int64))
+    return size, np.concatenate(all_labels)
 
 
 def from_planar(rows, size):

@@ -79,27 +79,18 @@ class Images:
         self.classes = [name.decode("latin-1") if isinstance(name, bytes) else str(name) for name in names]
         for name in self.classes:
             check_class(name, f"SRC {src}: {META}")
-        sizes, labels = zip(
-            *(
-                check_planar(f"SRC {src}: {name}", batch.get("data"), batch.get("labels"), range(len(names)))
-                for name, batch in batches.items()
-            ),
-            strict=True,
-        )
-        if len(set(sizes)) > 1:
-            raise InputError(f"SRC {src}: images of several sizes ({', '.join(map(str, sorted(set(sizes))))})")
-        self.size = sizes[0]
-        self._rows = np.concatenate([batch["data"] for batch in batches.values()])
-        self._labels = np.concatenate(labels)
+        rows = [(name, batch.get("data"), batch.get("labels")) for name, batch in batches.items()]
+        self.size, self._labels = check_planar(src, rows, allowed=range(len(names)))
+        self._pixels = from_planar(np.concatenate([data for _, data, _ in rows]), self.size)
 
     def __len__(self):
-        return len(self._rows)
+        return len(self._labels)
 
     def name(self, i):
         return f"{self.classes[self._labels[i]]}_{i:05d}.png"
 
     def pixels(self, i):
-        return from_planar(self._rows[i], self.size)[0]
+        return self._pixels[i]
 
 
 def create_argparser():

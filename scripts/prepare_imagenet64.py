@@ -29,10 +29,7 @@ def main():
     paths = find_batches(args.SRC, args.split)
     if os.path.exists(args.OUT) and any(os.path.samefile(args.OUT, path) for path in paths):
         raise InputError(f"OUT {args.OUT}: is one of the batches; name another file")
-    sizes, labels = zip(*map(check_batch, paths), strict=True)
-    if len(set(sizes)) > 1:
-        raise InputError(f"SRC {args.SRC}: images of several sizes ({', '.join(map(str, sorted(set(sizes))))})")
-    size, labels = sizes[0], np.concatenate(labels)
+    size, labels = check_planar(args.SRC, map(read_ahead, paths), allowed=LABELS)
     batches = (from_planar(rows, size) for path in paths for rows in rows_of(path))
     pack(args.OUT, batches, (len(labels), size, size, 3), labels - LABELS[0], [f"{label:04d}" for label in LABELS])
 
@@ -59,8 +56,8 @@ def find_batches(src, split):
     raise InputError(f"SRC {src}: holds no {wanted[split] if split else ' and no '.join(wanted.values())}")
 
 
-def check_batch(path):
-    """:return: (size of the images, int64 [N] labels), as check_planar() gives them."""
+def read_ahead(path):
+    """A batch as check_planar() takes it: its name, its data or an npz file's Header of them, its labels."""
     if path.endswith(ENDING):
         with whole_npz(path) as archive:
             with archive.open("data.npy") as member:
@@ -68,7 +65,7 @@ def check_batch(path):
             labels = np.lib.format.read_array(io.BytesIO(archive.read("labels.npy")), allow_pickle=False)
     else:
         data, labels = map(unpickled(path).get, ("data", "labels"))
-    return check_planar(f"SRC {path}", data, labels, LABELS)
+    return os.path.basename(path), data, labels
 
 
 def rows_of(path):
