@@ -51,7 +51,7 @@ def load_pickled_dict(opened, name):
 
     :param opened: function that opens a binary file.
     :param name: what messages call the file.
-    :return: the dict, whose keys are text; what was text in Python 2 is bytes elsewhere.
+    :return: the dict; keys that are bytes become text, what else was text in Python 2 is bytes.
     :raises InputError: if it is anything else, or damaged.
     """
     try:

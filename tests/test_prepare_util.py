@@ -1,4 +1,4 @@
-"""What the scripts that prepare data share: which pickles are read, and folders of images that are whole at any time."""
+"""What the scripts that prepare data share: which pickles are read, and folders of images that are always whole."""
 
 import builtins
 import functools
@@ -91,15 +91,15 @@ def test_a_pickle_may_ask_for_nothing_but_arrays(monkeypatch, tmp_path, call, as
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("content", [b"", b"no pickle", pickle.dumps([1, 2]), pickle.dumps(ROWS), pickle.dumps({1: 2})])
+@pytest.mark.parametrize("content", [b"", b"no pickle", pickle.dumps([1, 2]), pickle.dumps(ROWS)])
 def test_other_content_is_refused_in_one_line(content):
     with pytest.raises(InputError, match=r"^SRC a: batch: not a whole pickle of a dict of arrays \(.+\)$"):
         load(content)
 
 
 def test_a_file_that_cannot_be_opened(tmp_path):
-    with pytest.raises(InputError, match="SRC a: not a whole pickle .*No such file"):
-        load_pickled_dict(lambda: open(tmp_path / "a", "rb"), "SRC a")
+    with pytest.raises(InputError, match=r"SRC a: not a whole pickle .*No such file"):
+        load_pickled_dict(functools.partial(open, tmp_path / "a", "rb"), "SRC a")
 
 
 def test_every_truncation_is_noticed():
@@ -319,7 +319,7 @@ def test_folders_that_cannot_be(monkeypatch, tmp_path):
         make_folder(str(tmp_path / "file"))
     with pytest.raises(InputError, match=r"^out_dir .*file/a: cannot be made a folder \(Not a directory\)$"):
         make_folder(str(tmp_path / "file" / "a"), flag="out_dir")
-    with pytest.raises(InputError, match="^OUT gs://bucket/a: name a local folder$"):
+    with pytest.raises(InputError, match=r"^OUT gs://bucket/a: name a local folder$"):
         make_folder("gs://bucket/a")
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
     with pytest.raises(InputError, match="may not be written to"):
