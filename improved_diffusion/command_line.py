@@ -114,7 +114,8 @@ def run(main):
         _exit(128 + signal.SIGINT, "interrupted")
     except Exception as e:
         if is_loss_of_a_worker(e):
-            _exit(1, f"a process that reads images ended ({first_line(e.__cause__ or e)}); is there too little memory?")
+            how = e.__cause__ if is_loss_of_a_worker(e.__cause__) else e
+            _exit(1, f"a process that reads images ended ({first_line(how).strip()}); is there too little memory?")
         if not dist_util.is_loss_of_a_rank(e):
             raise
         _print_error(f"rank {dist_util.rank()}: another rank, or the connection to it, is gone: {first_line(e)}")
