@@ -120,9 +120,7 @@ def test_a_process_that_is_killed_is_not_a_full_disk(monkeypatch, tmp_path, capf
     monkeypatch.setattr(image_datasets, "decode_image", die)
     assert prepare(images, out, image_size=8, num_workers=1) == 1
     printed, err = capfd.readouterr()
-    expected = (
-        r"prepare_images\.py: error: a process .* ended \(.*(killed by signal: Killed|unexpectedly).*\); .*memory.*\n"
-    )
+    expected = r"prepare_images\.py: error: a process .* \(.*(killed by signal: Killed|unexpectedly).*\); .*memory.*\n"
     assert re.fullmatch(expected, err), err
     assert printed == "" and (out.read_bytes() if out.exists() else None) == before
     assert not (tmp_path / "a.npz.tmp").exists()

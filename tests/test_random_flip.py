@@ -16,7 +16,7 @@ PLAIN, SUPERRES = (load_data, dict(image_size=8)), (load_superres_data, dict(lar
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    """A folder of images that are no mirror images of themselves or others, and the same packed. :return: both paths."""
+    """A folder of images, none another's mirror image or its own, and the same packed. :return: their paths."""
     root = tmp_path_factory.mktemp("flips")
     folder = write_images(root / "images", count=COUNT, size=20, classes=4)
     for path in folder.iterdir():
