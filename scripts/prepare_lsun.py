@@ -75,7 +75,7 @@ def open_database(src):
         raise InputError(f"SRC {src}: not a database that lmdb can read ({first_line(e)})") from None
     pages, page = database.info()["last_pgno"] + 1, database.stat()["psize"]
     if os.path.getsize(file) < pages * page:  # reading behind its end would end the process
-        raise InputError(f"SRC {file}: is cut off: {os.path.getsize(file)} bytes of {pages * page}")
+        raise InputError(f"SRC {src}: data.mdb is cut off: {os.path.getsize(file)} bytes of {pages * page}")
     return database
 
 
