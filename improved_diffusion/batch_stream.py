@@ -23,6 +23,7 @@ class BatchStream:
     """
 
     def __init__(self, dataset, batch_size, shuffle, num_workers, collate_fn=default_collate, random_flip=False):
+        self.dataset = dataset
         self._order = _EpochOrder(len(dataset), batch_size, shuffle, random_flip)
         self._loader = DataLoader(
             dataset,
@@ -53,6 +54,11 @@ class BatchStream:
             return next(self)
         self._given += 1
         return batch, cond
+
+    def first(self, count):
+        """A batch of the dataset's first samples, whatever has been given out; fewer if it has no more."""
+        samples = [self.dataset[i] for i in range(min(count, len(self.dataset)))]
+        return self._loader.collate_fn(samples)
 
     def state_dict(self):
         """The place in the data, for load_state_dict(); plain values only."""
@@ -103,17 +109,29 @@ class _EpochOrder:
         return self.num_images // self.batch_size
 
 
-def in_order(dataset, batch_size, num_workers, collate_fn=default_collate):
-    """An iterator of a dataset's batches in its order, each sample once; the last batch may be smaller."""
-    loader = DataLoader(
-        dataset,
-        batch_size=batch_size,
-        num_workers=num_workers,
-        collate_fn=collate_fn,
-        worker_init_fn=functools.partial(_leave_signals_to_the_parent, os.getpid()),
-        generator=th.Generator(),
-    )
-    return _one_line_errors(loader)
+class BatchesInOrder:
+    """A dataset's batches in its order, each sample once; the last batch may be smaller. An iterator with a length."""
+
+    def __init__(self, dataset, batch_size, num_workers, collate_fn=default_collate):
+        self.dataset = dataset
+        self._loader = DataLoader(
+            dataset,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            collate_fn=collate_fn,
+            worker_init_fn=functools.partial(_leave_signals_to_the_parent, os.getpid()),
+            generator=th.Generator(),
+        )
+        self._batches = _one_line_errors(self._loader)
+
+    def __len__(self):
+        return len(self._loader)
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        return next(self._batches)
 
 
 def _leave_signals_to_the_parent(parent, worker):

@@ -1,13 +1,16 @@
 """How a script reads its command line, and how it leaves."""
 
 import argparse
+import difflib
 import os
 import signal
 import sys
 
 from . import dist_util
 from .errors import InputError, TrainingError, first_line, is_loss_of_a_worker
-from .script_util import add_dict_to_argparser
+from .flags import COMPUTING, FLAGS, GROUPS
+from .presets import PRESETS
+from .script_util import add_dict_to_argparser, whole_number
 
 LOG_DIRECTORIES = ("OPENAI_LOGDIR", "DIFFUSION_BLOB_LOGDIR")
 
@@ -18,80 +21,94 @@ class FlagParser(argparse.ArgumentParser):
     def __init__(self, **kwargs):
         super().__init__(allow_abbrev=False, **kwargs)
 
+    def parse_args(self, args=None, namespace=None):
+        args, unknown = self.parse_known_args(args, namespace)
+        for word in unknown:
+            flag = word.partition("=")[0]
+            if flag.startswith("--"):
+                near = difflib.get_close_matches(flag, self._option_string_actions, n=1)
+                self.error(f"there is no flag {flag}; {f'did you mean {near[0]}?' if near else '--help lists them'}")
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return args
+
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message}\n")  # one line, without the list of all flags
 
 
 def create_parser(defaults, description):
-    """A FlagParser of the flags in `defaults`, and of --seed."""
+    """
+    A FlagParser of the flags in `defaults`, and of those that all scripts have, as FLAGS describes them.
+
+    :param defaults: {flag: value}; a flag has its value's type.
+    """
     parser = FlagParser(description=description)
-    add_dict_to_argparser(parser, defaults)
-    parser.add_argument("--seed", type=int, help="makes a run on one CPU machine repeatable to the last bit")
+    defaults = {**defaults, "preset": "", "log_dir": "", "dry_run": False}
+    add_dict_to_argparser(parser, {name: value for name, value in defaults.items() if name not in FLAGS})
+    for group in GROUPS:
+        names = [name for name in FLAGS if name in defaults and FLAGS[name].group == group]
+        section = parser.add_argument_group(group)
+        add_dict_to_argparser(section, {name: defaults[name] for name in names})
+        if group == COMPUTING:
+            section.add_argument("--seed", type=whole_number)
+    for action in parser._actions:
+        if action.dest in FLAGS:
+            action.metavar = _metavar(action)
+            default = f" [{action.default}]" if action.default not in ("", None) else ""
+            action.help = FLAGS[action.dest].help + default
     return parser
 
 
-def _at_least(least):
-    return (lambda v: v >= least), f"{least} or more"
-
-
-def _one_of(*names):
-    return (lambda v: v in names), " or ".join(map(str, names))
-
-
-_ALLOWED = {  # flag -> (whether a value can work, what can)
-    "batch_size": _at_least(1),
-    "num_samples": _at_least(1),
-    "num_channels": _at_least(32),
-    "num_res_blocks": _at_least(1),
-    "num_classes": _at_least(1),
-    "image_size": _at_least(1),
-    "image_channels": _one_of(1, 3),
-    "diffusion_steps": _at_least(1),
-    "noise_schedule": _one_of("linear", "cosine"),
-    "schedule_sampler": _one_of("uniform", "loss-second-moment"),
-    "dropout": ((lambda v: 0 <= v < 1), "at least 0 and below 1"),
-    "lr": ((lambda v: v > 0), "more than 0"),
-    "weight_decay": _at_least(0),
-    "ema_rate": (
-        (lambda v: all(0 <= rate < 1 for rate in _floats(v))),
-        "at least 0 and below 1, or several with commas",
-    ),
-    "lr_anneal_steps": _at_least(0),
-    "max_steps": _at_least(0),
-    "log_interval": _at_least(1),
-    "save_interval": _at_least(1),
-    "keep_checkpoints": _at_least(0),
-    "num_workers": ((lambda v: v >= -1), "0 or more, or -1 for as many as make sense"),
-    "seed": ((lambda v: v is None or 0 <= v < 2**63), "0 or more"),
-}
-
-
-def _floats(text):
-    try:
-        return [float(v) for v in str(text).split(",")]
-    except ValueError:
-        return [-1.0]
+def _metavar(action):
+    if isinstance(action.default, bool):
+        return "True|False"
+    return {int: "N", float: "X"}.get(type(action.default), "N" if action.dest == "seed" else "TEXT")
 
 
 def parse_flags(parser):
     """
-    The command line's flags, each checked by itself and against the others.
+    The command line's flags, each checked by itself and against the others; those of --preset where none is given.
 
     Bad ones end the process with status 2 and one line; nothing has been written by then.
+
+    :return: a Namespace of all flags, and of `given`, the list of those that the command line or its preset names.
     """
     args = parser.parse_args()
-    for flag, (works, right) in _ALLOWED.items():
-        if hasattr(args, flag) and not works(getattr(args, flag)):
+    absent = object()
+    parser.set_defaults(**dict.fromkeys(vars(args), absent))
+    args.given = [name for name, value in vars(parser.parse_args()).items() if value is not absent]
+    if getattr(args, "preset", ""):
+        _take_preset(args, parser)
+    for flag, (_, _, works, right) in FLAGS.items():
+        if works is not None and hasattr(args, flag) and not works(getattr(args, flag)):
             parser.error(f"--{flag} {getattr(args, flag)}: give {right}")
     if hasattr(args, "microbatch") and not (args.microbatch == -1 or 1 <= args.microbatch <= args.batch_size):
         parser.error(f"--microbatch {args.microbatch}: give 1 to batch_size ({args.batch_size}), or -1 for all of it")
     if getattr(args, "use_fp16", False) and getattr(args, "use_bf16", False):
         parser.error("--use_fp16 True and --use_bf16 True: choose one of them")
-    if getattr(args, "resume_checkpoint", "") == "auto" and not any(map(os.environ.get, LOG_DIRECTORIES)):
-        parser.error("--resume_checkpoint auto: set OPENAI_LOGDIR, the folder that the run's files are in")
+    log_directories = [getattr(args, "log_dir", ""), *map(os.environ.get, LOG_DIRECTORIES)]
+    if getattr(args, "resume_checkpoint", "") == "auto" and not any(log_directories):
+        parser.error("--resume_checkpoint auto: give --log_dir, the folder that the run's files are in")
     if hasattr(args, "small_size") and not 1 <= args.small_size <= args.large_size:
         parser.error(f"--small_size {args.small_size}: give 1 to large_size ({args.large_size})")
     return args
+
+
+def _take_preset(args, parser):
+    if args.preset not in PRESETS:
+        parser.error(f"--preset {args.preset}: give one of {', '.join(PRESETS)}")
+    preset = PRESETS[args.preset]
+    if "large_size" in preset and not hasattr(args, "large_size"):
+        parser.error(f"--preset {args.preset}: it is for super_res_train and super_res_sample")
+    if "image_size" in preset and not hasattr(args, "image_size"):
+        parser.error(f"--preset {args.preset}: it is not for super-resolution")
+    training = hasattr(args, "lr")
+    for name, value in preset.items():
+        if name == "batch_size":  # of all ranks; samples have no batch of their own
+            value = max(1, value // dist_util.world_size())
+        if hasattr(args, name) and name not in args.given and (name != "batch_size" or training):
+            setattr(args, name, value)
+            args.given.append(name)
 
 
 def run(main):

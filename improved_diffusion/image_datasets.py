@@ -12,7 +12,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, default_collate  # noqa: F401 (the original offers the first)
 
 from . import dist_util
-from .batch_stream import BatchStream, in_order
+from .batch_stream import BatchesInOrder, BatchStream
 from .errors import InputError, first_line
 from .files import is_remote
 from .packed_images import ENDING, read_packed_images
@@ -35,6 +35,7 @@ def load_data(
     num_classes=None,
     num_workers=-1,
     add_conditions=None,
+    class_names=None,
     random_flip=False,
 ):
     """
@@ -52,15 +53,17 @@ def load_data(
     :param num_workers: processes that decode ahead; 0 decodes in this one. -1 is one for a folder, and
                         none for packed images, which have nothing to decode.
     :param add_conditions: function of a batch that gives further conditions of it, called in the workers.
+    :param class_names: all classes, sorted, if not those of the images here: of the run that is continued.
     :param random_flip: mirror each image, left for right, with probability 1/2, drawn anew each epoch; the order
                         and all other random numbers stay what they are without.
     :return: an iterator of (float32 [N, C, H, W] in [-1, 1], {"y": int64 [N]} or {}), with
-             state_dict() and load_state_dict() to continue where another left off.
+             state_dict() and load_state_dict() to continue where another left off. Its dataset has num_images
+             (of all ranks) and class_names.
     :raises InputError: (a ValueError) here, not at the first batch, if the folder is missing, has no
                         images, fewer than a batch, an unreadable one, or too many classes; or if the
                         packed file is damaged, or holds images of another size.
     """
-    dataset = _open_dataset(data_dir, image_size, class_cond, image_channels, num_classes)
+    dataset = _open_dataset(data_dir, image_size, class_cond, image_channels, num_classes, class_names)
     if len(dataset) < batch_size:
         share = f" for this one of {dist_util.world_size()} ranks" if dist_util.world_size() > 1 else ""
         raise InputError(
@@ -106,6 +109,7 @@ def load_data_once(
     num_classes=None,
     num_workers=-1,
     limit=None,
+    class_names=None,
 ):
     """
     As load_data(deterministic=True), but each image comes exactly once and the last batch may be smaller.
@@ -114,8 +118,8 @@ def load_data_once(
     :return: an iterator of what load_data() gives.
     :raises InputError: as load_data(), but for a folder with less than a batch.
     """
-    dataset = _open_dataset(data_dir, image_size, class_cond, image_channels, num_classes, limit)
-    return in_order(dataset, batch_size, _workers(num_workers, dataset), _collate)
+    dataset = _open_dataset(data_dir, image_size, class_cond, image_channels, num_classes, class_names, limit)
+    return BatchesInOrder(dataset, batch_size, _workers(num_workers, dataset), _collate)
 
 
 def decode_folder(folder, *, image_size, image_channels=3, num_workers=0, batch_size=64):
@@ -129,7 +133,7 @@ def decode_folder(folder, *, image_size, image_channels=3, num_workers=0, batch_
     """
     paths = _find_images(folder, "SRC")
     dataset = _PixelDataset(image_size, paths, image_channels=image_channels)
-    batches = in_order(dataset, batch_size, num_workers, collate_fn=np.stack)
+    batches = BatchesInOrder(dataset, batch_size, num_workers, collate_fn=np.stack)
     return batches, (len(paths), image_size, image_size, image_channels), *_label(paths)
 
 
@@ -137,25 +141,27 @@ def _workers(num_workers, dataset):
     return dataset.enough_workers if num_workers < 0 else num_workers
 
 
-def _open_dataset(data_dir, image_size, class_cond, image_channels, num_classes, limit=None):
+def _open_dataset(data_dir, image_size, class_cond, image_channels, num_classes, class_names, limit=None):
     if not data_dir:
         raise InputError("data_dir is not given: name a folder of images, or a file of packed ones")
     share = slice(dist_util.rank(), limit, dist_util.world_size())
     if not os.path.isdir(data_dir) and (data_dir.endswith(ENDING) or os.path.isfile(data_dir)):
-        return _open_packed(data_dir, image_size, class_cond, image_channels, num_classes, share)
+        return _open_packed(data_dir, image_size, class_cond, image_channels, num_classes, class_names, share)
     paths = _find_images(data_dir, "data_dir")
-    labels = None
+    labels = names = None
     if class_cond:
         labels, names = _label(paths)
         what = "different prefixes before the first underscore of its file names, which are the classes"
         _check_num_classes(data_dir, what, names, num_classes)
-        labels = labels[share]
+        labels, names = _relabel(data_dir, np.array(labels), names, class_names)
+        labels = labels[share].tolist()
     dataset = ImageDataset(image_size, paths[share], classes=labels, image_channels=image_channels)
+    dataset.num_images, dataset.class_names = len(paths), names
     _check_images(dataset.local_images)
     return dataset
 
 
-def _open_packed(path, image_size, class_cond, image_channels, num_classes, share):
+def _open_packed(path, image_size, class_cond, image_channels, num_classes, class_names, share):
     images, labels, names = read_packed_images(path, with_labels=class_cond)
     size, channels = images.shape[2:]
     if (size, channels) != (image_size, image_channels):
@@ -166,8 +172,28 @@ def _open_packed(path, image_size, class_cond, image_channels, num_classes, shar
         )
     if class_cond:
         _check_num_classes(path, "classes", names, num_classes)
+        labels, names = _relabel(path, labels, names, class_names)
         labels = labels[share]
-    return PackedDataset(images[share], labels)
+    dataset = PackedDataset(images[share], labels)
+    dataset.num_images, dataset.class_names = len(images), names
+    return dataset
+
+
+def _relabel(data_dir, labels, names, class_names):
+    """
+    Labels as places in class_names instead of in names, and class_names; both as they are if it is None.
+
+    :raises InputError: if a class is not among them.
+    """
+    if class_names is None:
+        return labels, names
+    if unknown := set(names) - set(class_names):
+        raise InputError(
+            f"data_dir {data_dir}: the class {min(unknown)} is none of those that the model was trained on "
+            f"({', '.join(class_names[:5])}{', ...' if len(class_names) > 5 else ''})"
+        )
+    place = {name: i for i, name in enumerate(class_names)}
+    return np.array([place[name] for name in names], dtype=np.int64)[labels], class_names
 
 
 def _check_num_classes(data_dir, what, names, num_classes):
@@ -269,6 +295,8 @@ def decode_image(opened, name):
 
 class _Samples(Dataset):
     """Images and their labels as samples, of the uint8 [H, W, C] that a subclass's pixels() gives of each."""
+
+    num_images = class_names = None  # of all ranks together, if known
 
     def __init__(self, images, classes):
         super().__init__()
@@ -395,9 +423,14 @@ class _MirroringDataset(Dataset):
     def __init__(self, dataset):
         super().__init__()
         self._dataset = dataset
+        self.num_images, self.class_names = dataset.num_images, dataset.class_names
 
     def __len__(self):
         return len(self._dataset)
+
+    def __getitem__(self, idx):
+        """As it is."""
+        return self._dataset[idx]
 
     def __getitems__(self, indices):
         """

@@ -28,6 +28,9 @@ class KVWriter:
         that cannot keeps them.
         """
 
+    def writeimage(self, key, pixels, step):
+        """Show a picture, uint8 [h, w, 1 or 3]. An output that cannot leaves it."""
+
     def close(self):
         """Nothing to close, unless a subclass holds something open."""
 
@@ -62,9 +65,14 @@ class HumanOutputFormat(KVWriter, SeqWriter):
         self.writeseq(["\n".join([rule, *lines, rule])])
 
     def writeseq(self, seq):
-        with _one_line_error(getattr(self.file, "name", "the log")):
+        with _one_line_error(getattr(self.file, "name", "the log")), self._beside_a_bar():
             self.file.write(" ".join(seq) + "\n")
             self.file.flush()
+
+    def _beside_a_bar(self):
+        """A progress bar on the same terminal makes room for the text."""
+        tqdm = sys.modules.get("tqdm")
+        return tqdm.tqdm.external_write_mode(self.file) if tqdm and not self.own_file else contextlib.nullcontext()
 
     def close(self):
         if self.own_file:
@@ -151,6 +159,10 @@ class TensorBoardOutputFormat(KVWriter):
         for key, val in kvs.items():
             if isinstance(val, (int, float)):
                 self.writer.add_scalar(key, val, self.step)
+        self.writer.flush()
+
+    def writeimage(self, key, pixels, step):
+        self.writer.add_image(key, pixels, step, dataformats="HWC")
         self.writer.flush()
 
     def close(self):

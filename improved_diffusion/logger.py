@@ -96,6 +96,11 @@ class Logger:
                 if isinstance(fmt, SeqWriter):
                     fmt.writeseq([str(arg) for arg in args])
 
+    def writeimage(self, key, pixels, step):
+        """A picture, uint8 [h, w, 1 or 3], to the outputs that can show one."""
+        for fmt in self._kv_writers():
+            fmt.writeimage(key, pixels, step)
+
     def set_level(self, level):
         self.level = level
 
@@ -165,7 +170,7 @@ def configure(dir=None, format_strs=None, comm=None, log_suffix=""):
         os.makedirs(dir, exist_ok=True)
         outputs = [make_output_format(name, dir, log_suffix) for name in format_strs if name]
     except OSError as e:
-        raise InputError(f"OPENAI_LOGDIR {dir}: cannot be made a folder for logs ({e.strerror})") from None
+        raise InputError(f"log_dir {dir}: cannot be made a folder for logs ({e.strerror})") from None
 
     Logger.CURRENT = Logger(dir, outputs, comm)
     log(f"Logging to {dir}")

@@ -16,7 +16,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from .batch_stream import in_order
+from .batch_stream import BatchesInOrder
 from .errors import InputError, first_line
 from .files import is_remote, write_files
 from .packed_images import ENDING, write_packed_images
@@ -143,7 +143,7 @@ def write_images(folder, images, num_classes, num_workers=0):
     """
     there = 0
     with tqdm(total=len(images), desc=folder, unit="images", disable=None) as progress:  # shown on terminals only
-        for were_there in in_order(_ImageFiles(folder, images), 64, num_workers, collate_fn=list):
+        for were_there in BatchesInOrder(_ImageFiles(folder, images), 64, num_workers, collate_fn=list):
             there += sum(were_there)
             progress.update(len(were_there))
     classes = f"{num_classes} class{'es' * (num_classes != 1)}"

@@ -20,6 +20,7 @@ from .checkpoint_util import (
     set_rng_state,
 )
 from .errors import InputError
+from .fp16_util import make_master_params
 
 
 def find_checkpoint(resume_checkpoint, directory):
@@ -174,3 +175,58 @@ def _continue(part, name, state):
         part.load_state_dict(state)
     except (ValueError, KeyError) as e:
         logger.warn(f"the {name} cannot continue where it was: {e}")
+
+
+# ---------------------------------------------------------------- the loop
+
+
+class Resumable:
+    """What TrainLoop keeps in a checkpoint's state file, and takes from a checkpoint when it resumes."""
+
+    def _resume(self, main_checkpoint, directory):
+        """
+        Take from a checkpoint all but the model, which is loaded by now.
+
+        :param directory: where this run's checkpoints go.
+        """
+        self._last_checkpoint = main_checkpoint
+        self._updates = self.resume_step
+        if not is_of_a_run(main_checkpoint):
+            logger.log(f"{main_checkpoint} is not a model000000.pt: a new run begins at its weights")
+            return
+        ema_paths, opt_path, state_path = find_files_beside(main_checkpoint, self.ema_rate)
+        for i, path in enumerate(ema_paths):
+            if path:
+                params = load_ema(self.model, path)
+                self.ema_params[i] = make_master_params(params) if self.use_fp16 else params
+            else:
+                logger.log(f"there is no checkpoint of EMA {self.ema_rate[i]}: it begins at the model's parameters")
+        # an annealed learning rate is another at every step
+        told = ["weight_decay"] if self.lr_anneal_steps else ["lr", "weight_decay"]
+        load_optimizer(self.opt, opt_path, self.use_fp16, told)
+        if state_path:
+            self._load_state(dist_util.load_state_dict(state_path, map_location="cpu"))
+            if is_in(main_checkpoint, directory):
+                logger.get_current().drop_from("step", self.step)  # rows that will be written again
+        self._saved = parse_resume_step_from_filename(main_checkpoint), self._updates
+
+    def _load_state(self, state):
+        self.step, self.resume_step = state["updates"], 0
+        self._updates = state["updates"]
+        self.lg_loss_scale = state["lg_loss_scale"]
+        self._overflows_in_a_row = state["overflows_in_a_row"]
+        told = {"resume_checkpoint", "seed", "lr", "weight_decay"}  # elsewhere, or nothing to tell
+        log_changes(state.get("flags", {}), {k: v for k, v in self.flags.items() if k not in told})
+        load_parts(state, self.step, **self._parts())
+
+    def _state(self):
+        return {
+            "updates": self._updates,
+            "lg_loss_scale": self.lg_loss_scale,
+            "overflows_in_a_row": self._overflows_in_a_row,
+            "flags": self.flags,
+            **state_of_parts(**self._parts()),
+        }
+
+    def _parts(self):
+        return dict(schedule_sampler=self.schedule_sampler, data=self.data, statistics=self._statistics)

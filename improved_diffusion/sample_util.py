@@ -7,6 +7,8 @@ import torch as th
 from . import dist_util, logger
 from .errors import InputError
 from .files import write_files
+from .pictures import grid, sample_names, write_pngs
+from .progress import Progress, counting_calls
 from .script_util import configure_compute
 
 
@@ -89,7 +91,10 @@ def generate(
     sample_fn = diffusion.ddim_sample_loop if use_ddim else diffusion.p_sample_loop
     images, labels = [], []
     world = dist_util.world_size()
-    for first in range(0, num_samples, batch_size * world):
+    rounds = range(0, num_samples, batch_size * world)
+    progress = Progress("sampling", len(rounds) * diffusion.num_timesteps, "steps")
+    model = counting_calls(model, progress)
+    for first in rounds:
         share = min(batch_size, -(-(num_samples - first) // world))  # the last round too is for all ranks
         start = min(first + share * dist_util.rank(), num_samples)
         mine = range(start, min(start + share, num_samples))
@@ -113,6 +118,7 @@ def generate(
             if gathered_labels is not None:
                 labels.append(gathered_labels.cpu().numpy())
         logger.log(f"created {min(first + batch_size * world, num_samples)} samples")
+    progress.close()
     if dist_util.rank() > 0:
         return None, None
     return np.concatenate(images), np.concatenate(labels) if labels else None
@@ -123,6 +129,38 @@ def draw_labels(num_classes, count, noise_fn=None):
     if noise_fn is not None and count:
         return noise_fn.labels(num_classes)
     return th.randint(0, num_classes, (count,), device=dist_util.dev())
+
+
+def chosen_labels(classes, num_samples, num_classes, class_names=None):
+    """
+    The labels that --classes asks for: "3,7" in turn, "3:10,7:5" ten and five; names do where they are known.
+
+    :param num_samples: None for as many as the counts add up to.
+    :param class_names: the names of the labels, if known.
+    :return: int64 array [number of samples].
+    :raises InputError: naming what is wrong with it.
+    """
+    parts = [part.strip().partition(":") for part in classes.split(",")]
+    labels = np.array([_label_of(name, num_classes, class_names) for name, _, _ in parts], dtype=np.int64)
+    counts = [count for _, _, count in parts]
+    if not any(counts):
+        return np.resize(labels, num_samples)
+    if not all(count.isdecimal() and int(count) for count in counts):
+        raise InputError(f"classes {classes}: give each class a number of samples, such as 3:10,7:5, or none of them")
+    drawn = np.repeat(labels, [int(count) for count in counts])
+    if num_samples not in (None, len(drawn)):
+        raise InputError(f"classes {classes} are {len(drawn)} samples, num_samples is {num_samples}; leave that out")
+    return drawn
+
+
+def _label_of(name, num_classes, class_names):
+    if class_names is not None and name in class_names:
+        return class_names.index(name)
+    known = num_classes if class_names is None else len(class_names)
+    if not name.isdecimal() or int(name) >= known:
+        names = "" if class_names is None else f" or one of {', '.join(class_names[:10])}{', ...' * (known > 10)}"
+        raise InputError(f"classes: {name!r} is no class of the model; give a number from 0 to {known - 1}{names}")
+    return int(name)
 
 
 def to_uint8(x):
@@ -138,6 +176,22 @@ def save_samples(images, labels=None):
     """
     arrays = [images] if labels is None else [images, labels]
     return save_arrays(f"samples_{'x'.join(map(str, images.shape))}.npz", *arrays)
+
+
+def write_samples(images, labels=None, class_names=None, save_images=False):
+    """
+    save_samples(), a picture of them beside it, and with save_images each as a PNG file in the folder images; the log
+    names the files.
+    """
+    path = save_samples(images, labels)
+    picture = bf.basename(path).replace(".npz", ".png")
+    write_pngs(logger.get_dir(), {picture: grid(images, labels)})
+    logger.log(f"saved {path}")
+    logger.log(f"saved {bf.join(logger.get_dir(), picture)}")
+    if save_images:
+        folder = bf.join(logger.get_dir(), "images")
+        write_pngs(folder, dict(zip(sample_names(len(images), labels, class_names), images, strict=True)))
+        logger.log(f"saved {len(images)} PNG files in {folder}")
 
 
 def save_arrays(name, *arrays):

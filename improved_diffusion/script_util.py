@@ -125,7 +125,7 @@ def create_model_and_diffusion(
     :raises InputError: (a ValueError) naming the flag that cannot work.
     """
     flags = locals()
-    diffusion = _call(create_gaussian_diffusion, flags, steps=diffusion_steps)  # first: its errors cost nothing
+    diffusion = create_diffusion(flags)  # first: its errors cost nothing
     return _call(create_model, flags), diffusion
 
 
@@ -159,7 +159,7 @@ def sr_create_model_and_diffusion(
     :return: (SuperResModel, SpacedDiffusion).
     """
     flags = locals()
-    diffusion = _call(create_gaussian_diffusion, flags, steps=diffusion_steps)
+    diffusion = create_diffusion(flags)
     return _call(sr_create_model, flags), diffusion
 
 
@@ -349,6 +349,11 @@ def create_gaussian_diffusion(
     )
 
 
+def create_diffusion(flags):
+    """The SpacedDiffusion of the flags of a model and its diffusion, a dict; it may hold others."""
+    return _call(create_gaussian_diffusion, flags, steps=flags["diffusion_steps"])
+
+
 def configure_compute(model, *, use_fp16=False, use_bf16=False, compile=False):
     """
     Let a network compute faster, with other rounding. Its weights and their names stay.
@@ -376,13 +381,31 @@ def configure_compute(model, *, use_fp16=False, use_bf16=False, compile=False):
 def add_dict_to_argparser(parser, default_dict):
     """Add a flag for each key, of its value's type; one whose value is None takes text."""
     for name, value in default_dict.items():
-        kind = str if value is None else str2bool if isinstance(value, bool) else type(value)
+        kind = {bool: str2bool, int: whole_number, type(None): str}.get(type(value), type(value))
         parser.add_argument(f"--{name}", default=value, type=kind)
 
 
 def args_to_dict(args, keys):
     """The flags named by keys, as a dict."""
     return {key: getattr(args, key) for key in keys}
+
+
+def whole_number(text):
+    """
+    An int as it is typed, 1e6 too.
+
+    :raises argparse.ArgumentTypeError: if it is none.
+    """
+    try:
+        return int(text)
+    except ValueError:
+        pass
+    try:
+        if float(text).is_integer():
+            return int(float(text))
+    except (ValueError, OverflowError):
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
 
 
 def str2bool(v):

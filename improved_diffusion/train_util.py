@@ -21,8 +21,6 @@ from . import dist_util, logger
 from .checkpoint_util import (
     delete_old_sets,
     find_ema_checkpoint,  # noqa: F401 (part of this module, as in the original)
-    is_in,
-    is_of_a_run,
     parse_resume_step_from_filename,
     save_set,
 )
@@ -35,18 +33,9 @@ from .fp16_util import (
     zero_grad,
 )
 from .nn import update_ema
+from .progress import Progress
 from .resample import LossAwareSampler, UniformSampler
-from .resume_util import (
-    find_checkpoint,
-    find_files_beside,
-    load_ema,
-    load_model,
-    load_optimizer,
-    load_parts,
-    log_changes,
-    state_of_parts,
-    warn_of_other_checkpoints,
-)
+from .resume_util import Resumable, find_checkpoint, load_model, warn_of_other_checkpoints
 from .step_statistics import StepStatistics, log_loss_dict  # noqa: F401 (the second is part of this module)
 from .stop_signals import StopSignals
 
@@ -57,7 +46,7 @@ INITIAL_LOG_LOSS_SCALE = 20.0
 MAX_OVERFLOWS_IN_A_ROW = 20
 
 
-class TrainLoop:
+class TrainLoop(Resumable):
     """
     :param model: the network, on dist_util.dev().
     :param diffusion: the GaussianDiffusion to train it for.
@@ -81,6 +70,8 @@ class TrainLoop:
     :param keep_checkpoints: so many of the newest checkpoints are kept; 0 for all.
     :param flags: plain values that describe the run, a dict, kept in the state file. A resumed run
                   logs which of them have changed.
+    :param preview: called on rank 0 after each save, with a copy of the network that has the first average's weights,
+                    the folder, and the step of the save.
     :raises InputError: if the checkpoint cannot be read or does not belong to this model.
     """
 
@@ -105,6 +96,7 @@ class TrainLoop:
         max_steps=0,
         keep_checkpoints=0,
         flags=None,
+        preview=None,
     ):
         self.model = model
         self.diffusion = diffusion
@@ -124,6 +116,7 @@ class TrainLoop:
         self.max_steps = max_steps
         self.keep_checkpoints = keep_checkpoints
         self.flags = dict(flags or {})
+        self.preview = preview
 
         # Steps are counted from resume_step where a run of the original is resumed, which is also how it
         # counted. With a state file, step itself goes on, and resume_step stays 0.
@@ -136,6 +129,7 @@ class TrainLoop:
         self._last_checkpoint = None
         self._overflows_in_a_row = 0
         self._statistics = StepStatistics()
+        self._progress = None
 
         self.model_params = list(self.model.parameters())
         self.master_params = self.model_params
@@ -150,7 +144,7 @@ class TrainLoop:
         self.opt = AdamW(self.master_params, lr=self.lr, weight_decay=self.weight_decay, fused=True)
         self.ema_params = [copy.deepcopy(self.master_params) for _ in self.ema_rate]
         if main_checkpoint:
-            self._resume(main_checkpoint)
+            self._resume(main_checkpoint, get_blob_logdir())
 
         self.use_ddp = dist_util.world_size() > 1
         self.ddp_model = self.model
@@ -160,52 +154,6 @@ class TrainLoop:
                 device_ids=[dist_util.dev()] if dist_util.dev().type == "cuda" else None,
                 bucket_cap_mb=128,
             )
-
-    # ---------------------------------------------------------------- resuming
-
-    def _resume(self, main_checkpoint):
-        """Take from a checkpoint all but the model, which is loaded by now."""
-        self._last_checkpoint = main_checkpoint
-        self._updates = self.resume_step
-        if not is_of_a_run(main_checkpoint):
-            logger.log(f"{main_checkpoint} is not a model000000.pt: a new run begins at its weights")
-            return
-        ema_paths, opt_path, state_path = find_files_beside(main_checkpoint, self.ema_rate)
-        for i, path in enumerate(ema_paths):
-            if path:
-                params = load_ema(self.model, path)
-                self.ema_params[i] = make_master_params(params) if self.use_fp16 else params
-            else:
-                logger.log(f"there is no checkpoint of EMA {self.ema_rate[i]}: it begins at the model's parameters")
-        # an annealed learning rate is another at every step
-        told = ["weight_decay"] if self.lr_anneal_steps else ["lr", "weight_decay"]
-        load_optimizer(self.opt, opt_path, self.use_fp16, told)
-        if state_path:
-            self._load_state(dist_util.load_state_dict(state_path, map_location="cpu"))
-            if is_in(main_checkpoint, get_blob_logdir()):
-                logger.get_current().drop_from("step", self.step)  # rows that will be written again
-        self._saved = parse_resume_step_from_filename(main_checkpoint), self._updates
-
-    def _load_state(self, state):
-        self.step, self.resume_step = state["updates"], 0
-        self._updates = state["updates"]
-        self.lg_loss_scale = state["lg_loss_scale"]
-        self._overflows_in_a_row = state["overflows_in_a_row"]
-        told = {"resume_checkpoint", "seed", "lr", "weight_decay"}  # elsewhere, or nothing to tell
-        log_changes(state.get("flags", {}), {k: v for k, v in self.flags.items() if k not in told})
-        load_parts(state, self.step, **self._parts())
-
-    def _state(self):
-        return {
-            "updates": self._updates,
-            "lg_loss_scale": self.lg_loss_scale,
-            "overflows_in_a_row": self._overflows_in_a_row,
-            "flags": self.flags,
-            **state_of_parts(**self._parts()),
-        }
-
-    def _parts(self):
-        return dict(schedule_sampler=self.schedule_sampler, data=self.data, statistics=self._statistics)
 
     def _setup_fp16(self):
         self.master_params = make_master_params(self.model_params)
@@ -222,7 +170,10 @@ class TrainLoop:
         :raises SystemExit: (with status 0) after such a signal.
         :raises TrainingError: if the loss or the gradients are no longer finite.
         """
-        with StopSignals() as stop:
+        with (
+            StopSignals() as stop,
+            Progress("training", self._last_step, "steps", self._total_step, lines=False) as self._progress,
+        ):
             while not self._finished():
                 batch, cond = next(self.data)
                 self.run_step(batch, cond)
@@ -257,9 +208,17 @@ class TrainLoop:
             self.save()
             self._saved = self._total_step, self._updates
 
+    @property
+    def _last_step(self):
+        return min((limit for limit in (self.lr_anneal_steps, self.max_steps) if limit), default=None)
+
     def _finished(self):
-        limits = [limit for limit in (self.lr_anneal_steps, self.max_steps) if limit]
-        return bool(limits) and self._total_step >= min(limits)
+        return self._last_step is not None and self._total_step >= self._last_step
+
+    def next_save(self):
+        """The step of the next checkpoint, if nothing stops the run before."""
+        waits = -self.step % self.save_interval or self.save_interval * self._is_resumed_from_here()
+        return min(self._total_step + waits, self._last_step or math.inf)
 
     def _is_resumed_from_here(self):
         """Whether a save now would overwrite the checkpoint of the original that this run came from."""
@@ -283,6 +242,8 @@ class TrainLoop:
     def _step_done(self):
         """Count the step, and give the logger what is due; a second time changes nothing."""
         self._updates = self._total_step + 1
+        if self._progress is not None:
+            self._progress.reach(self._updates)
         if self.step % self.log_interval == 0:
             self._log_statistics()
 
@@ -381,6 +342,10 @@ class TrainLoop:
         self._check_finite(means)
         for key, (mean, count) in means.items():
             logger.logkv_mean(key, mean, count)
+        if self._progress is not None and means:
+            rate = self._progress.rate() * self.global_batch
+            logger.logkv("images/s", rate)
+            self._progress.show(**{name: means[name][0] for name in ("loss",) if name in means}, **{"images/s": rate})
         self._statistics = StepStatistics()
 
     def _check_finite(self, means):
@@ -411,22 +376,28 @@ class TrainLoop:
         if not norms.isfinite().all():
             raise self._diverged("a parameter is not finite")
         path = dist_util.from_rank_0(self._write_checkpoint, self._total_step, self._state())
+        if self._progress is not None:
+            self._progress.rate()  # from here on, without the time that saving took
         # overflows may be the network's, not the loss scale's
         if not self._overflows_in_a_row or self._last_checkpoint is None:
             self._last_checkpoint = path
 
     def _write_checkpoint(self, label, state):
         logger.log("saving model...")
+        emas = {rate: self._state_dict_of(params) for rate, params in zip(self.ema_rate, self.ema_params, strict=True)}
         path = save_set(
             get_blob_logdir(),
             label,
             model=self._state_dict_of(self.master_params),
-            emas={
-                rate: self._state_dict_of(params) for rate, params in zip(self.ema_rate, self.ema_params, strict=True)
-            },
+            emas=emas,
             optimizer=self.opt.state_dict(),
             state=state,
         )
+        logger.log(f"saved {path} and its ema, opt and state")
+        if self.preview is not None:
+            model = copy.deepcopy(self.model).eval()
+            model.load_state_dict(emas[self.ema_rate[0]])
+            self.preview(model, get_blob_logdir(), label)
         if self.keep_checkpoints and not self._overflows_in_a_row:
             delete_old_sets(get_blob_logdir(), label, self.keep_checkpoints)
         return path

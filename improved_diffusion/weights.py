@@ -1,4 +1,6 @@
-"""Weights from a file into a model that flags describe, and which flag is wrong where they do not fit."""
+"""Weights from a file into a model that flags describe, and what their shapes tell of the flags."""
+
+import itertools
 
 import torch as th
 
@@ -14,11 +16,24 @@ def load_weights(model, path, flag="model_path"):
     :raises InputError: if there is no such checkpoint or it does not fit; it names at most three
                         tensors and the flag that is the likely cause.
     """
+    fit_weights(model, read_weights(path, flag), path, flag)
+
+
+def read_weights(path, flag="model_path"):
+    """
+    :return: the state dict in a file, on the CPU.
+    :raises InputError: if there is no such checkpoint.
+    """
     if not path:
         raise InputError(f"{flag} is not given: name a file such as ema_0.9999_200000.pt")
     state_dict = dist_util.load_state_dict(path, map_location="cpu")
     if not isinstance(state_dict, dict) or not all(isinstance(v, th.Tensor) for v in state_dict.values()):
         raise InputError(f"{flag} {path}: not the weights of a model; give a model*.pt or ema_*.pt file")
+    return state_dict
+
+
+def fit_weights(model, state_dict, path, flag="model_path"):
+    """As load_weights(), for what read_weights() gave."""
     there = {name: tuple(v.shape) for name, v in state_dict.items()}
     here = {name: tuple(v.shape) for name, v in model.state_dict().items()}
     wrong = [name for name in {**here, **there} if there.get(name) != here.get(name)]
@@ -28,7 +43,7 @@ def load_weights(model, path, flag="model_path"):
         )
         raise InputError(
             f"{flag} {path} does not fit the flags: {tensors}{', ...' if len(wrong) > 3 else ''}; "
-            f"the likely cause is {_likely_cause(there, here)}"
+            f"the likely cause is {_likely_cause(infer_flags(there), infer_flags(here))}"
         )
     model.load_state_dict(state_dict)
 
@@ -38,34 +53,61 @@ def _shape(shapes, name):
 
 
 def _likely_cause(there, here):
-    """The flag by which a file's tensors most likely differ from the model's, with its value in the file."""
-    first, label, last = "input_blocks.0.0.weight", "label_emb.weight", "out.2.bias"
-    if first not in there or last not in there:
+    """The first of the flags in which what a file's shapes tell differs from what the model's do."""
+    if there is None:
         return "the file: it is not of this kind of model"
-    if there[first][0] != here[first][0]:
-        return f"--num_channels, {there[first][0]} in the file"
-    channels, super_resolution = _inputs(there[first])
-    channels_here, super_resolution_here = _inputs(here[first])
-    if super_resolution != super_resolution_here:
+    if there["super_resolution"] != here["super_resolution"]:
         return "the script: one of the two is a model for super-resolution"
-    if channels != channels_here:
-        return f"--image_channels, {channels} in the file"
-    if (label in there) != (label in here):
-        return f"--class_cond, {label in there} in the file"
-    if label in there and there[label] != here[label]:
-        return f"--num_classes, {there[label][0]} in the file"
-    if there[last] != here[last]:
-        return f"--learn_sigma, {there[last][0] > here[last][0]} in the file"
-    different = there.keys() ^ here.keys()
-    same_blocks = all(there[name] == here[name] for name in there.keys() & here.keys())
-    if same_blocks and not any(".0.in_layers" in name for name in different):
+    for name in ("num_channels", "image_channels", "class_cond", "num_classes", "learn_sigma"):
+        if there[name] != here[name]:
+            return f"--{name}, {there[name]} in the file"
+    if (there["num_res_blocks"], there["channel_mult"]) != (here["num_res_blocks"], here["channel_mult"]):
+        return "--num_res_blocks or --channel_mult (or the image size, which chooses it)"
+    if there["attention_levels"] != here["attention_levels"]:
         return "--attention_resolutions, or the image size that they are fractions of"
-    embeddings = [name for name in here if name.endswith("emb_layers.1.bias")]
-    if not different and all(there[name] != here[name] for name in embeddings):
-        return f"--use_scale_shift_norm, {there[embeddings[0]] > here[embeddings[0]]} in the file"
-    return "--num_res_blocks or --channel_mult (or the image size, which chooses it)"
+    return f"--use_scale_shift_norm, {there['use_scale_shift_norm']} in the file"
 
 
-def _inputs(shape):
-    """(image channels, whether for super-resolution) of a first layer: a smaller image doubles 1 or 3 channels."""
-    return (shape[1] // 2, True) if shape[1] % 2 == 0 else (shape[1], False)
+def infer_flags(shapes):
+    """
+    What the shapes of a model's weights tell.
+
+    :param shapes: {name: tuple} of a state dict.
+    :return: a dict of the flags num_channels, image_channels, class_cond, num_classes (None without labels),
+             learn_sigma, num_res_blocks, channel_mult (a tuple) and use_scale_shift_norm, of whether it is for
+             super_resolution, and of attention_levels, the levels with attention (0 is the finest); None if it is no
+             model of this library.
+    """
+    try:
+        num_channels, inputs = shapes["input_blocks.0.0.weight"][:2]
+        # a smaller image beside it doubles the 1 or 3 channels
+        super_resolution = inputs % 2 == 0
+        image_channels = inputs // 2 if super_resolution else inputs
+        widths, blocks, attention, level = [], [], set(), 0
+        for i in itertools.count(1):
+            if f"input_blocks.{i}.0.op.weight" in shapes:
+                level += 1
+                continue
+            if f"input_blocks.{i}.0.out_layers.3.weight" not in shapes:
+                break
+            if level == len(widths):
+                widths.append(shapes[f"input_blocks.{i}.0.out_layers.3.weight"][0])
+                blocks.append(0)
+            blocks[level] += 1
+            if f"input_blocks.{i}.1.qkv.weight" in shapes:
+                attention.add(level)
+        labels = shapes.get("label_emb.weight")
+        return dict(
+            num_channels=num_channels,
+            image_channels=image_channels,
+            super_resolution=super_resolution,
+            class_cond=labels is not None,
+            num_classes=labels and labels[0],
+            learn_sigma=shapes["out.2.bias"][0] == 2 * image_channels,
+            num_res_blocks=blocks[0],
+            channel_mult=tuple(width / num_channels for width in widths),
+            attention_levels=attention,
+            use_scale_shift_norm=shapes["input_blocks.1.0.emb_layers.1.bias"][0] == 2 * widths[0],
+        )
+    except (KeyError, IndexError, ValueError):
+        return None

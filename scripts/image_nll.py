@@ -10,15 +10,15 @@ import torch as th
 from improved_diffusion import dist_util, logger
 from improved_diffusion.command_line import create_parser, parse_flags, run
 from improved_diffusion.image_datasets import load_data_once
-from improved_diffusion.sample_util import SampleNoise, for_inference, save_arrays
+from improved_diffusion.progress import Progress, counting_calls
+from improved_diffusion.runs import begin, create_trained, logging_to
+from improved_diffusion.sample_util import SampleNoise, save_arrays
 from improved_diffusion.script_util import (
-    args_to_dict,
     compute_defaults,
     create_model_and_diffusion,
     extra_model_defaults,
     model_and_diffusion_defaults,
 )
-from improved_diffusion.weights import load_weights
 
 MODEL_FLAGS = {**model_and_diffusion_defaults(), **extra_model_defaults()}
 TERMS = ("vb", "mse", "xstart_mse")
@@ -26,12 +26,8 @@ TERMS = ("vb", "mse", "xstart_mse")
 
 def main():
     args = parse_flags(create_argparser())
-    dist_util.setup_dist()
-    dist_util.seed_everything(args.seed)
-
-    model, diffusion = create_model_and_diffusion(**args_to_dict(args, MODEL_FLAGS))
-    load_weights(model, args.model_path)
-    model = for_inference(model, batch_size=args.batch_size, **args_to_dict(args, compute_defaults()))
+    begin(args)
+    trained = create_trained(args, create_model_and_diffusion, MODEL_FLAGS)
     data = load_data_once(
         data_dir=args.data_dir,
         batch_size=args.batch_size,
@@ -41,12 +37,14 @@ def main():
         num_classes=args.num_classes,
         num_workers=args.num_workers,
         limit=args.num_samples,
+        class_names=trained.class_names,
     )
 
-    logger.configure()
-    logger.log(dist_util.describe())
-    logger.log("evaluating...")
-    run_bpd_evaluation(model, diffusion, data, args.clip_denoised, args.seed)
+    with logging_to(args, trained.notes):
+        logger.log("evaluating...")
+        with Progress("evaluating", len(data) * trained.diffusion.num_timesteps, "steps") as progress:
+            model = counting_calls(trained.model, progress)
+            run_bpd_evaluation(model, trained.diffusion, data, args.clip_denoised, args.seed)
 
 
 @th.inference_mode()

@@ -1,54 +1,63 @@
 """
-Draw samples from a trained model and write them to samples_NxHxWxC.npz.
+Draw samples from a trained model and write them to samples_NxHxWxC.npz, with a picture of them beside it.
 """
+
+import torch as th
 
 from improved_diffusion import dist_util, logger
 from improved_diffusion.command_line import create_parser, parse_flags, run
-from improved_diffusion.sample_util import draw_labels, for_inference, generate, save_samples
+from improved_diffusion.runs import begin, create_trained, logging_to
+from improved_diffusion.sample_util import draw_labels, generate, write_samples
 from improved_diffusion.script_util import (
-    args_to_dict,
     compute_defaults,
     create_model_and_diffusion,
     extra_model_defaults,
     model_and_diffusion_defaults,
 )
-from improved_diffusion.weights import load_weights
 
 MODEL_FLAGS = {**model_and_diffusion_defaults(), **extra_model_defaults()}
 
 
 def main():
     args = parse_flags(create_argparser())
-    dist_util.setup_dist()
-    dist_util.seed_everything(args.seed)
-
-    model, diffusion = create_model_and_diffusion(**args_to_dict(args, MODEL_FLAGS))
-    load_weights(model, args.model_path)
-    model = for_inference(model, batch_size=args.batch_size, **args_to_dict(args, compute_defaults()))
+    begin(args)
+    trained = create_trained(args, create_model_and_diffusion, MODEL_FLAGS)
+    num_classes = len(trained.class_names or ()) or args.num_classes  # it may have room for more than it was trained on
 
     def conditions(numbers, noise_fn):
-        return {"y": draw_labels(args.num_classes, len(numbers), noise_fn)} if args.class_cond else {}
+        if not args.class_cond:
+            return {}
+        if trained.labels is not None:
+            return {"y": th.from_numpy(trained.labels[numbers]).to(dist_util.dev())}
+        return {"y": draw_labels(num_classes, len(numbers), noise_fn)}
 
-    logger.configure()
-    logger.log(dist_util.describe())
-    logger.log("sampling...")
-    images, labels = generate(
-        diffusion,
-        model,
-        shape=(args.image_channels, args.image_size, args.image_size),
-        num_samples=args.num_samples,
-        batch_size=args.batch_size,
-        conditions=conditions,
-        use_ddim=args.use_ddim,
-        clip_denoised=args.clip_denoised,
-        seed=args.seed,
-    )
-    if dist_util.rank() == 0:
-        logger.log(f"saved {save_samples(images, labels)}")
+    with logging_to(args, trained.notes):
+        logger.log("sampling...")
+        images, labels = generate(
+            trained.diffusion,
+            trained.model,
+            shape=(args.image_channels, args.image_size, args.image_size),
+            num_samples=args.num_samples,
+            batch_size=args.batch_size,
+            conditions=conditions,
+            use_ddim=args.use_ddim,
+            clip_denoised=args.clip_denoised,
+            seed=args.seed,
+        )
+        if dist_util.rank() == 0:
+            write_samples(images, labels, trained.class_names, args.save_images)
 
 
 def create_argparser():
-    defaults = dict(clip_denoised=True, num_samples=10000, batch_size=16, use_ddim=False, model_path="")
+    defaults = dict(
+        model_path="",
+        num_samples=10000,
+        batch_size=16,
+        classes="",
+        use_ddim=False,
+        clip_denoised=True,
+        save_images=False,
+    )
     return create_parser({**defaults, **compute_defaults(), **MODEL_FLAGS}, description=__doc__)
 
 

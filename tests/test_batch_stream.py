@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch.utils.data import Dataset
 
 from improved_diffusion import batch_stream
-from improved_diffusion.batch_stream import BatchStream, in_order
+from improved_diffusion.batch_stream import BatchesInOrder, BatchStream
 
 # ---------------------------------------------------------------- processes
 
@@ -49,7 +49,11 @@ def worker_of(pid):
 @pytest.mark.parametrize("kind", ["stream", "once"])
 def test_signals_leave_workers_alone_until_their_parent_ends_them(kind):
     """A scheduler's reach all processes of a run; training still needs its batches."""
-    data = BatchStream(ProcessIds(), 1, False, num_workers=2) if kind == "stream" else in_order(ProcessIdsOnce(), 1, 2)
+    data = (
+        BatchStream(ProcessIds(), 1, False, num_workers=2)
+        if kind == "stream"
+        else BatchesInOrder(ProcessIdsOnce(), 1, 2)
+    )
     pids = sorted({next(data)[0].item() for _ in range(4)})
     assert len(pids) == 2 and os.getpid() not in pids
     for name in ("INT", "TERM", "TERM", "INT"):

@@ -112,3 +112,13 @@ def test_a_resumed_run_mirrors_the_same(images, before, change):
     resumed.load_state_dict(state)
     th.set_rng_state(rng)
     assert_same(take(resumed), expected)
+
+
+def test_what_is_known_of_the_images_is_known_of_mirrored_ones(images):
+    for source in sources(images):
+        stream, plain = (
+            load_superres_data(**source, **SUPERRES[1], **WORDS, random_flip=flip) for flip in (True, False)
+        )
+        assert (stream.dataset.num_images, stream.dataset.class_names) == (COUNT, list("abcd"))
+        (x, cond), (expected, expected_cond) = stream.first(4), plain.first(4)  # of the data, for previews: as they are
+        assert th.equal(x, expected) and th.equal(cond["low_res"], expected_cond["low_res"])

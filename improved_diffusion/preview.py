@@ -1,0 +1,53 @@
+"""A picture of what a model draws, each time training saves it."""
+
+import blobfile as bf
+import torch as th
+
+from . import dist_util, logger
+from .errors import first_line
+from .pictures import grid, write_pngs
+from .sample_util import SampleNoise, to_uint8
+
+SEED = 0  # always the same noise: successive pictures show the same samples as they become better
+STEPS = 20  # of DDIM
+
+
+class Preview:
+    """
+    Draws samples in a few steps of DDIM, without touching the global random generators.
+
+    :param diffusion: a GaussianDiffusion of STEPS timesteps or fewer.
+    :param shape: of one sample, (C, H, W).
+    :param count: of samples.
+    :param conditions: keyword arguments of the model, tensors [count, ...].
+    """
+
+    def __init__(self, diffusion, shape, count, conditions):
+        self.diffusion, self.shape, self.count, self.conditions = diffusion, shape, count, conditions
+
+    def __call__(self, model, directory, step):
+        """
+        Write preview_{step}.png to a folder, and give it to the logger. What goes wrong is logged: no run ends by it.
+
+        :param model: the network; drawn from as it is, in eval() mode.
+        """
+        try:
+            picture = grid(self._draw(model))
+            name = f"preview_{step:06d}.png"
+            write_pngs(directory, {name: picture})
+            logger.get_current().writeimage("preview", picture, step)
+            logger.log(f"drew {bf.join(directory, name)}")
+        except (RuntimeError, ValueError, OSError) as e:
+            logger.warn(f"no preview of step {step}: {first_line(e)}")
+
+    @th.inference_mode()
+    def _draw(self, model):
+        device = dist_util.dev()
+        sample = self.diffusion.ddim_sample_loop(
+            model,
+            (self.count, *self.shape),
+            model_kwargs={name: value.to(device) for name, value in self.conditions.items()},
+            device=device,
+            noise_fn=SampleNoise(SEED, range(self.count)),
+        )
+        return to_uint8(sample).cpu().numpy()

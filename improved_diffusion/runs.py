@@ -1,0 +1,198 @@
+"""What the scripts share between their flags and their work: the log, the model, training."""
+
+import contextlib
+import datetime
+import os
+import sys
+from collections.abc import Callable
+from typing import NamedTuple
+
+import blobfile as bf
+import numpy as np
+import torch as th
+
+from . import dist_util, logger
+from .dry_run import print_dry_run
+from .errors import InputError
+from .model_config import read_config, save_config, settle_flags
+from .preview import STEPS, Preview
+from .resample import create_named_schedule_sampler
+from .sample_util import chosen_labels, for_inference
+from .script_util import args_to_dict, compute_defaults, configure_compute, create_diffusion, train_loop_defaults
+from .train_util import TrainLoop, get_blob_logdir
+from .weights import fit_weights, load_weights, read_weights
+
+# flags that say nothing about the run itself
+_OF_THE_CALL = {"given", "log_dir", "preset", "dry_run"}
+
+
+@contextlib.contextmanager
+def logging_to(args, notes=()):
+    """
+    For the length of a with block, a log in --log_dir, OPENAI_LOGDIR, or else a new folder runs/SCRIPT-DATE-TIME.
+
+    :param notes: lines for its beginning.
+    """
+    logger.configure(dist_util.from_rank_0(_log_directory, args.log_dir))
+    logger.log(dist_util.describe())
+    for note in notes:
+        logger.log(note)
+    try:
+        yield
+    finally:
+        logger.log(f"all files are in {logger.get_dir()}")
+
+
+def _log_directory(log_dir):
+    directory = log_dir or os.environ.get("OPENAI_LOGDIR")
+    if directory:
+        return directory
+    name = os.path.join("runs", f"{_script()}-{datetime.datetime.now():%Y-%m-%d-%H%M%S}")
+    for suffix in ("", *(f"-{i}" for i in range(2, 1000))):
+        with contextlib.suppress(FileExistsError):
+            os.makedirs(name + suffix)
+            return name + suffix
+    return name
+
+
+def _script():
+    return os.path.splitext(os.path.basename(sys.argv[0]))[0]
+
+
+def begin(args):
+    """What comes before all else: the ranks meet, and the random generators get their seed."""
+    dist_util.setup_dist()
+    dist_util.seed_everything(args.seed)
+
+
+# ---------------------------------------------------------------- training
+
+
+def create_for_training(args, create, model_flags):
+    """
+    The network and the diffusion that flags describe; none of it for --dry_run True, which ends here.
+
+    :return: (model, diffusion).
+    :raises SystemExit: (with status 0) after a dry run.
+    :raises InputError: if a flag cannot work, or the weights to continue from do not fit.
+    """
+    if args.dry_run:
+        print_dry_run(args, create, model_flags)
+        raise SystemExit(0)
+    model, diffusion = create(**args_to_dict(args, model_flags))
+    if args.resume_checkpoint not in ("", "auto"):  # the second can be looked for when there is a log
+        load_weights(model, args.resume_checkpoint, flag="resume_checkpoint")
+    configure_compute(model, use_bf16=args.use_bf16, compile=args.compile)
+    return model.to(dist_util.dev()), diffusion
+
+
+def classes_so_far(args):
+    """The class names of the run that is continued, which keep their numbers; None if there is none."""
+    if not args.class_cond or not args.resume_checkpoint:
+        return None
+    directory = bf.dirname(args.resume_checkpoint)
+    if args.resume_checkpoint == "auto":
+        directory = os.environ.get("DIFFUSION_BLOB_LOGDIR") or args.log_dir or os.environ.get("OPENAI_LOGDIR")
+    config = dist_util.from_rank_0(read_config, directory)
+    return config and config["class_names"]
+
+
+def train(args, model, diffusion, data):
+    """
+    Train as flags say, with everything that a run leaves in its folder.
+
+    :param data: of load_data().
+    """
+    with logging_to(args):
+        flags = {name: value for name, value in vars(args).items() if name not in _OF_THE_CALL}
+        loop = TrainLoop(
+            model=model,
+            diffusion=diffusion,
+            data=data,
+            schedule_sampler=create_named_schedule_sampler(args.schedule_sampler, diffusion),
+            flags=flags,
+            preview=_preview(args, data) if args.preview_samples and dist_util.rank() == 0 else None,
+            **args_to_dict(args, train_loop_defaults()),
+        )
+        names = data.dataset.class_names
+        dist_util.from_rank_0(save_config, get_blob_logdir(), _script(), flags, names)
+        _log_beginning(args, model, data.dataset, loop)
+        loop.run_loop()
+
+
+def _log_beginning(args, model, dataset, loop):
+    names = dataset.class_names
+    if names is not None:
+        logger.log(f"classes: {describe_classes(names)}")
+    ranks = dist_util.world_size()
+    ends = [steps for steps in (args.lr_anneal_steps, args.max_steps) if steps]
+    logger.log(
+        f"{dataset.num_images:,} images{f' of {len(names)} classes' if names else ''}, "
+        f"{sum(p.numel() for p in model.parameters()):,} parameters, {ranks} rank{'s' * (ranks > 1)} of "
+        f"{args.batch_size} images a step; training {f'to step {min(ends)}' if ends else 'until it is stopped'}; "
+        f"next checkpoint: step {loop.next_save()}, then every {args.save_interval}"
+    )
+
+
+def describe_classes(names):
+    """The classes with their numbers, in a line: 0 cat, 1 dog."""
+    shown = [f"{i} {name}" for i, name in enumerate(names)]
+    return ", ".join(shown if len(shown) <= 20 else [*shown[:10], "...", shown[-1]])
+
+
+def _preview(args, data):
+    steps = str(min(STEPS, args.diffusion_steps))
+    size = getattr(args, "image_size", None) or args.large_size
+    count, conditions = args.preview_samples, {}
+    if hasattr(args, "small_size"):
+        _, conditions = data.first(count)
+        count = len(conditions["low_res"])
+    elif args.class_cond:
+        conditions = {"y": th.arange(count) % len(data.dataset.class_names)}
+    diffusion = create_diffusion({**vars(args), "timestep_respacing": steps})
+    return Preview(diffusion, (args.image_channels, size, size), count, conditions)
+
+
+# ---------------------------------------------------------------- trained models
+
+
+class Trained(NamedTuple):
+    model: Callable  # ready for use
+    diffusion: object
+    class_names: list | None  # of the run that it comes from
+    labels: np.ndarray | None  # those that --classes asks for
+    notes: list[str]  # lines for the log
+
+
+def create_trained(args, create, model_flags):
+    """
+    A trained network and its diffusion. Flags that are not given become those of its run.
+
+    :param args: of parse_flags(), with model_path.
+    :param create: a factory of (model, diffusion).
+    :param model_flags: the names of the flags that it takes.
+    :return: a Trained.
+    :raises SystemExit: (with status 0) after a dry run.
+    :raises InputError: if a flag cannot work, or the weights do not fit.
+    """
+    weights = read_weights(args.model_path)
+    class_names, notes = settle_flags(args, model_flags, weights)
+    if args.dry_run:
+        print_dry_run(args, create, model_flags)
+        raise SystemExit(0)
+    model, diffusion = create(**args_to_dict(args, model_flags))
+    fit_weights(model, weights, args.model_path)
+    labels = _chosen_labels(args, class_names) if getattr(args, "classes", "") else None
+    model = for_inference(model, batch_size=args.batch_size, **args_to_dict(args, compute_defaults()))
+    if args.class_cond and class_names:
+        notes.append(f"classes: {describe_classes(class_names)}")
+    return Trained(model, diffusion, class_names, labels, notes)
+
+
+def _chosen_labels(args, class_names):
+    if not args.class_cond:
+        raise InputError(f"classes {args.classes}: the model is not class-conditional")
+    num_samples = args.num_samples if "num_samples" in args.given or ":" not in args.classes else None
+    labels = chosen_labels(args.classes, num_samples, args.num_classes, class_names)
+    args.num_samples = len(labels)
+    return labels
