@@ -120,5 +120,5 @@ def test_what_is_known_of_the_images_is_known_of_mirrored_ones(images):
             load_superres_data(**source, **SUPERRES[1], **WORDS, random_flip=flip) for flip in (True, False)
         )
         assert (stream.dataset.num_images, stream.dataset.class_names) == (COUNT, list("abcd"))
-        (x, cond), (expected, expected_cond) = stream.first(4), plain.first(4)  # of the data, for previews: as they are
+        (x, cond), (expected, expected_cond) = stream.first(4), plain.first(4)  # for previews: as they are
         assert th.equal(x, expected) and th.equal(cond["low_res"], expected_cond["low_res"])
