@@ -24,6 +24,7 @@ setup(
         "mpi": ["mpich>=5.0,<6"],
         "demo": ["scikit-learn>=1.9,<2", "matplotlib>=3.11,<4"],
         "tensorboard": ["tensorboard>=2.21,<3"],
+        "lsun": ["lmdb>=3.0,<4"],
         "test": [
             "pytest>=9.2,<10",
             "pytest-cov>=7.1,<8",
@@ -33,6 +34,7 @@ setup(
             "mpich>=5.0,<6",
             "scikit-learn>=1.9,<2",
             "tensorboard>=2.21,<3",
+            "lmdb>=3.0,<4",
         ],
     },
     classifiers=[

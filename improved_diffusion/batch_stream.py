@@ -17,11 +17,14 @@ class BatchStream:
     epoch's end is left out.
 
     The orders are seeded by torch's global generator, an epoch at a time.
+
+    :param random_flip: ask the dataset for sample ~i instead of i with probability 1/2, anew each epoch. Which ones is
+                        drawn from the epoch's seed too: who decodes them, and where a run was resumed, change nothing.
     """
 
-    def __init__(self, dataset, batch_size, shuffle, num_workers, collate_fn=default_collate):
+    def __init__(self, dataset, batch_size, shuffle, num_workers, collate_fn=default_collate, random_flip=False):
         self.dataset = dataset
-        self._order = _EpochOrder(len(dataset), batch_size, shuffle)
+        self._order = _EpochOrder(len(dataset), batch_size, shuffle, random_flip)
         self._loader = DataLoader(
             dataset,
             batch_sampler=self._order,
@@ -77,10 +80,11 @@ class BatchStream:
 class _EpochOrder:
     """The indices of each batch of one epoch: a batch sampler for DataLoader."""
 
-    def __init__(self, num_images, batch_size, shuffle):
+    def __init__(self, num_images, batch_size, shuffle, random_flip):
         self.num_images = num_images
         self.batch_size = batch_size
         self.shuffle = shuffle
+        self.random_flip = random_flip
         self.seed = 0
         self.skip = 0
 
@@ -93,9 +97,11 @@ class _EpochOrder:
             self.seed = th.empty((), dtype=th.int64).random_().item()
 
     def __iter__(self):
-        order = range(self.num_images)
-        if self.shuffle:
-            order = th.randperm(self.num_images, generator=th.Generator().manual_seed(self.seed)).tolist()
+        generator = th.Generator().manual_seed(self.seed)
+        order = th.randperm(self.num_images, generator=generator) if self.shuffle else th.arange(self.num_images)
+        if self.random_flip:  # drawn after the order, which stays what it is without
+            order = th.where(th.randint(2, order.shape, generator=generator).bool(), ~order, order)
+        order = order.tolist()
         for i in range(self.skip, len(self)):
             yield order[i * self.batch_size : (i + 1) * self.batch_size]
 

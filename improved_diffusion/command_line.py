@@ -7,7 +7,7 @@ import signal
 import sys
 
 from . import dist_util
-from .errors import InputError, TrainingError, first_line
+from .errors import InputError, TrainingError, first_line, is_loss_of_a_worker
 from .flags import COMPUTING, FLAGS, GROUPS
 from .presets import PRESETS
 from .script_util import add_dict_to_argparser, whole_number
@@ -26,7 +26,8 @@ class FlagParser(argparse.ArgumentParser):
         for word in unknown:
             flag = word.partition("=")[0]
             if flag.startswith("--"):
-                near = difflib.get_close_matches(flag, self._option_string_actions, n=1)
+                near = [known for known in self._option_string_actions if known.startswith(flag)]
+                near += difflib.get_close_matches(flag, self._option_string_actions, n=1)
                 self.error(f"there is no flag {flag}; {f'did you mean {near[0]}?' if near else '--help lists them'}")
         if unknown:
             self.error(f"unrecognized arguments: {' '.join(unknown)}")
@@ -130,6 +131,9 @@ def run(main):
     except KeyboardInterrupt:
         _exit(128 + signal.SIGINT, "interrupted")
     except Exception as e:
+        if is_loss_of_a_worker(e):
+            how = e.__cause__ if is_loss_of_a_worker(e.__cause__) else e
+            _exit(1, f"a process that reads images ended ({first_line(how).strip()}); is there too little memory?")
         if not dist_util.is_loss_of_a_rank(e):
             raise
         _print_error(f"rank {dist_util.rank()}: another rank, or the connection to it, is gone: {first_line(e)}")

@@ -17,6 +17,11 @@ class TrainingError(RuntimeError):
     """
 
 
+def is_loss_of_a_worker(error):
+    """Whether torch tells, wherever the program is at that moment, that a process of a DataLoader's was killed."""
+    return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker")
+
+
 def first_line(error):
     """What another library's exception says, without what it says below that."""
     return getattr(error, "strerror", None) or str(error).partition("\n")[0]

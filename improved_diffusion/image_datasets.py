@@ -36,6 +36,7 @@ def load_data(
     num_workers=-1,
     add_conditions=None,
     class_names=None,
+    random_flip=False,
 ):
     """
     Endless batches of this rank's share of the images below a folder, or of those that prepare_images.py
@@ -53,6 +54,8 @@ def load_data(
                         none for packed images, which have nothing to decode.
     :param add_conditions: function of a batch that gives further conditions of it, called in the workers.
     :param class_names: all classes, sorted, if not those of the images here: of the run that is continued.
+    :param random_flip: mirror each image, left for right, with probability 1/2, drawn anew each epoch; the order
+                        and all other random numbers stay what they are without.
     :return: an iterator of (float32 [N, C, H, W] in [-1, 1], {"y": int64 [N]} or {}), with
              state_dict() and load_state_dict() to continue where another left off. Its dataset has num_images
              (of all ranks) and class_names.
@@ -67,14 +70,17 @@ def load_data(
             f"data_dir {data_dir}: {len(dataset)} images{share} are fewer than a batch; "
             f"give batch_size {len(dataset)} or less, or more images"
         )
+    num_workers = _workers(num_workers, dataset)
     collate_fn = functools.partial(_collate, add_conditions=add_conditions)
-    return BatchStream(dataset, batch_size, not deterministic, _workers(num_workers, dataset), collate_fn)
+    if random_flip:
+        dataset = _MirroringDataset(dataset)
+    return BatchStream(dataset, batch_size, not deterministic, num_workers, collate_fn, random_flip)
 
 
 def load_superres_data(*, large_size, small_size, **kwargs):
     """
     load_data() at large_size, whose conditions also hold "low_res": the same images scaled down to
-    small_size by averaging, [N, C, small_size, small_size].
+    small_size by averaging, [N, C, small_size, small_size]; of those that random_flip mirrors, the mirrored ones.
     """
     return load_data(image_size=large_size, add_conditions=functools.partial(_low_res, small_size), **kwargs)
 
@@ -261,17 +267,23 @@ def _check_images(paths):
 
 
 def _decode(path):
+    # blobfile's way to a local file takes a tenth of the time of decoding it
+    return decode_image(lambda: bf.BlobFile(path, "rb") if is_remote(path) else open(path, "rb"), path)
+
+
+def decode_image(opened, name):
     """
+    :param opened: function that opens a binary file.
+    :param name: what messages call the file.
     :return: a PIL image in mode "RGB" or "L".
     :raises InputError: whatever is wrong with the file.
     """
     try:
-        # blobfile's way to a local file takes a tenth of the time of decoding it
-        with bf.BlobFile(path, "rb") if is_remote(path) else open(path, "rb") as f:
+        with opened() as f:
             image = Image.open(f)
             image.load()
     except Exception as e:  # decoders of damaged files raise anything from SyntaxError to struct.error
-        raise InputError(f"{path}: cannot be read as an image ({e})") from e
+        raise InputError(f"{name}: cannot be read as an image ({e})") from e
     if image.mode in ("RGB", "L"):
         return image
     if image.mode.startswith("I"):  # 16 bits; Pillow's own conversion saturates above 255
@@ -332,20 +344,29 @@ class ImageDataset(_Samples):
         """
         :return: uint8 array [resolution, resolution, C].
         """
-        image = _decode(self.local_images[idx])
-        if self.image_channels == 1:
-            image = image.convert("L")
+        return scale_and_crop(_decode(self.local_images[idx]), self.resolution, self.image_channels)
 
-        # halving by boxes first, since bicubic alone would alias; published models saw such images
-        while min(image.size) >= 2 * self.resolution:
-            image = _halved(image)
-        scale = self.resolution / min(image.size)
-        image = image.resize(tuple(round(x * scale) for x in image.size), resample=Image.Resampling.BICUBIC)
 
-        pixels = np.asarray(image if self.image_channels == 1 else image.convert("RGB"))
-        top, left = ((n - self.resolution) // 2 for n in pixels.shape[:2])
-        pixels = pixels[top : top + self.resolution, left : left + self.resolution]
-        return pixels.reshape(self.resolution, self.resolution, self.image_channels)
+def scale_and_crop(image, size, image_channels=3):
+    """
+    What the library makes of an image: the shorter side scaled to `size`, the longer one cropped at the centre.
+
+    :param image: a PIL image in mode "RGB" or "L".
+    :param image_channels: 3 for RGB, 1 for greyscale.
+    :return: uint8 array [size, size, C].
+    """
+    if image_channels == 1:
+        image = image.convert("L")
+
+    # halving by boxes first, since bicubic alone would alias; published models saw such images
+    while min(image.size) >= 2 * size:
+        image = _halved(image)
+    scale = size / min(image.size)
+    image = image.resize(tuple(round(x * scale) for x in image.size), resample=Image.Resampling.BICUBIC)
+
+    pixels = np.asarray(image if image_channels == 1 else image.convert("RGB"))
+    top, left = ((n - size) // 2 for n in pixels.shape[:2])
+    return pixels[top : top + size, left : left + size].reshape(size, size, image_channels)
 
 
 def _halved(image):
@@ -390,3 +411,34 @@ class PackedDataset(_Samples):
         """
         cond = {} if self.local_classes is None else {"y": th.from_numpy(self.local_classes[indices])}
         return th.from_numpy(_normalize(self.local_images[indices])), cond
+
+
+class _MirroringDataset(Dataset):
+    """
+    Another's samples, a batch at a time; sample ~i is sample i mirrored. A DataLoader of them needs _collate().
+
+    The batch sampler says which ones, so that they are the same whichever process decodes them.
+    """
+
+    def __init__(self, dataset):
+        super().__init__()
+        self._dataset = dataset
+        self.num_images, self.class_names = dataset.num_images, dataset.class_names
+
+    def __len__(self):
+        return len(self._dataset)
+
+    def __getitem__(self, idx):
+        """As it is."""
+        return self._dataset[idx]
+
+    def __getitems__(self, indices):
+        """
+        :return: (float32 tensor [N, C, H, W] in [-1, 1], {"y": int64 [N]} or {}).
+        """
+        places = [max(i, ~i) for i in indices]
+        fetch = getattr(self._dataset, "__getitems__", lambda places: [self._dataset[i] for i in places])
+        batch, cond = _collate(fetch(places))
+        mirrored = th.tensor(indices) < 0
+        batch[mirrored] = batch[mirrored].flip(-1)
+        return batch, cond

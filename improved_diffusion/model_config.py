@@ -96,6 +96,8 @@ def _flags_by_shapes(args, model_flags, told):
         del missing[name]  # loading the weights says what is wrong
     open_ = [name for name in (size_flag, "small_size", *_UNTOLD) if name in model_flags and name not in args.given]
     if missing and open_:
+        if size_flag in open_:
+            missing.pop("attention_resolutions", None)  # fractions of a size that nobody knows
         raise InputError(
             f"model_path {args.model_path} has no {CONFIG} beside it. Its shapes say "
             f"{', '.join(f'{name} {value}' for name, value in sorted(missing.items()))}; give what they do not tell, "

@@ -38,6 +38,7 @@ def write_packed_images(path, batches, shape, labels, classes):
     :param labels: N integers.
     :param classes: the names that they are places in.
     :raises InputError: if the file cannot be written. What `batches` raises comes through, and leaves no file.
+    :raises ValueError: if `batches` or `labels` are not what `shape` says; this leaves no file either.
     """
 
     def write(f):
@@ -45,8 +46,14 @@ def write_packed_images(path, batches, shape, labels, classes):
             with archive.open(zipfile.ZipInfo("images.npy", EPOCH), "w", force_zip64=True) as member:
                 header = {"descr": "|u1", "fortran_order": False, "shape": shape}
                 np.lib.format.write_array_header_1_0(member, header)
+                given = 0
                 for batch in batches:
+                    if batch.dtype != np.uint8 or batch.shape[1:] != shape[1:]:
+                        raise ValueError(f"{path}: images of {batch.dtype} {batch.shape[1:]}, not of uint8 {shape[1:]}")
                     member.write(np.ascontiguousarray(batch).data)
+                    given += len(batch)
+                if not given == len(labels) == shape[0]:
+                    raise ValueError(f"{path}: {given} images and {len(labels)} labels, not {shape[0]} of each")
             for name, array in {"labels": np.array(labels, np.int64), "classes": np.array(classes, str)}.items():
                 with archive.open(zipfile.ZipInfo(f"{name}.npy", EPOCH), "w") as member:
                     np.lib.format.write_array(member, array, allow_pickle=False)

@@ -66,6 +66,7 @@ def sample_names(count, labels=None, class_names=None):
     """
     if labels is None:
         return [f"{i:06d}.png" for i in range(count)]
-    if class_names is None or not all(re.fullmatch(r"[\w.+ -]*[^\W_][\w.+ -]*", name) for name in class_names):
+    # what an image folder takes for the class
+    if class_names is None or not all(re.fullmatch(r"[^\W_]([^\W_]|[.+ -])*", name) for name in class_names):
         class_names = {label: str(label) for label in labels}
     return [f"{class_names[label]}_{i:06d}.png" for i, label in enumerate(labels)]

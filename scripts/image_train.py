@@ -28,13 +28,14 @@ def main():
         image_channels=args.image_channels,
         num_classes=args.num_classes,
         num_workers=args.num_workers,
+        random_flip=args.random_flip,
         class_names=classes_so_far(args),
     )
     train(args, model, diffusion, data)
 
 
 def create_argparser():
-    defaults = dict(data_dir="", num_workers=-1, schedule_sampler="uniform", preview_samples=16)
+    defaults = dict(data_dir="", random_flip=False, num_workers=-1, schedule_sampler="uniform", preview_samples=16)
     return create_parser(
         {**defaults, **train_loop_defaults(), **compute_defaults(), **MODEL_FLAGS}, description=__doc__
     )

@@ -10,6 +10,7 @@ from PIL import Image
 
 from improved_diffusion.command_line import FlagParser, run
 from improved_diffusion.errors import InputError
+from improved_diffusion.prepare_util import make_folder
 
 SIZE = 16
 
@@ -22,10 +23,7 @@ def main():
         raise InputError("scikit-learn holds the digits: pip install improved-diffusion[demo]") from None
 
     digits = load_digits()
-    try:
-        os.makedirs(args.out_dir, exist_ok=True)
-    except OSError as e:
-        raise InputError(f"out_dir {args.out_dir}: cannot be made a folder ({e.strerror})") from None
+    make_folder(args.out_dir, flag="out_dir")
     for i, (pixels, label) in enumerate(zip(digits.images, digits.target, strict=True)):
         image = Image.fromarray(np.round(pixels * (255 / 16)).astype(np.uint8))
         image = image.resize((SIZE, SIZE), resample=Image.Resampling.BICUBIC)

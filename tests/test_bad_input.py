@@ -3,6 +3,8 @@ Each script, given what cannot work: exit status 2, one line on stderr that name
 would be right, nothing on stdout, nothing written.
 """
 
+import shutil
+
 import numpy as np
 import pytest
 import torch as th
@@ -15,6 +17,8 @@ READING = [*TRAINING, "image_nll"]  # those with --data_dir
 SAMPLING = ["image_sample", "super_res_sample"]
 LOADING = ["image_sample", "image_nll", "super_res_sample"]  # those with --model_path
 ALL = [*READING, *SAMPLING]
+
+ONE_CLASS = dict(class_cond=True, num_classes=1, model_path="one_class.pt")
 
 CASES = [  # scripts, flags that differ from those that work, what the line must hold
     # the folder of images
@@ -31,12 +35,14 @@ CASES = [  # scripts, flags that differ from those that work, what the line must
     (TRAINING, dict(class_cond=True, num_classes=1), ["data_dir images", "2 different prefixes", "num_classes is 1"]),
     (
         ["image_nll"],
-        dict(class_cond=True, num_classes=1, model_path="one_class.pt"),
+        ONE_CLASS,
         ["data_dir images", "2 different prefixes", "num_classes is 1"],
     ),
     # the network
-    (IMAGES, dict(image_size=48, channel_mult=None), ["image_size 48", "32, 64, 128, 256, 512", "give channel_mult"]),
-    (ALL, dict(size=8, channel_mult=None), ["_size 8", "32, 64, 128, 256, 512", "give channel_mult"]),
+    (["image_train"], dict(image_size=48, channel_mult=None), ["image_size 48", "128, 256, 512", "give channel_mult"]),
+    (TRAINING, dict(size=8, channel_mult=None), ["_size 8", "32, 64, 128, 256, 512", "give channel_mult"]),
+    (LOADING, dict(num_channels=None, noise_schedule=None), ["no config.json", "num_channels 32", "--noise_schedule"]),
+    (LOADING, dict(model_path="damaged/{own}.pt"), ["damaged/config.json", "not the flags of a run"]),
     (ALL, dict(num_channels=48), ["num_channels 48", "multiples of 32"]),
     (ALL, dict(num_channels=16), ["num_channels 16", "32 or more"]),
     (ALL, dict(channel_mult="1,1.5"), ["channel_mult 1,1.5", "48 channels", "multiples of 32"]),
@@ -64,7 +70,7 @@ CASES = [  # scripts, flags that differ from those that work, what the line must
     # numbers out of range
     (ALL, dict(batch_size=0), ["--batch_size 0", "1 or more"]),
     (ALL, dict(batch_size=-4), ["--batch_size -4", "1 or more"]),
-    (ALL, dict(batch_size=1.5), ["--batch_size", "invalid int value: '1.5'"]),
+    (ALL, dict(batch_size=1.5), ["--batch_size", "'1.5' is not a whole number"]),
     (LOADING, dict(num_samples=0), ["--num_samples 0", "1 or more"]),
     (LOADING, dict(num_samples=-1), ["--num_samples -1", "1 or more"]),
     (TRAINING, dict(ema_rate=1), ["--ema_rate 1", "at least 0 and below 1"]),
@@ -81,9 +87,18 @@ CASES = [  # scripts, flags that differ from those that work, what the line must
     (TRAINING, dict(lr_anneal_steps=-1), ["--lr_anneal_steps -1", "0 or more"]),
     (READING, dict(num_workers=-2), ["--num_workers -2", "0 or more"]),
     (ALL, dict(seed=-1), ["--seed -1", "0 or more"]),
+    # which classes, which preset
+    (["image_sample"], dict(classes="3,7"), ["classes 3,7", "not class-conditional"]),
+    (["image_sample"], dict(ONE_CLASS, classes="1"), ["'1' is no class of the model", "0 to 0"]),
+    (["image_sample"], dict(ONE_CLASS, classes="0:2,0"), ["classes 0:2,0", "3:10,7:5"]),
+    (["image_sample"], dict(ONE_CLASS, classes="0:3"), ["classes 0:3 are 3 samples, num_samples is 2"]),
+    (ALL, dict(preset="imagenet"), ["--preset imagenet: give one of imagenet64, "]),
+    (IMAGES, dict(preset="upsample256"), ["--preset upsample256", "super_res_train"]),
+    (["super_res_train", "super_res_sample"], dict(preset="cifar10"), ["--preset cifar10", "not for super-resolution"]),
+    (TRAINING, dict(preview_samples=-1), ["--preview_samples -1", "0 or more"]),
     # words
     (ALL, dict(class_cond="perhaps"), ["--class_cond", "'perhaps' is neither True nor False"]),
-    (ALL, dict(num_chan=32), ["unrecognized arguments: --num_chan"]),
+    (ALL, dict(num_chan=32), ["there is no flag --num_chan; did you mean --num_channels?"]),
     # weights
     (LOADING, dict(model_path=None), ["model_path is not given", "ema_0.9999_200000.pt"]),
     (LOADING, dict(model_path="gone.pt"), ["gone.pt", "no such file"]),
@@ -116,15 +131,19 @@ CASES = [  # scripts, flags that differ from those that work, what the line must
     (["super_res_sample"], dict(base_samples="text/a.txt"), ["base_samples text/a.txt", "not an npz file"]),
     (["super_res_sample"], dict(base_samples="other.npz"), ["base_samples other.npz", "no arr_0", "it has images"]),
     (["super_res_sample"], dict(small_size=2), ["base_samples base.npz", "(2, 4, 4, 3)", "(N, 2, 2, 3)"]),
-    (["super_res_sample"], dict(image_channels=1), ["base_samples base.npz", "(2, 4, 4, 3)", "(N, 4, 4, 1)"]),
     (
         ["super_res_sample"],
-        dict(class_cond=True, num_classes=3),
+        dict(image_channels=1, model_path="grey_super_res.pt"),
+        ["base_samples base.npz", "(2, 4, 4, 3)", "(N, 4, 4, 1)"],
+    ),
+    (
+        ["super_res_sample"],
+        dict(class_cond=True, num_classes=3, model_path="classes_super_res.pt"),
         ["base_samples base.npz", "labels from 1 to 3", "num_classes 3 allows 0 to 2"],
     ),
     (
         ["super_res_sample"],
-        dict(class_cond=True, base_samples="unlabelled.npz"),
+        dict(class_cond=True, num_classes=3, model_path="classes_super_res.pt", base_samples="unlabelled.npz"),
         ["base_samples unlabelled.npz", "arr_1", "class_cond"],
     ),
 ]
@@ -145,6 +164,12 @@ def files(tmp_path_factory):
     save_weights(root / "images.pt")
     save_weights(root / "super_res.pt", super_resolution=True)
     save_weights(root / "one_class.pt", class_cond=True, num_classes=1)
+    save_weights(root / "grey_super_res.pt", super_resolution=True, image_channels=1)
+    save_weights(root / "classes_super_res.pt", super_resolution=True, class_cond=True, num_classes=3)
+    (root / "damaged").mkdir()
+    for name in ("images.pt", "super_res.pt"):
+        shutil.copy(root / name, root / "damaged")
+    (root / "damaged" / "config.json").write_text("{")
     th.save({"state": {}, "param_groups": []}, root / "opt.pt")
     th.save(Image.Image, root / "code.pt")
 
@@ -221,7 +246,7 @@ def test_the_flags_that_the_cases_differ_from_work(monkeypatch, capfd, files, tm
     ("script", "changed", "parts"),
     [
         ("image_train", dict(data_dir="corrupt", num_workers=1), ["corrupt/a_002.png", "cannot be read as an image"]),
-        ("image_nll", dict(batch_size="many"), ["--batch_size", "invalid int value"]),
+        ("image_nll", dict(batch_size="many"), ["--batch_size", "'many' is not a whole number"]),
         ("super_res_sample", dict(model_path="images.pt"), ["model_path images.pt", "super-resolution"]),
     ],
     ids=["image_train", "image_nll", "super_res_sample"],

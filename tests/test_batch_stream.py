@@ -149,6 +149,36 @@ def test_a_loaded_state_goes_on_exactly_with_workers_that_decode_ahead(before):
     assert take(stream, 7) == expected
 
 
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_half_of_the_samples_are_flipped_anew_each_epoch(shuffle):
+    """Sample ~i is asked for instead of i; the order and the global generator are what they are without."""
+    streams = [BatchStream(Identity(1000), 10, shuffle, 0, random_flip=random_flip) for random_flip in (False, True)]
+    plain, flipped = [], []
+    for stream, batches in zip(streams, (plain, flipped), strict=True):
+        th.manual_seed(4)
+        batches += take(stream, 300)
+        batches.append(th.get_rng_state().tolist())
+    assert [[max(i, ~i) for i in batch] for batch in flipped[:-1]] == plain[:-1] and flipped[-1] == plain[-1]
+    masks = th.tensor(flipped[:-1]).view(3, 1000) < 0
+    for epoch in masks:
+        assert 440 < epoch.sum() < 560  # four standard deviations are 63
+    for one, other in ((0, 1), (0, 2), (1, 2)):
+        assert 440 < (masks[one] ^ masks[other]).sum() < 560
+
+
+@pytest.mark.parametrize("workers", [(0, 0), (0, 1), (1, 0)], ids=str)
+@pytest.mark.parametrize("before", [0, 1, 3, 5])
+def test_a_loaded_state_flips_on_exactly(before, workers):
+    th.manual_seed(1)
+    stream, resumed = (BatchStream(Identity(7), 2, True, num_workers, random_flip=True) for num_workers in workers)
+    take(stream, before)
+    state, rng = through_a_file(stream.state_dict()), th.get_rng_state()
+    expected = take(stream, 10)
+    resumed.load_state_dict(state)
+    th.set_rng_state(rng)
+    assert take(resumed, 10) == expected and min(min(expected)) < 0
+
+
 @pytest.mark.parametrize(
     ("other", "message"),
     [

@@ -24,8 +24,11 @@ def test_seed_is_absent_or_a_number(monkeypatch):
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
-        (["--batch", "3"], ["unrecognized arguments: --batch 3"]),  # no abbreviations
-        (["--batch_size", "x"], ["--batch_size", "invalid int value: 'x'"]),
+        (["--batch", "3"], ["there is no flag --batch; did you mean --batch_size?"]),  # no abbreviations
+        (["--bach_size=3"], ["there is no flag --bach_size; did you mean --batch_size?"]),
+        (["--quick", "3"], ["there is no flag --quick; --help lists them"]),
+        (["3"], ["unrecognized arguments: 3"]),
+        (["--batch_size", "x"], ["--batch_size", "'x' is not a whole number"]),
         (["--batch_size", "0"], ["--batch_size 0", "give 1 or more"]),
         (["--small", "perhaps"], ["--small", "'perhaps' is neither True nor False"]),
         (["--small"], ["--small", "expected one argument"]),
@@ -37,7 +40,7 @@ def test_seed_is_absent_or_a_number(monkeypatch):
         (["--ema_rate", "0.9;0.99"], ["--ema_rate 0.9;0.99", "commas"]),
         (["--seed", "-1"], ["--seed -1", "0 or more"]),
         (["--keep_checkpoints", "-1"], ["--keep_checkpoints -1", "0 or more"]),
-        (["--keep_checkpoints", "all"], ["--keep_checkpoints", "invalid int value"]),
+        (["--keep_checkpoints", "all"], ["--keep_checkpoints", "'all' is not a whole number"]),
     ],
     ids=" ".join,
 )
@@ -57,9 +60,37 @@ def test_bad_flags_are_one_line_and_status_2(monkeypatch, capfd, words, parts):
 def test_flags_at_their_limits_are_taken(monkeypatch):
     defaults = dict(batch_size=4, microbatch=-1, ema_rate="0.9", large_size=8, small_size=4)
     words = ["--batch_size", "1", "--microbatch", "1", "--ema_rate", "0,0.5", "--small_size", "8", "--seed", "0"]
-    assert vars(parse(monkeypatch, words, **defaults)) == dict(
-        batch_size=1, microbatch=1, ema_rate="0,0.5", large_size=8, small_size=8, seed=0
-    )
+    args = parse(monkeypatch, words, **defaults)
+    assert sorted(args.given) == ["batch_size", "ema_rate", "microbatch", "seed", "small_size"]
+    del args.given
+    of_all_scripts = dict(seed=0, preset="", log_dir="", dry_run=False)
+    assert vars(args) == dict(of_all_scripts, batch_size=1, microbatch=1, ema_rate="0,0.5", large_size=8, small_size=8)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("1e6", 10**6), ("2.5e3", 2500), ("7", 7), ("1e0", 1), ("10000000000000001", 10**16 + 1)]
+)
+def test_counts_may_be_written_with_an_exponent(monkeypatch, text, value):
+    assert parse(monkeypatch, ["--batch_size", text], batch_size=4).batch_size == value
+
+
+@pytest.mark.parametrize("text", ["1.5", "1e-3", "inf", "nan", "1e", ""])
+def test_what_is_no_whole_number(monkeypatch, capfd, text):
+    with pytest.raises(SystemExit):
+        parse(monkeypatch, ["--batch_size", text], batch_size=4)
+    assert f"--batch_size: {text!r} is not a whole number" in capfd.readouterr().err
+
+
+def test_a_preset_sets_what_is_not_given(monkeypatch):
+    defaults = dict(image_size=64, num_channels=1, dropout=0.0, lr=0.1, batch_size=4, microbatch=-1, use_kl=False)
+    args = parse(monkeypatch, ["--preset", "cifar10_vlb", "--num_channels", "64"], **defaults)
+    assert (args.image_size, args.num_channels, args.dropout, args.lr, args.use_kl) == (32, 64, 0.3, 1e-4, True)
+    assert {"image_size", "num_channels", "lr"} <= set(args.given)
+    assert args.batch_size == 128
+    monkeypatch.setattr(dist_util, "world_size", lambda: 8)
+    assert parse(monkeypatch, ["--preset", "cifar10"], **defaults).batch_size == 16  # of all ranks together
+    del defaults["lr"], defaults["microbatch"]  # where nothing is trained
+    assert parse(monkeypatch, ["--preset", "cifar10"], **defaults).batch_size == 4
 
 
 @pytest.mark.parametrize("variable", ["OPENAI_LOGDIR", "DIFFUSION_BLOB_LOGDIR"])
@@ -73,9 +104,10 @@ def test_resuming_by_itself_needs_a_folder_to_look_in(monkeypatch, capfd, variab
     assert left.value.code == 2
     out, err = capfd.readouterr()
     assert (out, err.count("\n")) == ("", 1) and err.startswith(
-        "script.py: error: --resume_checkpoint auto: set OPENAI"
+        "script.py: error: --resume_checkpoint auto: give --log_dir"
     )
     assert parse(monkeypatch, ["--resume_checkpoint", "auto.pt"], resume_checkpoint="").resume_checkpoint == "auto.pt"
+    assert parse(monkeypatch, [*words, "--log_dir", "x"], resume_checkpoint="").log_dir == "x"
     monkeypatch.setenv(variable, "runs/1")
     assert parse(monkeypatch, words, resume_checkpoint="").resume_checkpoint == "auto"
 

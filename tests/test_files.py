@@ -54,6 +54,14 @@ def test_folders_are_made(tmp_path):
     assert (tmp_path / "a" / "b" / "x").read_bytes() == b"1"
 
 
+def test_unflushed_files_are_renamed_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "fsync", None)
+    write_files(str(tmp_path / "a"), {"x": writer(b"1")}, flush=False)
+    with pytest.raises(KeyboardInterrupt):
+        write_files(str(tmp_path / "a"), {"y": failing(KeyboardInterrupt())}, flush=False)
+    assert contents(tmp_path / "a") == {"x": "1"}
+
+
 def test_no_leftover_counts(tmp_path):
     """What a crash left under a temporary name is overwritten."""
     (tmp_path / "x.tmp").write_bytes(b"longer than the new one")
@@ -69,10 +77,11 @@ def test_no_leftover_counts(tmp_path):
         (OSError(28, "No space left on device"), InputError, "No space left on device"),
         (RuntimeError("unexpected pos 64 vs 0\nand a traceback"), InputError, "unexpected pos 64 vs 0"),
         (RuntimeError(), InputError, ""),
+        (RuntimeError("DataLoader worker (pid 12) is killed by signal: Killed. "), RuntimeError, None),
         (KeyboardInterrupt(), KeyboardInterrupt, None),
         (TypeError("a bug"), TypeError, None),
     ],
-    ids=["full", "torch", "wordless", "interrupt", "bug"],
+    ids=["full", "torch", "wordless", "worker", "interrupt", "bug"],
 )
 def test_a_failure_changes_nothing(tmp_path, there, failed, error, raised, reason):
     for name, content in there.items():

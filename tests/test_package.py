@@ -68,9 +68,10 @@ def test_an_installed_package_works_elsewhere(installed, tmp_path):
 @pytest.mark.slow
 def test_extras(metadata):
     assert (metadata.name, metadata.metadata["License"]) == ("improved-diffusion", "MIT")
-    assert {"mpi", "demo", "tensorboard", "test"} <= set(metadata.metadata.get_all("Provides-Extra"))
-    named = {(extra, r.name) for extra in ("mpi", "demo", "tensorboard") for r in required(metadata, extra)}
-    assert {("mpi", "mpich"), ("demo", "scikit-learn"), ("demo", "matplotlib"), ("tensorboard", "tensorboard")} <= named
+    assert {"mpi", "demo", "tensorboard", "lsun", "test"} <= set(metadata.metadata.get_all("Provides-Extra"))
+    named = {(extra, r.name) for extra in ("mpi", "demo", "tensorboard", "lsun") for r in required(metadata, extra)}
+    assert {("mpi", "mpich"), ("demo", "scikit-learn"), ("demo", "matplotlib"), ("lsun", "lmdb")} <= named
+    assert ("tensorboard", "tensorboard") in named
 
 
 def required(metadata, extra):

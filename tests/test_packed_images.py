@@ -136,6 +136,28 @@ def test_a_place_that_cannot_be_written_to_is_said_before_the_first_image(tmp_pa
         write_packed_images(f"{tmp_path}/file/a.npz", batches(), (5, 4, 4, 3), LABELS, CLASSES)
 
 
+@pytest.mark.parametrize(
+    ("batches", "labels", "message"),
+    [
+        ([pixels()[:2], pixels()[2:4]], LABELS, "4 images and 5 labels, not 5 of each"),
+        ([], LABELS, "0 images and 5 labels"),
+        ([pixels(), pixels()[:1]], LABELS, "6 images and 5 labels"),
+        ([pixels()], LABELS[:4], "5 images and 4 labels"),
+        ([pixels()[:, :3]], LABELS, r"images of uint8 \(3, 4, 3\), not of uint8 \(4, 4, 3\)"),
+        ([pixels(channels=1)], LABELS, r"images of uint8 \(4, 4, 1\)"),
+        ([pixels() / 255], LABELS, r"images of float64"),
+    ],
+    ids=["too few", "none", "too many", "too few labels", "other size", "other channels", "other type"],
+)
+@pytest.mark.parametrize("before", [None, b"what was there"])
+def test_images_that_are_not_as_announced_leave_no_file(tmp_path, before, batches, labels, message):
+    if before:
+        (tmp_path / "a.npz").write_bytes(before)
+    with pytest.raises(ValueError, match=f"a\\.npz: {message}"):
+        write_packed_images(f"{tmp_path}/a.npz", iter(batches), (5, 4, 4, 3), labels, CLASSES)
+    assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == ([("a.npz", before)] if before else [])
+
+
 # ---------------------------------------------------------------- what cannot work
 
 

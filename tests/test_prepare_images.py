@@ -1,11 +1,16 @@
 """prepare_images.py: what it packs and prints, what it refuses, and that training on it is training on the folder."""
 
+import os
+import re
+import signal
+
 import numpy as np
 import pytest
 from harness import TINY, flags, run_script, run_subprocess, save_weights, snapshot, write_images
 from PIL import Image
 from training import assert_same, load
 
+from improved_diffusion import image_datasets
 from improved_diffusion.image_datasets import ImageDataset, _list_image_files_recursively
 
 
@@ -99,6 +104,26 @@ def test_what_cannot_work_ends_in_one_line_and_changes_nothing(monkeypatch, tmp_
     assert (out, err.count("\n")) == ("", 1) and err.startswith("prepare_images.py: error: ")
     assert [part for part in parts if part not in err] == [], err
     assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("before", [None, b"what was there"])
+def test_a_process_that_is_killed_is_not_a_full_disk(monkeypatch, tmp_path, capfd, images, before):
+    """As the system does when memory runs out; workers are forked of this process and kill themselves here."""
+    out, main = tmp_path / "a.npz", os.getpid()
+    if before:
+        out.write_bytes(before)
+
+    def die(*_):
+        assert os.getpid() != main
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(image_datasets, "decode_image", die)
+    assert prepare(images, out, image_size=8, num_workers=1) == 1
+    printed, err = capfd.readouterr()
+    expected = r"prepare_images\.py: error: a process .* \(.*(killed by signal: Killed|unexpectedly).*\); .*memory.*\n"
+    assert re.fullmatch(expected, err), err
+    assert printed == "" and (out.read_bytes() if out.exists() else None) == before
+    assert not (tmp_path / "a.npz.tmp").exists()
 
 
 @pytest.mark.slow

@@ -55,8 +55,12 @@ def test_training_and_resuming(tmp_path, bucket, workers):
     """Images from there, checkpoints to there, and nothing of a checkpoint elsewhere."""
     write_images(bucket / "images")
     assert train(tmp_path / "whole", max_steps=6, num_workers=workers) == 0
-    whole = {name: load(bucket / "run" / name) for name in names(bucket / "run")}
-    assert len(whole) == 4 * 4 and all(name.endswith(".pt") for name in whole)
+    whole = {name: load(bucket / "run" / name) for name in names(bucket / "run") if name.endswith(".pt")}
+    others = set(names(bucket / "run")) - whole.keys()
+    assert len(whole) == 4 * 4 and others == {
+        "config.json",
+        *(f"preview_{step:06d}.png" for step in (0, 2, 4, 6)),
+    }
     assert names(tmp_path / "whole") == ["log.txt", "progress.csv"]
 
     for name in whole:

@@ -70,13 +70,26 @@ ORIGINAL_FLAGS = {
     "super_res_sample": dict(SUPER_RESOLUTION, **SAMPLING, base_samples=""),
 }
 NEW_FLAGS = dict(
-    num_classes=1000, image_channels=3, channel_mult="", seed=None, use_fp16=False, use_bf16=False, compile=False
+    num_classes=1000,
+    image_channels=3,
+    channel_mult="",
+    seed=None,
+    use_fp16=False,
+    use_bf16=False,
+    compile=False,
+    preset="",
+    log_dir="",
+    dry_run=False,
 )
-NEW_TRAINING_FLAGS = dict(NEW_FLAGS, max_steps=0, num_workers=-1, keep_checkpoints=0)
+NEW_TRAINING_FLAGS = dict(
+    NEW_FLAGS, max_steps=0, num_workers=-1, keep_checkpoints=0, random_flip=False, preview_samples=16
+)
 NEW_BY_SCRIPT = {
     "image_train": NEW_TRAINING_FLAGS,
     "super_res_train": NEW_TRAINING_FLAGS,
     "image_nll": dict(NEW_FLAGS, num_workers=-1),
+    "image_sample": dict(NEW_FLAGS, classes="", save_images=False),
+    "super_res_sample": dict(NEW_FLAGS, save_images=False),
 }
 
 
@@ -89,7 +102,7 @@ def test_defaults_are_the_originals():
 @pytest.mark.parametrize("script", ORIGINAL_FLAGS)
 def test_each_script_has_the_originals_flags_and_defaults_and_the_new_ones(script):
     flags = vars(load_script(script).create_argparser().parse_args([]))
-    assert flags == {**ORIGINAL_FLAGS[script], **NEW_BY_SCRIPT.get(script, NEW_FLAGS)}
+    assert flags == {**ORIGINAL_FLAGS[script], **NEW_BY_SCRIPT[script]}
     assert {name: type(value) for name, value in flags.items() if name in ORIGINAL_FLAGS[script]} == {
         name: type(value) for name, value in ORIGINAL_FLAGS[script].items()
     }

@@ -12,7 +12,7 @@ from harness import TINY, flags, load_script, run_script, run_subprocess, save_w
 from PIL import Image
 from training import assert_same
 
-from improved_diffusion import command_line
+from improved_diffusion import command_line, runs
 from improved_diffusion.gaussian_diffusion import GaussianDiffusion
 from improved_diffusion.image_datasets import load_data_once
 from improved_diffusion.sample_util import SampleNoise
@@ -52,8 +52,11 @@ def sample(logdir, weights, script="image_sample", **changed):
 
 
 def progress(logdir):
+    """The rows of the log, but for images/s, which no two runs share."""
     with open(logdir / "progress.csv") as f:
-        return list(csv.DictReader(f))
+        rows = list(csv.DictReader(f))
+    assert all(float(row.pop("images/s")) > 0 for row in rows)
+    return rows
 
 
 def largest_difference(a, b):
@@ -103,7 +106,19 @@ def test_training_leaves_checkpoints_and_a_log(tmp_path, images, changed):
     rates = str(changed.get("ema_rate", "0.9")).split(",")
     names = ["model{}.pt", "opt{}.pt", "state{}.pt", *[f"ema_{rate}_{{}}.pt" for rate in rates]]
     assert sorted(saved) == sorted(name.format(step) for step in ("000000", "000002", "000004") for name in names)
-    assert {path.name for path in tmp_path.iterdir()} - set(saved) == {"log.txt", "progress.csv"}
+    pictures = {f"preview_{step:06d}.png" for step in (0, 2, 4)}
+    assert {path.name for path in tmp_path.iterdir()} - set(saved) == {
+        "log.txt",
+        "progress.csv",
+        "config.json",
+        *pictures,
+    }
+    for name in pictures:
+        with Image.open(tmp_path / name) as image:
+            pixels = np.asarray(image)
+        assert pixels.shape == (4 * 50 + 2, 4 * 50 + 2) + (() if changed.get("image_channels") == 1 else (3,))
+        if not changed.get("predict_xstart"):  # which is nothing at first, where noise is something
+            assert pixels[2:50, 2:50].std() > 10
 
     first, last = saved["model000000.pt"], saved["model000004.pt"]
     averaged = saved[f"ema_{rates[0]}_000004.pt"]
@@ -237,9 +252,15 @@ def test_one_seed_twice_gives_the_same_files_to_the_last_bit(tmp_path, images):
     one, two = snapshot(tmp_path / "one"), snapshot(tmp_path / "two")
     assert {"model000005.pt", "opt000005.pt", "state000005.pt", "ema_0.9_000005.pt", "progress.csv"} <= one.keys()
     assert "samples/samples_5x8x8x3.npz" in one
-    for log in ("log.txt", "samples/log.txt"):  # it has the folder's name in it
-        assert one.pop(log).replace(b"/one", b"/two") == two.pop(log)
+    for log in ("log.txt", "samples/log.txt"):  # it has the folder's name in it, and images/s
+        assert without_rates(one.pop(log).replace(b"/one", b"/two")) == without_rates(two.pop(log))
+    assert progress(tmp_path / "one") == progress(tmp_path / "two")
+    del one["progress.csv"], two["progress.csv"]
     assert one == two
+
+
+def without_rates(log):
+    return re.sub(rb"\| images/s +\| \S+ +\|\n", b"", log)
 
 
 # ---------------------------------------------------------------- sampling
@@ -547,10 +568,13 @@ def test_super_resolution_is_trained_on_images_of_both_sizes(monkeypatch, tmp_pa
         def __init__(self, *, data, **kwargs):
             batches.append(next(data))
 
+        def next_save(self):
+            return 0
+
         def run_loop(self):
             pass
 
-    monkeypatch.setattr(load_script("super_res_train"), "TrainLoop", Spy)
+    monkeypatch.setattr(runs, "TrainLoop", Spy)
     train(tmp_path, crops, script="super_res_train", **{**SUPER, "small_size": 2}, class_cond=True, num_classes=2)
     ((x, cond),) = batches
     assert (x.shape, cond["low_res"].shape, cond["y"].shape) == ((4, 3, 16, 16), (4, 3, 2, 2), (4,))

@@ -1,0 +1,56 @@
+"""The published models: their presets build them, and the README shows the same flags."""
+
+import re
+
+import pytest
+import torch as th
+from harness import ROOT, load_script
+
+from improved_diffusion.presets import PRESETS
+from improved_diffusion.script_util import (
+    args_to_dict,
+    create_model_and_diffusion,
+    sr_create_model_and_diffusion,
+)
+
+PARAMETERS = {  # of the published checkpoints
+    "imagenet64": 121_063_942,
+    "imagenet64_vlb": 121_063_942,
+    "imagenet64_cond": 273_049_350,
+    "cifar10": 52_546_438,
+    "cifar10_vlb": 52_546_438,
+    "upsample256": 279_792_390,
+    "lsun_bedroom": 113_676_678,
+}
+
+
+def test_every_preset_is_counted():
+    assert PARAMETERS.keys() == PRESETS.keys()
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_builds_the_published_model(name):
+    large = "large_size" in PRESETS[name]
+    script = load_script("super_res_train" if large else "image_train")
+    args = script.create_argparser().parse_args([])
+    assert PRESETS[name].keys() <= vars(args).keys()
+    for flag, value in PRESETS[name].items():
+        assert type(value) is type(getattr(args, flag)), flag
+        setattr(args, flag, value)
+    with th.device("meta"):
+        create = sr_create_model_and_diffusion if large else create_model_and_diffusion
+        model, diffusion = create(**args_to_dict(args, script.MODEL_FLAGS))
+    assert sum(p.numel() for p in model.parameters()) == PARAMETERS[name]
+    assert diffusion.num_timesteps == PRESETS[name]["diffusion_steps"]
+
+
+def test_the_readmes_table_has_each_presets_flags():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| `(\w+)` \|.*?\| `(--[^`]+)` \|", text, flags=re.MULTILINE))
+    assert rows.keys() == PRESETS.keys()
+    for name, flags in rows.items():
+        words = flags.split()
+        shown = {flag.removeprefix("--"): value for flag, value in zip(words[::2], words[1::2], strict=True)}
+        assert {flag: float(v) if flag == "lr" else v for flag, v in shown.items()} == {
+            flag: v if flag == "lr" else str(v) for flag, v in PRESETS[name].items()
+        }, name

@@ -1,0 +1,83 @@
+"""What a model draws while it is trained."""
+
+import numpy as np
+import pytest
+import torch as th
+from harness import build
+from PIL import Image
+from training import assert_same, train
+
+from improved_diffusion import checkpoint_util, dist_util, logger
+from improved_diffusion.log_formats import KVWriter
+from improved_diffusion.preview import Preview
+
+
+class Pictures(KVWriter):
+    def __init__(self):
+        self.shown = []
+
+    def writeimage(self, key, pixels, step):
+        self.shown.append((key, pixels, step))
+
+
+@pytest.fixture
+def diffusion():
+    return build(image_size=32, num_channels=32, num_res_blocks=1, diffusion_steps=4, noise_schedule="cosine")[1]
+
+
+@pytest.fixture
+def pictures(monkeypatch, tmp_path):
+    pictures = Pictures()
+    monkeypatch.setattr(logger.Logger, "CURRENT", logger.Logger(str(tmp_path), [pictures]))
+    return pictures
+
+
+def test_the_picture_is_of_the_models_samples_and_random_numbers_stay(tmp_path, diffusion, pictures):
+    before = checkpoint_util.rng_state()
+    preview = Preview(diffusion, (3, 8, 8), 4, {"y": th.tensor([0, 1, 0, 1])})
+
+    def model(x, t, y):
+        return x * 0 + y.view(-1, 1, 1, 1) * 0.1
+
+    preview(model, str(tmp_path), 7)
+    preview(model, str(tmp_path), 8)
+    assert_same(checkpoint_util.rng_state(), before)
+    first, second = (np.asarray(Image.open(tmp_path / f"preview_{step:06d}.png")) for step in (7, 8))
+    assert first.shape == (2 * 50 + 2, 2 * 50 + 2, 3) and first.std() > 10
+    np.testing.assert_array_equal(first, second)  # the same noise: the same picture of the same model
+    assert [(key, step) for key, _, step in pictures.shown] == [("preview", 7), ("preview", 8)]
+    np.testing.assert_array_equal(pictures.shown[0][1], first)
+
+
+def test_what_goes_wrong_ends_no_run(tmp_path, diffusion, capfd, monkeypatch):
+    def model(x, t):
+        raise RuntimeError("out of memory\nand more")
+
+    said = []
+    monkeypatch.setattr(logger, "warn", said.append)
+    Preview(diffusion, (3, 8, 8), 2, {})(model, str(tmp_path), 3)
+    assert said == ["no preview of step 3: out of memory"]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("use_fp16", [False, True])
+def test_training_shows_it_the_average_and_nothing_changes(tmp_path, use_fp16):
+    seen = []
+
+    def preview(model, directory, step):
+        assert not model.training
+        seen.append((directory, step, {k: v.float().clone() for k, v in model.state_dict().items()}))
+        for p in model.parameters():
+            th.nn.init.zeros_(p)  # it is a copy
+
+    for folder, changed in (("with", dict(preview=preview)), ("without", {})):
+        dist_util.seed_everything(0)
+        train(tmp_path / folder, **changed, save_interval=2, use_fp16=use_fp16, max_steps=4, ema_rate="0.5,0.9")
+    for path in (tmp_path / "without").glob("*.pt"):
+        assert path.read_bytes() == (tmp_path / "with" / path.name).read_bytes(), path.name
+    assert [step for _, step, _ in seen] == [0, 2, 4]
+    for directory, step, weights in seen:
+        assert directory == str(tmp_path / "with")
+        average = th.load(tmp_path / "with" / f"ema_0.5_{step:06d}.pt", weights_only=True)
+        for name, value in average.items():
+            th.testing.assert_close(weights[name], value, rtol=1e-3 if use_fp16 else 0, atol=1e-3 if use_fp16 else 0)

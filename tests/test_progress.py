@@ -1,0 +1,106 @@
+"""Bars on terminals, lines where there are none."""
+
+import io
+import sys
+
+import pytest
+
+from improved_diffusion import dist_util, progress
+from improved_diffusion.log_formats import HumanOutputFormat
+from improved_diffusion.progress import Progress, counting_calls
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def on_a_terminal(monkeypatch):
+    """:return: what stderr writes to from here on. Not a fixture: pytest sets stderr anew when a test begins."""
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    return sys.stderr
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Time that goes on when it is told to."""
+    now = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    return now
+
+
+@pytest.fixture
+def lines(monkeypatch):
+    said = []
+    monkeypatch.setattr(progress.logger, "log", said.append)
+    return said
+
+
+def test_a_bar_on_a_terminal(monkeypatch, lines, clock):
+    terminal = on_a_terminal(monkeypatch)
+    with Progress("training", 8, "steps", done=2) as bar:
+        bar.reach(4)
+        bar.show(loss=0.12345)
+        clock[0] += 1000
+        bar.update()
+    text = terminal.getvalue()
+    assert "training" in text and "5/8" in text and "loss=0.123" in text
+    assert lines == []
+
+
+def test_no_bar_and_now_and_then_a_line_where_there_is_no_terminal(capfd, lines, clock):
+    with Progress("sampling", 10, "steps", done=2) as bar:
+        for seconds in (30, 29, 1, 30, 30):
+            clock[0] += seconds
+            bar.update()
+    assert capfd.readouterr() == ("", "")
+    assert lines == ["sampling: 5 of 10 steps, 2 min left", "sampling: 7 of 10 steps, 72 s left"]
+
+
+def test_training_logs_rows_instead_of_lines(lines, clock):
+    with Progress("training", None, "steps", lines=False) as bar:
+        clock[0] += 1000
+        bar.update()
+    assert lines == []
+
+
+def test_other_ranks_say_nothing(lines, clock, monkeypatch):
+    terminal = on_a_terminal(monkeypatch)
+    monkeypatch.setattr(dist_util, "rank", lambda: 1)
+    with Progress("sampling", 10, "steps") as bar:
+        clock[0] += 1000
+        bar.update()
+        bar.show(loss=1.0)
+    assert (terminal.getvalue(), lines) == ("", [])
+
+
+def test_the_rate_is_that_since_it_was_last_asked(clock):
+    with Progress("training", None, "steps", done=5) as bar:
+        clock[0] += 4
+        bar.reach(7)
+        bar.reach(7)
+        assert bar.rate() == 0.5
+        clock[0] += 1
+        bar.update(3)
+        assert bar.rate() == 3
+        assert bar.rate() == 0
+
+
+def test_every_call_of_a_model_counts():
+    bar = Progress("sampling", 3, "steps")
+    model = counting_calls(lambda x, t, y: x + t + y, bar)
+    assert [model(1, 2, y=3), model(1, 1, y=1)] == [6, 3]
+    assert bar.done == 2
+
+
+def test_text_on_the_same_terminal_makes_room(monkeypatch):
+    """The bar is cleared before a line, and drawn again after it."""
+    terminal = on_a_terminal(monkeypatch)
+    monkeypatch.setattr(sys, "stdout", terminal)
+    with Progress("training", 8, "steps") as bar:
+        bar.update()
+        before = len(terminal.getvalue())
+        HumanOutputFormat(sys.stdout).writeseq(["saved model000001.pt"])
+        after = terminal.getvalue()[before:]
+    line = after.index("saved model000001.pt\n")
+    assert "\r" in after[:line] and "1/8" in after[line:]

@@ -1,0 +1,232 @@
+"""What the scripts share: where a run is, what it says of itself, and what its model takes along."""
+
+import argparse
+import contextlib
+import csv
+import json
+import os
+import pty
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch as th
+from harness import ROOT, TINY, build, flags, run_script, write_images
+from PIL import Image
+
+from improved_diffusion import dist_util, logger, runs
+
+TRAIN = dict(
+    TINY, image_size=8, batch_size=4, lr=1e-3, ema_rate=0.9, max_steps=4, save_interval=2, log_interval=1, num_workers=0
+)
+
+
+@pytest.fixture
+def images(tmp_path):
+    return write_images(tmp_path / "images", count=10, classes=3)  # a, b and c
+
+
+def run(script, logdir, **words):
+    assert run_script(script, flags(**words), logdir) == 0
+
+
+@pytest.fixture
+def trained(tmp_path, images, capfd):
+    """The folder of a class-conditional run."""
+    words = dict(TRAIN, class_cond=True, num_classes=5, data_dir=images, learn_sigma=True, seed=0)
+    run("image_train", tmp_path / "run", **words)
+    capfd.readouterr()
+    return tmp_path / "run"
+
+
+# ---------------------------------------------------------------- where a run is
+
+
+def test_log_dir_then_the_variable_then_a_new_folder(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["scripts/image_sample.py"])
+    monkeypatch.setattr(logger.Logger, "CURRENT", None)
+
+    def folder(log_dir):
+        with runs.logging_to(argparse.Namespace(log_dir=log_dir), ["a note"]):
+            logger.log("work")
+        logger.get_current().close()
+        return logger.get_dir()
+
+    monkeypatch.setenv("OPENAI_LOGDIR", str(tmp_path / "variable"))
+    assert folder(str(tmp_path / "flag")) == str(tmp_path / "flag")
+    assert folder("") == str(tmp_path / "variable")
+    monkeypatch.delenv("OPENAI_LOGDIR")
+    capfd.readouterr()
+    new = [folder("") for _ in range(3)]  # within a second, too
+    assert len(set(new)) == 3
+    assert all(re.fullmatch(r"runs/image_sample-\d{4}-\d\d-\d\d-\d{6}(-\d)?", name) for name in new)
+    lines = capfd.readouterr().out.splitlines()[:5]
+    assert lines[0] == f"Logging to {new[0]}"
+    assert lines[1].startswith("rank 0 of 1") and lines[2:4] == ["a note", "work"]
+    assert lines[4] == f"all files are in {new[0]}"
+
+
+def test_a_run_that_fails_says_where_it_is_too(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(logger.Logger, "CURRENT", None)
+    with pytest.raises(KeyError), runs.logging_to(argparse.Namespace(log_dir=str(tmp_path))):
+        raise KeyError("x")
+    logger.get_current().close()
+    assert capfd.readouterr().out.endswith(f"all files are in {tmp_path}\n")
+
+
+# ---------------------------------------------------------------- training
+
+
+def test_a_run_says_what_it_is_and_what_it_wrote(tmp_path, images, capfd):
+    words = dict(TRAIN, class_cond=True, num_classes=3, data_dir=images)
+    run("image_train", tmp_path / "run", **words, log_dir=tmp_path / "elsewhere")
+    folder = tmp_path / "elsewhere"
+    lines = capfd.readouterr().out.splitlines()
+    parameters = sum(p.numel() for p in build(**TINY, image_size=8, class_cond=True, num_classes=3)[0].parameters())
+    assert lines[0] == f"Logging to {folder}"
+    assert "classes: 0 a, 1 b, 2 c" in lines
+    assert (
+        f"10 images of 3 classes, {parameters:,} parameters, 1 rank of 4 images a step; training to step 4; "
+        "next checkpoint: step 0, then every 2" in lines
+    )
+    for step in (0, 2, 4):
+        assert f"saved {folder}/model{step:06d}.pt and its ema, opt and state" in lines
+        assert f"drew {folder}/preview_{step:06d}.png" in lines
+    assert lines[-1] == f"all files are in {folder}"
+    assert not (tmp_path / "run").exists()
+    with open(folder / "progress.csv") as f:
+        assert all(float(row["images/s"]) > 0 for row in csv.DictReader(f))
+
+    config = json.loads((folder / "config.json").read_text())
+    assert config["script"] == "image_train" and config["class_names"] == ["a", "b", "c"]
+    assert {name: config["flags"][name] for name in TINY} == TINY
+    assert config["flags"].keys().isdisjoint({"given", "log_dir", "preset", "dry_run"})
+
+    words.update(resume_checkpoint=folder / "model000002.pt", max_steps=6)
+    run("image_train", folder, **words)
+    assert "training to step 6; next checkpoint: step 4, then every 2" in capfd.readouterr().out
+
+
+def test_no_preview_where_none_is_wanted(tmp_path, images):
+    run("image_train", tmp_path / "run", **TRAIN, data_dir=images, preview_samples=0)
+    assert list((tmp_path / "run").glob("preview*")) == []
+
+
+def test_previews_of_super_resolution(tmp_path, images):
+    words = {**TRAIN, "data_dir": images, "large_size": 8, "small_size": 4, "preview_samples": 3}
+    del words["image_size"]
+    run("super_res_train", tmp_path / "run", **words)
+    assert Image.open(tmp_path / "run" / "preview_000004.png").size == (2 * 50 + 2, 2 * 50 + 2)
+
+
+def test_a_continued_run_keeps_the_numbers_of_its_classes(tmp_path, images, trained, capfd):
+    for path in images.glob("a_*"):
+        path.unlink()
+    words = dict(TRAIN, class_cond=True, num_classes=5, data_dir=images, learn_sigma=True, max_steps=5)
+    for resume_checkpoint in (trained / "model000002.pt", "auto"):
+        run("image_train", trained, **words, resume_checkpoint=resume_checkpoint)
+        assert "classes: 0 a, 1 b, 2 c\n" in capfd.readouterr().out
+    Image.new("RGB", (8, 8)).save(images / "d_0.png")
+    assert run_script("image_train", flags(**words, resume_checkpoint="auto"), trained) == 2
+    assert "the class d is none of those that the model was trained on (a, b, c)" in capfd.readouterr().err
+
+
+# ---------------------------------------------------------------- trained models
+
+
+def test_the_weights_are_enough(tmp_path, images, trained, capfd):
+    weights = trained / "ema_0.9_000004.pt"
+    run("image_sample", tmp_path / "s", model_path=weights, num_samples=40, timestep_respacing=1, seed=0)
+    with np.load(tmp_path / "s" / "samples_40x8x8x3.npz") as arrays:
+        assert set(arrays["arr_1"].tolist()) == {0, 1, 2}  # of the five that it has room for
+    out = capfd.readouterr().out
+    assert f"flags of the model: {trained}/config.json" in out and "classes: 0 a, 1 b, 2 c\n" in out
+    assert f"WARNING: {weights.name} averages over about 10 steps, but has seen 4" in out
+    assert f"saved {tmp_path}/s/samples_40x8x8x3.npz\nsaved {tmp_path}/s/samples_40x8x8x3.png\n" in out
+    picture = np.asarray(Image.open(tmp_path / "s" / "samples_40x8x8x3.png"))
+    assert picture.shape == (3 * 50 + 2, 10 * 50 + 2, 3) and picture.std() > 10
+
+    run("image_nll", tmp_path / "n", model_path=weights, data_dir=images, timestep_respacing=2, num_samples=3)
+    assert "total bpd over 3 images" in capfd.readouterr().out
+
+
+def test_chosen_classes_and_a_file_for_each_sample(tmp_path, trained):
+    weights = trained / "ema_0.9_000004.pt"
+    words = dict(model_path=weights, timestep_respacing=1, save_images=True, batch_size=4)
+    run("image_sample", tmp_path / "s", **words, classes="c:3,1:2")
+    with np.load(tmp_path / "s" / "samples_5x8x8x3.npz") as arrays:
+        images, labels = arrays["arr_0"], arrays["arr_1"]
+    assert labels.tolist() == [2, 2, 2, 1, 1]
+    names = ["c_000000.png", "c_000001.png", "c_000002.png", "b_000003.png", "b_000004.png"]
+    assert sorted(path.name for path in (tmp_path / "s" / "images").iterdir()) == sorted(names)
+    for name, image in zip(names, images, strict=True):
+        np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "s" / "images" / name)), image)
+
+    run("image_sample", tmp_path / "t", **words, classes="0,2", num_samples=5)
+    with np.load(tmp_path / "t" / "samples_5x8x8x3.npz") as arrays:
+        assert arrays["arr_1"].tolist() == [0, 2, 0, 2, 0]
+
+
+def test_a_validation_folder_without_a_class_keeps_the_numbers(tmp_path, images, trained, monkeypatch):
+    seen = []
+    weights = trained / "ema_0.9_000004.pt"
+    for path in images.glob("a_*"):
+        path.unlink()
+    load = runs.for_inference
+
+    def spy(model, **kwargs):
+        model = load(model, **kwargs)
+
+        def call(x, t, y):
+            seen.append(y.tolist())
+            return model(x, t, y)
+
+        return call
+
+    monkeypatch.setattr(runs, "for_inference", spy)
+    run("image_nll", tmp_path / "n", model_path=weights, data_dir=images, timestep_respacing=1, batch_size=6)
+    assert seen == [[1, 2, 1, 2, 1, 2]]  # b and c, as when a was there
+
+
+# ---------------------------------------------------------------- on a terminal
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_bar_on_a_terminal_and_only_there(tmp_path, images, terminal):
+    """A real one: the other end of a pseudo-terminal."""
+    reader, writer = pty.openpty()
+    words = [sys.executable, ROOT / "scripts" / "image_train.py", *flags(**TRAIN, data_dir=images, preview_samples=0)]
+    environment = dict(os.environ, PYTHONPATH=str(ROOT), OPENAI_LOGDIR=str(tmp_path / "run"), OMP_NUM_THREADS="1")
+    stderr = writer if terminal else subprocess.PIPE
+    done = subprocess.run(words, env=environment, stdout=subprocess.PIPE, stderr=stderr)
+    os.close(writer)
+    shown = read_all(reader) if terminal else done.stderr.decode()
+    os.close(reader)
+    assert done.returncode == 0
+    assert b"| loss " in done.stdout and b"training:" not in done.stdout
+    if terminal:
+        assert re.search(r"training: 100%\|.*\| 4/4 \[.*steps/s, loss=[\d.]+, images/s=[\d.]+\]", shown)
+    else:
+        assert shown == ""
+
+
+def read_all(descriptor):
+    parts = []
+    with contextlib.suppress(OSError):  # which is how a terminal says that it has ended
+        while part := os.read(descriptor, 100_000):
+            parts.append(part)
+    return b"".join(parts).decode()
+
+
+def test_ranks_agree_on_the_folder(monkeypatch, tmp_path):
+    """Rank 0 chooses it."""
+    monkeypatch.setattr(dist_util, "from_rank_0", lambda function, *args: str(tmp_path / "of rank 0"))
+    monkeypatch.setattr(logger.Logger, "CURRENT", None)
+    with runs.logging_to(argparse.Namespace(log_dir="")):
+        assert logger.get_dir() == str(tmp_path / "of rank 0")
+    logger.get_current().close()
+    assert th.is_grad_enabled()
