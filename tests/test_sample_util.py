@@ -24,6 +24,8 @@ from improved_diffusion.sample_util import (
 class StubDiffusion:
     """Sample number i is an image of value i, ten more by DDIM. Notes how it was called."""
 
+    num_timesteps = 4
+
     def __init__(self):
         self.calls = []
 
