@@ -9,6 +9,7 @@ import pty
 import re
 import subprocess
 import sys
+import termios
 
 import numpy as np
 import pytest
@@ -119,7 +120,8 @@ def test_previews_of_super_resolution(tmp_path, images):
     words = {**TRAIN, "data_dir": images, "large_size": 8, "small_size": 4, "preview_samples": 3}
     del words["image_size"]
     run("super_res_train", tmp_path / "run", **words)
-    assert Image.open(tmp_path / "run" / "preview_000004.png").size == (2 * 50 + 2, 2 * 50 + 2)
+    with Image.open(tmp_path / "run" / "preview_000004.png") as picture:
+        assert picture.size == (2 * 50 + 2, 2 * 50 + 2)
 
 
 def test_a_continued_run_keeps_the_numbers_of_its_classes(tmp_path, images, trained, capfd):
@@ -188,7 +190,7 @@ def test_a_validation_folder_without_a_class_keeps_the_numbers(tmp_path, images,
 
     monkeypatch.setattr(runs, "for_inference", spy)
     run("image_nll", tmp_path / "n", model_path=weights, data_dir=images, timestep_respacing=1, batch_size=6)
-    assert seen == [[1, 2, 1, 2, 1, 2]]  # b and c, as when a was there
+    assert seen == [[1, 1, 1, 2, 2, 2]]  # b and c, as when a was there
 
 
 # ---------------------------------------------------------------- on a terminal
@@ -199,6 +201,7 @@ def test_a_validation_folder_without_a_class_keeps_the_numbers(tmp_path, images,
 def test_a_bar_on_a_terminal_and_only_there(tmp_path, images, terminal):
     """A real one: the other end of a pseudo-terminal."""
     reader, writer = pty.openpty()
+    termios.tcsetwinsize(writer, (24, 200))
     words = [sys.executable, ROOT / "scripts" / "image_train.py", *flags(**TRAIN, data_dir=images, preview_samples=0)]
     environment = dict(os.environ, PYTHONPATH=str(ROOT), OPENAI_LOGDIR=str(tmp_path / "run"), OMP_NUM_THREADS="1")
     stderr = writer if terminal else subprocess.PIPE
