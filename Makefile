@@ -7,7 +7,7 @@ PYTHON ?= python3
 PY := .venv/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-# the demo's model: 1.2 million parameters
+# the demo's model: 1.2 million parameters; what samples from it reads these flags from its config.json
 DIGITS := --image_size 16 --image_channels 1 --class_cond True --num_classes 10 \
 	--num_channels 32 --channel_mult 1,2,2 --num_res_blocks 1 --attention_resolutions 8 \
 	--learn_sigma True --noise_schedule cosine
@@ -17,19 +17,20 @@ SAMPLES := demo/samples/samples_500x16x16x1.npz
 
 .PHONY: demo test lint benchmark benchmark-digits clean
 
-demo: demo/digits.png
-	@echo "The model's handwriting, a row for each digit: $(CURDIR)/demo/digits.png"
-
-demo/digits.png: $(SAMPLES)
-	$(PY) scripts/sample_grid.py $(SAMPLES) $@
+demo: demo/progress.png $(SAMPLES)
+	@echo "How it learned: $(CURDIR)/demo/progress.png"
+	@echo "Its handwriting, a row for each digit: $(CURDIR)/$(SAMPLES:.npz=.png)"
 
 $(SAMPLES): $(WEIGHTS)
-	OPENAI_LOGDIR=demo/samples $(PY) scripts/image_sample.py $(DIGITS) --model_path $(WEIGHTS) \
-		--num_samples 500 --batch_size 100 --timestep_respacing 50 --seed 0
+	$(PY) scripts/image_sample.py --model_path $(WEIGHTS) --log_dir demo/samples \
+		--classes 0,1,2,3,4,5,6,7,8,9 --num_samples 500 --batch_size 100 --timestep_respacing 50 --seed 0
+
+demo/progress.png: $(WEIGHTS)
+	$(PY) scripts/plot_progress.py demo/run --out $@
 
 $(WEIGHTS): $(LAST_DIGIT)
 	rm -rf demo/run
-	OPENAI_LOGDIR=demo/run $(PY) scripts/image_train.py $(DIGITS) --data_dir demo/digits \
+	$(PY) scripts/image_train.py $(DIGITS) --data_dir demo/digits --log_dir demo/run \
 		--batch_size 32 --lr 2e-3 --lr_anneal_steps 1000 --ema_rate 0.99 --save_interval 500 --log_interval 100 --seed 0
 
 $(LAST_DIGIT): .venv/demo

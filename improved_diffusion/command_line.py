@@ -7,7 +7,7 @@ import signal
 import sys
 
 from . import dist_util
-from .errors import InputError, TrainingError, first_line, is_loss_of_a_worker
+from .errors import InputError, TrainingError, first_line, is_loss_of_a_worker, is_out_of_memory
 from .flags import COMPUTING, FLAGS, GROUPS
 from .presets import PRESETS
 from .script_util import add_dict_to_argparser, whole_number
@@ -134,6 +134,12 @@ def run(main):
         if is_loss_of_a_worker(e):
             how = e.__cause__ if is_loss_of_a_worker(e.__cause__) else e
             _exit(1, f"a process that reads images ended ({first_line(how).strip()}); is there too little memory?")
+        if is_out_of_memory(e):
+            _exit(
+                1,
+                f"out of memory ({first_line(e)}); give a smaller --batch_size, or for training --microbatch or "
+                "--use_checkpoint True. --dry_run True estimates what is needed",
+            )
         if not dist_util.is_loss_of_a_rank(e):
             raise
         _print_error(f"rank {dist_util.rank()}: another rank, or the connection to it, is gone: {first_line(e)}")

@@ -25,3 +25,11 @@ def is_loss_of_a_worker(error):
 def first_line(error):
     """What another library's exception says, without what it says below that."""
     return getattr(error, "strerror", None) or str(error).partition("\n")[0]
+
+
+def is_out_of_memory(error):
+    """Whether an exception says that a GPU or the machine has no memory left for a tensor or an array."""
+    # torch's of the CPU are RuntimeErrors
+    return isinstance(error, MemoryError) or any(
+        text in str(error) for text in ("out of memory", "can't allocate memory", "not enough memory")
+    )

@@ -176,6 +176,31 @@ def test_run_leaves_mistakes_their_traceback(capfd, left, error):
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        th.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"
+        ),
+        MemoryError("Unable to allocate 9 GiB"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_run_says_what_to_do_when_memory_is_short(capfd, left, error):
+    with pytest.raises(SystemExit) as exit_:
+        run(lambda: raise_(error))
+    assert exit_.value.code == 1 and left == []
+    err = capfd.readouterr().err
+    assert err.count("\n") == 1 and f"out of memory ({error}); give a smaller --batch_size" in err
+
+
+def test_real_shortage_of_memory_is_recognised(capfd, left):
+    with pytest.raises(SystemExit):
+        run(lambda: th.empty(2**60, dtype=th.uint8))
+    assert "out of memory" in capfd.readouterr().err
+
+
 def test_run_waits_for_the_other_ranks_at_a_good_end(left):
     run(lambda: None)
     assert left == [1]

@@ -73,7 +73,6 @@ def largest_difference(a, b):
         "super_res_train",
         "super_res_sample",
         "prepare_digits",
-        "sample_grid",
     ],
 )
 def test_help(tmp_path, capfd, script):
@@ -604,58 +603,22 @@ def test_digits_are_drawn_end_to_end(tmp_path, capfd):
     name, arrays = sample(tmp_path / "samples", weights, **model, num_samples=30, batch_size=30, seed=1)
     assert name == "samples_30x16x16x1.npz"
 
-    picture = tmp_path / "digits.png"
-    assert run_script("sample_grid", [str(tmp_path / "samples" / name), str(picture)], tmp_path / "log") == 0
     classes = np.unique(arrays["arr_1"])
-    assert f"{len(classes)} classes, 10 samples each: {picture}" in capfd.readouterr().out
-    with Image.open(picture) as image:
+    with Image.open(tmp_path / "samples" / "samples_30x16x16x1.png") as image:
         pixels = np.asarray(image)
-    assert pixels.shape == (len(classes) * 52 + 4, 10 * 52 + 4)  # 16 pixels three times enlarged, and gaps of 4
+    longest = max(np.sum(arrays["arr_1"] == label) for label in classes)
+    assert pixels.shape == (len(classes) * 50 + 2, longest * 50 + 2)  # 16 pixels three times enlarged, and gaps of 2
     for row, label in enumerate(classes):
         of_class = arrays["arr_0"][arrays["arr_1"] == label, ..., 0]
-        for column in range(10):
-            cell = pixels[4 + row * 52 : 52 + row * 52, 4 + column * 52 : 52 + column * 52]
+        for column in range(longest):
+            cell = pixels[2 + row * 50 : 50 + row * 50, 2 + column * 50 : 50 + column * 50]
             expected = of_class[column] if column < len(of_class) else np.full((16, 16), 255)
             np.testing.assert_array_equal(cell[1::3, 1::3], expected)
 
 
-def test_a_grid_of_colours(tmp_path, capfd):
-    images = np.random.default_rng(0).integers(0, 256, (3, 4, 4, 3)).astype(np.uint8)
-    np.savez(tmp_path / "a.npz", images, np.array([7, 2, 7]))
-    assert run_script("sample_grid", [str(tmp_path / "a.npz"), str(tmp_path / "a.png")], tmp_path / "log") == 0
-    with Image.open(tmp_path / "a.png") as image:
-        pixels = np.asarray(image)
-    assert pixels.shape == (2 * 16 + 4, 10 * 16 + 4, 3)
-    np.testing.assert_array_equal(pixels[4:16:3, 4:16:3], images[1])  # class 2 comes first
-    np.testing.assert_array_equal(pixels[20:32:3, 20:32:3], images[2])
-    assert "2 classes" in capfd.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("words", "part"),
-    [
-        (["gone.npz", "a.png"], "samples gone.npz: there is no such file"),
-        (["unlabelled.npz", "a.png"], "samples unlabelled.npz: no labelled images in it"),
-        ([], "the following arguments are required: samples, out"),
-    ],
-)
-def test_a_grid_of_nothing(monkeypatch, tmp_path, capfd, words, part):
-    monkeypatch.chdir(tmp_path)
-    np.savez("unlabelled.npz", np.zeros((1, 4, 4, 3), np.uint8))
-    assert run_script("sample_grid", words, tmp_path / "log") == 2
-    out, err = capfd.readouterr()
-    assert (out, err.count("\n")) == ("", 1) and part in err
-    assert [path.name for path in tmp_path.iterdir()] == ["unlabelled.npz"]
-
-
-@pytest.mark.parametrize(
-    ("script", "arguments", "named"),
-    [("prepare_digits", ["{file}"], "out_dir"), ("sample_grid", ["{samples}", "{file}/a.png"], "out")],
-)
-def test_an_unusable_output_ends_in_one_line(tmp_path, capfd, script, arguments, named):
-    file, samples = tmp_path / "file", tmp_path / "samples.npz"
+def test_an_unusable_output_ends_in_one_line(tmp_path, capfd):
+    file = tmp_path / "file"
     file.touch()
-    np.savez(samples, np.zeros((2, 4, 4, 1), np.uint8), np.arange(2))
-    assert run_script(script, [a.format(file=file, samples=samples) for a in arguments], tmp_path) == 2
+    assert run_script("prepare_digits", [str(file)], tmp_path) == 2
     err = capfd.readouterr().err
-    assert err.count("\n") == 1 and f"error: {named} {file}" in err
+    assert err.count("\n") == 1 and f"error: out_dir {file}" in err
