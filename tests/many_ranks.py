@@ -182,6 +182,8 @@ def run_scripts(folder, files):
 class Blank:
     """Draws black images without a model."""
 
+    num_timesteps = 1
+
     def p_sample_loop(self, model, shape, **kwargs):
         return th.full(shape, -1.0)
 
