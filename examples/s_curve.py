@@ -44,6 +44,8 @@ def main():
     args = create_argparser().parse_args()
     if args.steps < 1:
         raise InputError(f"steps {args.steps}: give 1 or more")
+    if args.seed < 0:
+        raise InputError(f"seed {args.seed}: give 0 or more")
     try:
         import matplotlib  # noqa: F401 (drawn with at the end; better missed now than after the training)
         import sklearn  # noqa: F401
