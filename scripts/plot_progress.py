@@ -11,7 +11,7 @@ import math
 import os
 
 from improved_diffusion.command_line import FlagParser, run
-from improved_diffusion.errors import InputError, first_line
+from improved_diffusion.errors import InputError
 
 PANELS = [  # title, {column: its name in the legend}, logarithmic
     ("loss", {"loss": ""}, True),
@@ -28,14 +28,16 @@ def main():
     args = create_argparser().parse_args()
     runs = [(os.path.basename(os.path.abspath(logdir)), read_progress(logdir)) for logdir in args.LOGDIR]
     out = args.out or os.path.join(args.LOGDIR[0], "progress.png")
+    if not out.endswith(".png"):
+        raise InputError(f"out {out}: give a name that ends in .png")
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise InputError("matplotlib draws it: pip install improved-diffusion[demo]") from None
     try:
         draw(Figure, runs).savefig(out)
-    except (OSError, ValueError) as e:  # the latter for a name that tells no format
-        raise InputError(f"out {out}: cannot be written ({first_line(e)}); give a name that ends in .png") from None
+    except OSError as e:
+        raise InputError(f"out {out}: cannot be written ({e.strerror})") from None
     print(os.path.abspath(out))
 
 

@@ -56,7 +56,7 @@ def test_it_prints_where_the_pictures_are_and_how_near_the_samples(done):
 
 @pytest.mark.slow
 def test_samples_are_nearer_to_the_data_than_noise_and_an_untrained_models(done, example):
-    out_dir, printed = done
+    _, printed = done
     ours = float(re.search(r"([\d.e-]+) of samples", printed)[1])
     data, diffusion = example.s_curve(7), example.create_diffusion()
     untrained = example.sample(example.StepMLP(), diffusion)
