@@ -25,7 +25,7 @@ def example():
     return module
 
 
-def run_example(*words, code="", **kwargs):
+def run_example(*words, code="pass", **kwargs):
     """The script in a process of its own, after some lines of `code`. :return: a subprocess.CompletedProcess."""
     environment = {k: v for k, v in os.environ.items() if k not in [*LAUNCHER_VARIABLES, "DIFFUSION_BLOB_LOGDIR"]}
     environment.update(PYTHONPATH=os.pathsep.join([str(ROOT), *sys.path]), OMP_NUM_THREADS="1")
