@@ -60,6 +60,7 @@ def main():
     draw(forward, [f"t = {t}" for t in range(0, TIMESTEPS, TIMESTEPS // 20)], args.out_dir, "forward.png")
 
     model = train(StepMLP().to(dist_util.dev()), diffusion, x_start, args.steps)
+    logger.reset()  # closes the log
     reverse = sample(model, diffusion)
     left = range(TIMESTEPS - TIMESTEPS // 10, -1, -TIMESTEPS // 10)
     draw([reverse[-1 - t] for t in left], [f"{t} steps left" for t in left], args.out_dir, "reverse.png")
