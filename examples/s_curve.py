@@ -35,7 +35,7 @@ TIMESTEPS = 100
 BATCH = 512
 LR = 2e-3
 WIDTH = 128  # of the network
-EMA_RATE = 0.999
+EMA_RATE = 0.99
 PART = 2_000  # points that an energy distance compares with as many others
 REACH = 1.0  # the pictures show points in [-REACH, REACH]
 
@@ -177,7 +177,7 @@ def draw(clouds, titles, out_dir, name):
 
 def create_argparser():
     parser = FlagParser(description=__doc__.partition(":")[0])
-    add_dict_to_argparser(parser, dict(out_dir="s_curve", steps=5000, seed=0))
+    add_dict_to_argparser(parser, dict(out_dir="s_curve", steps=8000, seed=0))
     return parser
 
 

@@ -81,7 +81,7 @@ def test_every_panel_of_the_pictures_has_points(done, name, size):
 @pytest.mark.slow
 def test_the_run_leaves_its_log_and_two_checkpoints(done):
     names = {path.name for path in done[0].iterdir()}
-    assert {"log.txt", "progress.csv", "model000000.pt", "model000300.pt", "ema_0.999_000300.pt"} <= names
+    assert {"log.txt", "progress.csv", "model000000.pt", "model000300.pt", "ema_0.99_000300.pt"} <= names
     assert len([name for name in names if name.startswith("model")]) == 2
 
 
