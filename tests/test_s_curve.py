@@ -75,7 +75,7 @@ def test_every_panel_of_the_pictures_has_points(done, name, size):
     shares = [panel.mean() for row in np.split(red, size[1] // 220) for panel in np.split(row, 10, axis=1)]
     assert all(share > 0.005 for share in shares)
     spread = np.array(shares) if name == "reverse.png" else np.array(shares[::-1])
-    assert spread[0] > 3 * spread[-1]  # noise fills a panel, the curve does not
+    assert spread[0] > 1.5 * spread[-1]  # noise fills a panel; the curve does not, nor what 300 steps make of it
 
 
 @pytest.mark.slow
