@@ -33,6 +33,7 @@ setup(
             "ruff>=0.17,<0.18",
             "mpich>=5.0,<6",
             "scikit-learn>=1.9,<2",
+            "matplotlib>=3.11,<4",
             "tensorboard>=2.21,<3",
             "lmdb>=3.0,<4",
         ],

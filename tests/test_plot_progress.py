@@ -1,0 +1,174 @@
+"""plot_progress.py: what it reads from whole and broken logs, what it draws, and what it refuses."""
+
+import sys
+
+import numpy as np
+import pytest
+from harness import ROOT, load_script, run_script, run_subprocess
+from PIL import Image
+
+pytest.importorskip("matplotlib")
+# as this library writes it, and as the original did: its columns sorted, without speed, its numbers bare
+HEADER = "grad_norm,images/s,loss,loss_q0,loss_q1,loss_q2,loss_q3,mse,vb,samples,step"
+ORIGINAL = "grad_norm,loss,loss_q0,loss_q1,loss_q2,loss_q3,mse,mse_q0,mse_q1,mse_q2,mse_q3,samples,step"
+
+
+def log(folder, header=HEADER, steps=range(0, 1000, 100), height=1.0, tail=""):
+    """Write folder/progress.csv, losses falling from `height`. :return: the folder, as text."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [header]
+    for step in steps:
+        value = height / (1 + step / 100)
+        rows.append(",".join(str({"step": step, "samples": step * 8}.get(c, value)) for c in header.split(",")))
+    (folder / "progress.csv").write_text("\n".join(rows) + "\n" + tail)
+    return str(folder)
+
+
+def plot(*words):
+    return run_script("plot_progress", list(words), "unused")
+
+
+def picture(path):
+    """Pixels [h, w, 3], after a look that it is whole."""
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        return np.asarray(image.convert("RGB"))
+
+
+def lines(path):
+    """Which of matplotlib's first colours, those of the runs, a picture shows more than a few pixels of."""
+    pixels = picture(path).astype(int)
+    runs = enumerate([(31, 119, 180), (255, 127, 14), (44, 160, 44)])
+    return [i for i, colour in runs if (np.abs(pixels - colour).max(axis=-1) <= 3).sum() > 100]
+
+
+@pytest.fixture
+def read():
+    return load_script("plot_progress").read_progress
+
+
+# ---------------------------------------------------------------- pictures
+
+
+def test_a_run_becomes_a_picture_in_its_folder(tmp_path, capfd):
+    logdir = log(tmp_path / "a")
+    assert plot(logdir) == 0
+    assert capfd.readouterr() == (f"{logdir}/progress.png\n", "")
+    assert picture(f"{logdir}/progress.png").shape == (1050, 1200, 3)
+    assert lines(f"{logdir}/progress.png") == [0]
+
+
+def test_each_run_has_a_colour(tmp_path):
+    runs = [log(tmp_path / name, height=height) for name, height in [("a", 1.0), ("b", 3.0), ("c", 9.0)]]
+    found = []
+    for count in (1, 2, 3):
+        assert plot(*runs[:count], "--out", str(tmp_path / "all.png")) == 0
+        found.append(lines(tmp_path / "all.png"))
+    assert found == [[0], [0, 1], [0, 1, 2]]
+    assert not (tmp_path / "a" / "progress.png").exists()
+
+
+def test_there_is_a_panel_for_what_is_there(tmp_path):
+    heights = []
+    for header in ("step,loss", "step,loss,mse,vb", HEADER, ORIGINAL):
+        assert plot(log(tmp_path / "a", header)) == 0
+        heights.append(picture(tmp_path / "a" / "progress.png").shape[0] // 350)
+    assert heights == [1, 2, 3, 2]  # two panels a row
+
+
+@pytest.mark.parametrize("name", ["_a", "$a", "$a$", "a_b^c", "ä \\frac"])
+def test_a_folders_name_is_text(tmp_path, name):
+    plain, odd = log(tmp_path / "a"), log(tmp_path / name)
+    assert plot(plain) == plot(odd) == 0
+    assert (picture(f"{plain}/progress.png") != picture(f"{odd}/progress.png")).any()
+
+
+@pytest.mark.parametrize("height", [0.0, -1.0, 1e-300, 1e300])
+def test_values_that_a_logarithm_lacks_or_hardly_has(tmp_path, height):
+    logdir = log(tmp_path / "a", height=height)
+    assert plot(logdir) == 0
+    assert lines(f"{logdir}/progress.png")
+
+
+def test_one_row_is_a_dot(tmp_path):
+    logdir = log(tmp_path / "a", steps=[0])
+    assert plot(logdir) == 0
+    assert picture(f"{logdir}/progress.png").min() < 255
+
+
+@pytest.mark.slow
+def test_as_a_command(tmp_path):
+    done = run_subprocess("plot_progress", [log(tmp_path / "a")], tmp_path, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{tmp_path}/a/progress.png\n", "")
+
+
+# ---------------------------------------------------------------- reading
+
+
+def test_the_last_row_of_a_step_counts(tmp_path, read):
+    logdir = log(tmp_path / "a", "step,loss", steps=[0, 100, 200], tail="100,7.0\n200,8.0\n300,9.0\n")
+    assert read(logdir) == {0: {"loss": 1.0}, 100: {"loss": 7.0}, 200: {"loss": 8.0}, 300: {"loss": 9.0}}
+
+
+@pytest.mark.parametrize("tail", ["", "200", "200,0.123", "200,\n", ",5.0\n", "x,5.0\n", "nan,5.0\n", "\n", "\0\0\n"])
+def test_a_row_that_is_cut_off_or_broken_gives_no_value(tmp_path, read, tail):
+    rows = read(log(tmp_path / "a", "step,loss", steps=[0, 100], tail=tail))
+    assert {step: row for step, row in rows.items() if row} == {0: {"loss": 1.0}, 100: {"loss": 0.5}}
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "", "?"])
+def test_values_that_are_no_finite_numbers_are_left_out(tmp_path, read, value):
+    logdir = log(tmp_path / "a", "step,loss,mse", steps=[0], tail=f"100,{value},2.0\n")
+    assert read(logdir)[100] == {"mse": 2.0}
+    assert plot(logdir) == 0
+
+
+def test_a_row_with_too_many_cells_is_read_as_far_as_it_is_named(tmp_path, read):
+    assert read(log(tmp_path / "a", "step,loss", steps=[], tail="5,1.0,2.0\n")) == {5: {"loss": 1.0}}
+
+
+# ---------------------------------------------------------------- what cannot work
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (None, "progress.csv: cannot be read (No such file or directory)"),
+        ("", "progress.csv: has no row with a step"),
+        ("step,loss\n", "progress.csv: has no row with a step"),
+        ("step,los", "progress.csv: has no row with a step"),
+        ("a,b\n1,2\n", "progress.csv: has no row with a step"),
+        ("step,b\n1,2\n", "no column to draw"),
+    ],
+)
+def test_logs_with_nothing_to_draw(tmp_path, capfd, content, says):
+    if content is not None:
+        (tmp_path / "progress.csv").write_text(content)
+    assert plot(str(tmp_path)) == 2
+    refused(capfd, says)
+    assert not (tmp_path / "progress.png").exists()
+
+
+@pytest.mark.parametrize("out", ["missing/a.png", "a.odd", "."])
+def test_files_that_cannot_be_written(tmp_path, capfd, out):
+    assert plot(log(tmp_path / "a"), "--out", str(tmp_path / out)) == 2
+    refused(capfd, f"out {tmp_path / out}".removesuffix("/."))
+
+
+def test_without_matplotlib(tmp_path, capfd, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert plot(log(tmp_path / "a")) == 2
+    refused(capfd, "pip install improved-diffusion[demo]")
+
+
+def refused(capfd, says):
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1 and says in err and err.startswith("plot_progress.py: error: ")
+
+
+def test_the_columns_are_those_that_the_library_logs():
+    package = ROOT / "improved_diffusion"
+    source = (package / "train_util.py").read_text() + (package / "gaussian_diffusion.py").read_text()
+    for name in ("grad_norm", "images/s", "loss", "mse", "vb"):
+        assert f'"{name}"' in source
