@@ -11,6 +11,7 @@ from improved_diffusion import dist_util, logger
 from improved_diffusion.errors import InputError
 from improved_diffusion.sample_util import (
     SampleNoise,
+    chosen_labels,
     draw_labels,
     generate,
     load_base_samples,
@@ -380,3 +381,47 @@ def test_no_path_at_all():
         load_labelled_samples("")
     with pytest.raises(InputError, match=r"^base_samples is not given: name an npz file"):
         load_base_samples("", size=4, channels=3)
+
+
+# ---------------------------------------------------------------- which classes
+
+
+@pytest.mark.parametrize(
+    ("classes", "num_samples", "labels"),
+    [
+        ("3,7", 5, [3, 7, 3, 7, 3]),
+        ("7", 2, [7, 7]),
+        ("3:2,7:1", None, [3, 3, 7]),
+        ("3:2,7:1", 3, [3, 3, 7]),
+        (" 3 , 7 ", 2, [3, 7]),
+        ("3:1,3:2", None, [3, 3, 3]),
+    ],
+)
+def test_labels_that_are_asked_for(classes, num_samples, labels):
+    chosen = chosen_labels(classes, num_samples, 10)
+    assert chosen.dtype == np.int64 and chosen.tolist() == labels
+
+
+def test_classes_by_their_names():
+    names = ["10", "cat", "dog"]
+    assert chosen_labels("dog:1,10:2,1:1", None, 1000, names).tolist() == [2, 0, 0, 1]  # a name goes before a number
+
+
+@pytest.mark.parametrize(
+    ("classes", "num_samples", "names", "message"),
+    [
+        ("10", 2, None, "classes: '10' is no class of the model; give a number from 0 to 9"),
+        ("-1", 2, None, "'-1' is no class"),
+        ("3,", 2, None, "'' is no class"),
+        ("cat", 2, None, "'cat' is no class"),
+        ("2", 2, ["cat", "dog"], "give a number from 0 to 1 or one of cat, dog"),
+        ("3:2,7", None, None, "classes 3:2,7: give each class a number of samples, such as 3:10,7:5, or none of them"),
+        ("3:0", None, None, "give each class a number of samples"),
+        ("3:x", None, None, "give each class a number of samples"),
+        ("3:2", 3, None, "classes 3:2 are 2 samples, num_samples is 3; leave that out"),
+    ],
+)
+def test_classes_that_cannot_be(classes, num_samples, names, message):
+    with pytest.raises(InputError) as refusal:
+        chosen_labels(classes, num_samples, 10, names)
+    assert message in str(refusal.value) and "\n" not in str(refusal.value)
