@@ -27,7 +27,7 @@ from improved_diffusion.command_line import FlagParser, run
 from improved_diffusion.errors import InputError
 from improved_diffusion.gaussian_diffusion import GaussianDiffusion, LossType, ModelMeanType, ModelVarType
 from improved_diffusion.nn import timestep_embedding
-from improved_diffusion.script_util import add_dict_to_argparser
+from improved_diffusion.script_util import whole_number
 from improved_diffusion.train_util import TrainLoop
 
 POINTS = 10_000
@@ -177,7 +177,9 @@ def draw(clouds, titles, out_dir, name):
 
 def create_argparser():
     parser = FlagParser(description=__doc__.partition(":")[0])
-    add_dict_to_argparser(parser, dict(out_dir="s_curve", steps=8000, seed=0))
+    parser.add_argument("--out_dir", default="s_curve", help="folder for the pictures, the log and the checkpoint")
+    parser.add_argument("--steps", type=whole_number, default=8000, help="of training")
+    parser.add_argument("--seed", type=int, default=0, help="of data, weights and samples")
     return parser
 
 

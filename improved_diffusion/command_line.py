@@ -8,9 +8,9 @@ import sys
 
 from . import dist_util
 from .errors import InputError, TrainingError, first_line, is_loss_of_a_worker, is_out_of_memory
-from .flags import COMPUTING, FLAGS, GROUPS
+from .flags import FLAGS, GROUPS
 from .presets import PRESETS
-from .script_util import add_dict_to_argparser, whole_number
+from .script_util import add_dict_to_argparser, flag_type, str2bool, whole_number
 
 LOG_DIRECTORIES = ("OPENAI_LOGDIR", "DIFFUSION_BLOB_LOGDIR")
 
@@ -44,26 +44,26 @@ def create_parser(defaults, description):
     :param defaults: {flag: value}; a flag has its value's type.
     """
     parser = FlagParser(description=description)
-    defaults = {**defaults, "preset": "", "log_dir": "", "dry_run": False}
-    add_dict_to_argparser(parser, {name: value for name, value in defaults.items() if name not in FLAGS})
+    defaults = {**defaults, "preset": "", "log_dir": "", "dry_run": False, "seed": None}
     for group in GROUPS:
         names = [name for name in FLAGS if name in defaults and FLAGS[name].group == group]
-        section = parser.add_argument_group(group)
-        add_dict_to_argparser(section, {name: defaults[name] for name in names})
-        if group == COMPUTING:
-            section.add_argument("--seed", type=whole_number)
-    for action in parser._actions:
-        if action.dest in FLAGS:
-            action.metavar = _metavar(action)
-            default = f" [{action.default}]" if action.default not in ("", None) else ""
-            action.help = FLAGS[action.dest].help + default
+        add_flags(parser.add_argument_group(group), {name: defaults[name] for name in names})
+    add_dict_to_argparser(parser, {name: value for name, value in defaults.items() if name not in FLAGS})
     return parser
 
 
-def _metavar(action):
-    if isinstance(action.default, bool):
-        return "True|False"
-    return {int: "N", float: "X"}.get(type(action.default), "N" if action.dest == "seed" else "TEXT")
+def add_flags(parser, defaults):
+    """
+    Add flags as FLAGS describes them.
+
+    :param parser: or a group of one.
+    :param defaults: {flag: value}.
+    """
+    for name, value in defaults.items():
+        kind = whole_number if name == "seed" else flag_type(value)
+        shown = f" [{value}]" if value not in ("", None) else ""
+        metavar = {str2bool: "True|False", whole_number: "N", float: "X"}.get(kind, "TEXT")
+        parser.add_argument(f"--{name}", default=value, type=kind, metavar=metavar, help=FLAGS[name].help + shown)
 
 
 def parse_flags(parser):

@@ -49,10 +49,11 @@ FLAGS = {
     "random_flip": Flag(DATA, "mirror half of the images, drawn anew each time an image comes"),
     "num_workers": Flag(
         DATA,
-        "processes that decode images; 0 for this one, -1 for one for a folder and none for a packed file",
+        "processes that decode images; 0 for none but this one, -1 for as many as make sense",
         (lambda v: v >= -1),
         "0 or more, or -1 for as many as make sense",
     ),
+    "max_images": Flag(DATA, "use only so many images; 0 for all", *_at_least(0)),
     "batch_size": Flag(DATA, "images at once on each rank", *_at_least(1)),
     # ---- model
     "preset": Flag(MODEL, "name of a published model, whose flags are taken where they are not given"),

@@ -381,8 +381,12 @@ def configure_compute(model, *, use_fp16=False, use_bf16=False, compile=False):
 def add_dict_to_argparser(parser, default_dict):
     """Add a flag for each key, of its value's type; one whose value is None takes text."""
     for name, value in default_dict.items():
-        kind = {bool: str2bool, int: whole_number, type(None): str}.get(type(value), type(value))
-        parser.add_argument(f"--{name}", default=value, type=kind)
+        parser.add_argument(f"--{name}", default=value, type=flag_type(value))
+
+
+def flag_type(default):
+    """What reads the text of a flag with such a default."""
+    return {bool: str2bool, int: whole_number, type(None): str}.get(type(default), type(default))
 
 
 def args_to_dict(args, keys):

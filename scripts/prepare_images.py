@@ -4,11 +4,10 @@ Pack a folder of images into one file, scaled and cropped to a square, that the 
 The pixels, labels and order are those of the folder; there is nothing left to decode.
 """
 
-from improved_diffusion.command_line import FlagParser, parse_flags, run
+from improved_diffusion.command_line import FlagParser, add_flags, parse_flags, run
 from improved_diffusion.image_datasets import decode_folder
 from improved_diffusion.packed_images import ENDING
 from improved_diffusion.prepare_util import check_packed_name, pack, workers
-from improved_diffusion.script_util import add_dict_to_argparser
 
 
 def main():
@@ -27,7 +26,7 @@ def create_argparser():
     parser = FlagParser(description=__doc__)
     parser.add_argument("SRC", help="folder of images, or any URL that blobfile lists; searched recursively")
     parser.add_argument("OUT", help=f"file to write, whose name ends in {ENDING}")
-    add_dict_to_argparser(parser, dict(image_size=64, image_channels=3, num_workers=-1))
+    add_flags(parser, dict(image_size=64, image_channels=3, num_workers=-1))
     return parser
 
 

@@ -8,17 +8,14 @@ import io
 import itertools
 import os
 
-from improved_diffusion.command_line import FlagParser, parse_flags, run
+from improved_diffusion.command_line import FlagParser, add_flags, parse_flags, run
 from improved_diffusion.errors import InputError, first_line
 from improved_diffusion.image_datasets import decode_image, scale_and_crop
 from improved_diffusion.prepare_util import check_class, make_folder, workers, write_images
-from improved_diffusion.script_util import add_dict_to_argparser
 
 
 def main():
     args = parse_flags(create_argparser())
-    if args.max_images < 0:
-        raise InputError(f"max_images {args.max_images}: give 1 or more, or 0 for all")
     class_name = args.class_name or os.path.basename(os.path.abspath(args.SRC)).partition("_")[0]
     check_class(class_name, "class_name" if args.class_name else f"SRC {args.SRC}, without --class_name")
     images = Images(args.SRC, class_name, args.image_size, args.max_images)
@@ -96,7 +93,7 @@ def create_argparser():
     parser.add_argument("SRC", help="folder of a database, such as bedroom_train_lmdb")
     parser.add_argument("OUT", help="folder to write to, made if need be")
     parser.add_argument("--class_name", help="begins the files' names; by default SRC's name up to its first _")
-    add_dict_to_argparser(parser, dict(image_size=256, max_images=0, num_workers=-1))
+    add_flags(parser, dict(image_size=256, max_images=0, num_workers=-1))
     return parser
 
 

@@ -11,6 +11,7 @@ from improved_diffusion.script_util import compute_defaults, extra_model_default
 from improved_diffusion.train_util import TrainLoop
 
 SCRIPTS = ["image_train", "image_sample", "image_nll", "super_res_train", "super_res_sample"]
+OTHERS = sorted({path.stem for path in (ROOT / "scripts").glob("*.py")} - set(SCRIPTS))
 
 
 def flags_of(script):
@@ -36,7 +37,15 @@ def test_help_has_a_line_for_each_flag_with_its_group_and_default(monkeypatch, s
 
 
 def test_no_flag_is_described_in_vain():
-    assert FLAGS.keys() == set().union(*(flags_of(script) for script in SCRIPTS))
+    help_of_others = "".join(load_script(name).create_argparser().format_help() for name in OTHERS)
+    named = set(re.findall(r"--(\w+)", help_of_others))
+    assert FLAGS.keys() <= named.union(*(flags_of(script) for script in SCRIPTS))
+
+
+@pytest.mark.parametrize("script", OTHERS)
+def test_the_other_scripts_describe_all_that_they_take(script):
+    for action in load_script(script).create_argparser()._actions:
+        assert action.help, action.dest
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

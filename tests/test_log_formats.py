@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch as th
 from harness import FULL, on_a_full_disk
+from PIL import Image
 
 from improved_diffusion.errors import InputError
 from improved_diffusion.log_formats import (
@@ -290,6 +291,21 @@ def test_format_names(tmp_path):
     ]
     assert not sys.stdout.closed
     assert sorted(os.listdir(d)) == ["log-x.txt", "progress-x.csv", "progress-x.json"]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_tensorboard_shows_pictures(tmp_path, channels):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 4, channels), dtype=np.uint8)
+    out = TensorBoardOutputFormat(str(tmp_path))
+    out.writeimage("preview", pixels, 7)
+    (event,) = EventAccumulator(str(tmp_path)).Reload().Images("preview")  # before close(): it is flushed
+    out.close()
+    assert (event.step, event.width, event.height) == (7, 4, 6)
+    with Image.open(io.BytesIO(event.encoded_image_string)) as image:
+        np.testing.assert_array_equal(np.asarray(image).reshape(pixels.shape), pixels)
 
 
 def test_tensorboard_format_name(tmp_path):

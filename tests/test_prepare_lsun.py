@@ -164,7 +164,7 @@ def refused(capfd, parts, *words, **values):
         (["bedroom_train_lmdb", "file"], {}, ["OUT file: cannot be made a folder"]),
         (["bedroom_train_lmdb", "gs://bucket/out"], {}, ["OUT gs://bucket/out: name a local folder"]),
         (["bedroom_train_lmdb", "out"], dict(image_size=0), ["--image_size 0", "1 or more"]),
-        (["bedroom_train_lmdb", "out"], dict(max_images=-1), ["max_images -1", "1 or more"]),
+        (["bedroom_train_lmdb", "out"], dict(max_images=-1), ["max_images -1", "0 or more"]),
         (["bedroom_train_lmdb", "out"], dict(num_workers=-2), ["--num_workers -2"]),
         (["bedroom_train_lmdb", "out"], dict(class_name="dining_room"), ["class_name: 'dining_room' cannot begin"]),
         (["_lmdb", "out"], {}, ["SRC _lmdb", "without --class_name", "'' cannot begin"]),
