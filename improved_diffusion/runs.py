@@ -17,7 +17,7 @@ from .errors import InputError
 from .model_config import read_config, save_config, settle_flags
 from .preview import STEPS, Preview
 from .resample import create_named_schedule_sampler
-from .sample_util import chosen_labels, for_inference
+from .sample_util import chosen_labels, for_inference, generate, write_samples
 from .script_util import args_to_dict, compute_defaults, configure_compute, create_diffusion, train_loop_defaults
 from .train_util import TrainLoop, get_blob_logdir
 from .weights import fit_weights, load_weights, read_weights
@@ -196,3 +196,29 @@ def _chosen_labels(args, class_names):
     labels = chosen_labels(args.classes, num_samples, args.num_classes, class_names)
     args.num_samples = len(labels)
     return labels
+
+
+def sample(args, trained, size, conditions, said):
+    """
+    Draw samples as flags say, and write them.
+
+    :param trained: of create_trained().
+    :param size: height and width of a sample.
+    :param conditions: as of sample_util.generate().
+    :param said: a line for the log before it begins.
+    """
+    with logging_to(args, trained.notes):
+        logger.log(said)
+        images, labels = generate(
+            trained.diffusion,
+            trained.model,
+            shape=(args.image_channels, size, size),
+            num_samples=args.num_samples,
+            batch_size=args.batch_size,
+            conditions=conditions,
+            use_ddim=args.use_ddim,
+            clip_denoised=args.clip_denoised,
+            seed=args.seed,
+        )
+        if dist_util.rank() == 0:
+            write_samples(images, labels, trained.class_names, args.save_images)

@@ -4,10 +4,10 @@ Draw samples from a trained model and write them to samples_NxHxWxC.npz, with a 
 
 import torch as th
 
-from improved_diffusion import dist_util, logger
+from improved_diffusion import dist_util
 from improved_diffusion.command_line import create_parser, parse_flags, run
-from improved_diffusion.runs import begin, create_trained, logging_to
-from improved_diffusion.sample_util import draw_labels, generate, write_samples
+from improved_diffusion.runs import begin, create_trained, sample
+from improved_diffusion.sample_util import draw_labels
 from improved_diffusion.script_util import (
     compute_defaults,
     create_model_and_diffusion,
@@ -31,21 +31,7 @@ def main():
             return {"y": th.from_numpy(trained.labels[numbers]).to(dist_util.dev())}
         return {"y": draw_labels(num_classes, len(numbers), noise_fn)}
 
-    with logging_to(args, trained.notes):
-        logger.log("sampling...")
-        images, labels = generate(
-            trained.diffusion,
-            trained.model,
-            shape=(args.image_channels, args.image_size, args.image_size),
-            num_samples=args.num_samples,
-            batch_size=args.batch_size,
-            conditions=conditions,
-            use_ddim=args.use_ddim,
-            clip_denoised=args.clip_denoised,
-            seed=args.seed,
-        )
-        if dist_util.rank() == 0:
-            write_samples(images, labels, trained.class_names, args.save_images)
+    sample(args, trained, args.image_size, conditions, "sampling...")
 
 
 def create_argparser():

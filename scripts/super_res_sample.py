@@ -6,10 +6,10 @@ Sample i is made from image i; where there are more samples than images, the ima
 
 import torch as th
 
-from improved_diffusion import dist_util, logger
+from improved_diffusion import dist_util
 from improved_diffusion.command_line import create_parser, parse_flags, run
-from improved_diffusion.runs import begin, create_trained, logging_to
-from improved_diffusion.sample_util import generate, load_base_samples, write_samples
+from improved_diffusion.runs import begin, create_trained, sample
+from improved_diffusion.sample_util import load_base_samples
 from improved_diffusion.script_util import (
     compute_defaults,
     extra_model_defaults,
@@ -39,21 +39,8 @@ def main():
             kwargs["y"] = th.from_numpy(base_labels[chosen]).to(dist_util.dev())
         return kwargs
 
-    with logging_to(args, trained.notes):
-        logger.log(f"creating {args.num_samples} samples from {len(base_images)} images...")
-        images, labels = generate(
-            trained.diffusion,
-            trained.model,
-            shape=(args.image_channels, args.large_size, args.large_size),
-            num_samples=args.num_samples,
-            batch_size=args.batch_size,
-            conditions=conditions,
-            use_ddim=args.use_ddim,
-            clip_denoised=args.clip_denoised,
-            seed=args.seed,
-        )
-        if dist_util.rank() == 0:
-            write_samples(images, labels, trained.class_names, args.save_images)
+    said = f"creating {args.num_samples} samples from {len(base_images)} images..."
+    sample(args, trained, args.large_size, conditions, said)
 
 
 def create_argparser():

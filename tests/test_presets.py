@@ -13,19 +13,19 @@ from improved_diffusion.script_util import (
     sr_create_model_and_diffusion,
 )
 
-PARAMETERS = {  # of the published checkpoints
-    "imagenet64": 121_063_942,
-    "imagenet64_vlb": 121_063_942,
-    "imagenet64_cond": 273_049_350,
-    "cifar10": 52_546_438,
-    "cifar10_vlb": 52_546_438,
-    "upsample256": 279_792_390,
-    "lsun_bedroom": 113_676_678,
+PUBLISHED = {  # parameters of the published checkpoints, and what the diffusion minimises
+    "imagenet64": (121_063_942, "RESCALED_MSE", True),
+    "imagenet64_vlb": (121_063_942, "RESCALED_KL", True),
+    "imagenet64_cond": (273_049_350, "MSE", False),
+    "cifar10": (52_546_438, "RESCALED_MSE", True),
+    "cifar10_vlb": (52_546_438, "RESCALED_KL", True),
+    "upsample256": (279_792_390, "MSE", False),
+    "lsun_bedroom": (113_676_678, "MSE", False),
 }
 
 
 def test_every_preset_is_counted():
-    assert PARAMETERS.keys() == PRESETS.keys()
+    assert PUBLISHED.keys() == PRESETS.keys()
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -40,8 +40,11 @@ def test_a_preset_builds_the_published_model(name):
     with th.device("meta"):
         create = sr_create_model_and_diffusion if large else create_model_and_diffusion
         model, diffusion = create(**args_to_dict(args, script.MODEL_FLAGS))
-    assert sum(p.numel() for p in model.parameters()) == PARAMETERS[name]
+    parameters, loss_type, rescale_timesteps = PUBLISHED[name]
+    assert sum(p.numel() for p in model.parameters()) == parameters
     assert diffusion.num_timesteps == PRESETS[name]["diffusion_steps"]
+    assert (diffusion.loss_type.name, diffusion.rescale_timesteps) == (loss_type, rescale_timesteps)
+    assert (diffusion.model_mean_type.name, diffusion.model_var_type.name) == ("EPSILON", "LEARNED_RANGE")
 
 
 def test_the_readmes_table_has_each_presets_flags():
