@@ -8,11 +8,13 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch as th
 from harness import ROOT, load_script
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from PIL import Image
 from test_script_util import ORIGINAL_FLAGS
 
 from improved_diffusion.command_line import parse_flags
@@ -187,6 +189,21 @@ def test_the_readmes_calls_of_scripts_have_flags_that_work(monkeypatch, script, 
 def test_the_readme_calls_every_script():
     called = {parameters.values[0] for parameters in script_calls()}
     assert called == {path.stem for path in (ROOT / "scripts").glob("*.py")} - {"prepare_digits"}  # make demo's
+
+
+def test_the_readmes_pictures_and_links_are_there():
+    pictures = re.findall(r"!\[[^]]+\]\(([^)]+)\)", README)
+    assert len(pictures) >= 5
+    for name in pictures:
+        with Image.open(ROOT / name) as picture:
+            assert np.asarray(picture.convert("L")).std() > 10
+    for name in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / name).exists(), name
+    anchors = {
+        re.sub(r"[^\w -]", "", title).strip().lower().replace(" ", "-")
+        for title in re.findall(r"^#+ (.*)", README, re.M)
+    }
+    assert set(re.findall(r"\]\(#([^)]+)\)", README)) <= anchors
 
 
 def test_the_readme_names_no_flag_that_does_not_exist():
