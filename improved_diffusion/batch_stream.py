@@ -20,20 +20,28 @@ class BatchStream:
 
     :param random_flip: ask the dataset for sample ~i instead of i with probability 1/2, anew each epoch. Which ones is
                         drawn from the epoch's seed too: who decodes them, and where a run was resumed, change nothing.
+    :param pin_memory: where there is a GPU, give batches in page-locked memory, which is copied to it without waiting.
     """
 
-    def __init__(self, dataset, batch_size, shuffle, num_workers, collate_fn=default_collate, random_flip=False):
+    def __init__(
+        self,
+        dataset,
+        batch_size,
+        shuffle,
+        num_workers,
+        collate_fn=default_collate,
+        random_flip=False,
+        pin_memory=True,
+    ):
         self.dataset = dataset
         self._order = _EpochOrder(len(dataset), batch_size, shuffle, random_flip)
-        self._loader = DataLoader(
+        self._loader = _loader(
             dataset,
+            num_workers,
+            collate_fn,
+            pin_memory,
             batch_sampler=self._order,
-            num_workers=num_workers,
-            collate_fn=collate_fn,
             persistent_workers=num_workers > 0,
-            worker_init_fn=functools.partial(_leave_signals_to_the_parent, os.getpid()),
-            pin_memory=th.cuda.is_available(),
-            generator=th.Generator(),  # the loader's own draws must not disturb the global generator's order
         )
         self._epoch = None  # iterator over the rest of the epoch
         self._given = 0  # batches of this epoch given out so far
@@ -112,16 +120,9 @@ class _EpochOrder:
 class BatchesInOrder:
     """A dataset's batches in its order, each sample once; the last batch may be smaller. An iterator with a length."""
 
-    def __init__(self, dataset, batch_size, num_workers, collate_fn=default_collate):
+    def __init__(self, dataset, batch_size, num_workers, collate_fn=default_collate, pin_memory=True):
         self.dataset = dataset
-        self._loader = DataLoader(
-            dataset,
-            batch_size=batch_size,
-            num_workers=num_workers,
-            collate_fn=collate_fn,
-            worker_init_fn=functools.partial(_leave_signals_to_the_parent, os.getpid()),
-            generator=th.Generator(),
-        )
+        self._loader = _loader(dataset, num_workers, collate_fn, pin_memory, batch_size=batch_size)
         self._batches = _one_line_errors(self._loader)
 
     def __len__(self):
@@ -132,6 +133,18 @@ class BatchesInOrder:
 
     def __next__(self):
         return next(self._batches)
+
+
+def _loader(dataset, num_workers, collate_fn, pin_memory, **kwargs):
+    return DataLoader(
+        dataset,
+        num_workers=num_workers,
+        collate_fn=collate_fn,
+        worker_init_fn=functools.partial(_leave_signals_to_the_parent, os.getpid()),
+        pin_memory=pin_memory and th.cuda.is_available(),
+        generator=th.Generator(),  # the loader's own draws must not disturb the global generator's order
+        **kwargs,
+    )
 
 
 def _leave_signals_to_the_parent(parent, worker):

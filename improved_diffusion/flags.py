@@ -53,6 +53,7 @@ FLAGS = {
         (lambda v: v >= -1),
         "0 or more, or -1 for as many as make sense",
     ),
+    "pin_memory": Flag(DATA, "where there is a GPU, read images into page-locked memory, for quicker copies to it"),
     "max_images": Flag(DATA, "use only so many images; 0 for all", *_at_least(0)),
     "batch_size": Flag(DATA, "images at once on each rank", *_at_least(1)),
     # ---- model

@@ -37,6 +37,7 @@ def load_data(
     add_conditions=None,
     class_names=None,
     random_flip=False,
+    pin_memory=True,
 ):
     """
     Endless batches of this rank's share of the images below a folder, or of those that prepare_images.py
@@ -56,6 +57,7 @@ def load_data(
     :param class_names: all classes, sorted, if not those of the images here: of the run that is continued.
     :param random_flip: mirror each image, left for right, with probability 1/2, drawn anew each epoch; the order
                         and all other random numbers stay what they are without.
+    :param pin_memory: where there is a GPU, give batches in page-locked memory, which is copied to it without waiting.
     :return: an iterator of (float32 [N, C, H, W] in [-1, 1], {"y": int64 [N]} or {}), with
              state_dict() and load_state_dict() to continue where another left off. Its dataset has num_images
              (of all ranks) and class_names.
@@ -74,7 +76,7 @@ def load_data(
     collate_fn = functools.partial(_collate, add_conditions=add_conditions)
     if random_flip:
         dataset = _MirroringDataset(dataset)
-    return BatchStream(dataset, batch_size, not deterministic, num_workers, collate_fn, random_flip)
+    return BatchStream(dataset, batch_size, not deterministic, num_workers, collate_fn, random_flip, pin_memory)
 
 
 def load_superres_data(*, large_size, small_size, **kwargs):
@@ -110,6 +112,7 @@ def load_data_once(
     num_workers=-1,
     limit=None,
     class_names=None,
+    pin_memory=True,
 ):
     """
     As load_data(deterministic=True), but each image comes exactly once and the last batch may be smaller.
@@ -119,7 +122,7 @@ def load_data_once(
     :raises InputError: as load_data(), but for a folder with less than a batch.
     """
     dataset = _open_dataset(data_dir, image_size, class_cond, image_channels, num_classes, class_names, limit)
-    return BatchesInOrder(dataset, batch_size, _workers(num_workers, dataset), _collate)
+    return BatchesInOrder(dataset, batch_size, _workers(num_workers, dataset), _collate, pin_memory)
 
 
 def decode_folder(folder, *, image_size, image_channels=3, num_workers=0, batch_size=64):

@@ -36,6 +36,7 @@ def main():
         image_channels=args.image_channels,
         num_classes=args.num_classes,
         num_workers=args.num_workers,
+        pin_memory=args.pin_memory,
         limit=args.num_samples,
         class_names=trained.class_names,
     )
@@ -78,7 +79,9 @@ def run_bpd_evaluation(model, diffusion, data, clip_denoised, seed=None):
 
 
 def create_argparser():
-    defaults = dict(data_dir="", clip_denoised=True, num_samples=1000, batch_size=1, model_path="", num_workers=-1)
+    defaults = dict(
+        data_dir="", clip_denoised=True, num_samples=1000, batch_size=1, model_path="", num_workers=-1, pin_memory=True
+    )
     return create_parser({**defaults, **compute_defaults(), **MODEL_FLAGS}, description=__doc__)
 
 

@@ -6,11 +6,10 @@ from improved_diffusion.command_line import create_parser, parse_flags, run
 from improved_diffusion.image_datasets import load_data
 from improved_diffusion.runs import begin, classes_so_far, create_for_training, train
 from improved_diffusion.script_util import (
-    compute_defaults,
     create_model_and_diffusion,
     extra_model_defaults,
     model_and_diffusion_defaults,
-    train_loop_defaults,
+    training_defaults,
 )
 
 MODEL_FLAGS = {**model_and_diffusion_defaults(), **extra_model_defaults()}
@@ -28,6 +27,7 @@ def main():
         image_channels=args.image_channels,
         num_classes=args.num_classes,
         num_workers=args.num_workers,
+        pin_memory=args.pin_memory,
         random_flip=args.random_flip,
         class_names=classes_so_far(args),
     )
@@ -35,10 +35,7 @@ def main():
 
 
 def create_argparser():
-    defaults = dict(data_dir="", random_flip=False, num_workers=-1, schedule_sampler="uniform", preview_samples=16)
-    return create_parser(
-        {**defaults, **train_loop_defaults(), **compute_defaults(), **MODEL_FLAGS}, description=__doc__
-    )
+    return create_parser({**training_defaults(), **MODEL_FLAGS}, description=__doc__)
 
 
 if __name__ == "__main__":

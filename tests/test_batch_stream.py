@@ -192,3 +192,18 @@ def test_a_state_of_other_data_is_refused_with_the_numbers(other, message):
     state = BatchStream(**settings).state_dict()
     with pytest.raises(ValueError, match=message):
         BatchStream(**{**settings, **other}).load_state_dict(state)
+
+
+@pytest.mark.parametrize("cls", ["stream", "once"])
+@pytest.mark.parametrize("gpu", [False, True])
+@pytest.mark.parametrize("wanted", [False, True])
+def test_memory_is_pinned_where_there_is_a_gpu_and_it_is_wanted(monkeypatch, cls, gpu, wanted):
+    """The loader is only asked: without a GPU it would warn."""
+    monkeypatch.setattr(th.cuda, "is_available", lambda: gpu)
+    data = list(range(4))
+    stream = (
+        BatchStream(data, 2, False, 0, pin_memory=wanted)
+        if cls == "stream"
+        else BatchesInOrder(data, 2, 0, pin_memory=wanted)
+    )
+    assert stream._loader.pin_memory == (gpu and wanted)

@@ -82,12 +82,12 @@ NEW_FLAGS = dict(
     dry_run=False,
 )
 NEW_TRAINING_FLAGS = dict(
-    NEW_FLAGS, max_steps=0, num_workers=-1, keep_checkpoints=0, random_flip=False, preview_samples=16
+    NEW_FLAGS, max_steps=0, num_workers=-1, keep_checkpoints=0, random_flip=False, preview_samples=16, pin_memory=True
 )
 NEW_BY_SCRIPT = {
     "image_train": NEW_TRAINING_FLAGS,
     "super_res_train": NEW_TRAINING_FLAGS,
-    "image_nll": dict(NEW_FLAGS, num_workers=-1),
+    "image_nll": dict(NEW_FLAGS, num_workers=-1, pin_memory=True),
     "image_sample": dict(NEW_FLAGS, classes="", save_images=False),
     "super_res_sample": dict(NEW_FLAGS, save_images=False),
 }
