@@ -12,6 +12,7 @@ import numpy as np
 import torch as th
 
 from . import dist_util, logger
+from .checkpoint_util import is_of_a_run
 from .dry_run import print_dry_run
 from .errors import InputError
 from .model_config import read_config, save_config, settle_flags
@@ -48,10 +49,14 @@ def _log_directory(log_dir):
     if directory:
         return directory
     name = os.path.join("runs", f"{_script()}-{datetime.datetime.now():%Y-%m-%d-%H%M%S}")
-    for suffix in ("", *(f"-{i}" for i in range(2, 1000))):
-        with contextlib.suppress(FileExistsError):
+    for suffix in ("", *(f"-{i}" for i in range(2, 1000))):  # others may begin in the same second
+        try:
             os.makedirs(name + suffix)
             return name + suffix
+        except FileExistsError:
+            pass
+        except OSError as e:
+            raise InputError(f"{name}: cannot be made a folder ({e.strerror}); give --log_dir") from None
     return name
 
 
@@ -88,9 +93,9 @@ def create_for_training(args, create, model_flags):
 
 def classes_so_far(args):
     """The class names of the run that is continued, which keep their numbers; None if there is none."""
-    if not args.class_cond or not args.resume_checkpoint:
-        return None
     directory = bf.dirname(args.resume_checkpoint)
+    if not args.class_cond or not (args.resume_checkpoint == "auto" or is_of_a_run(args.resume_checkpoint)):
+        return None
     if args.resume_checkpoint == "auto":
         directory = os.environ.get("DIFFUSION_BLOB_LOGDIR") or args.log_dir or os.environ.get("OPENAI_LOGDIR")
     config = dist_util.from_rank_0(read_config, directory)

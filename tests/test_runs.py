@@ -18,6 +18,7 @@ from harness import ROOT, TINY, build, flags, run_script, write_images
 from PIL import Image
 
 from improved_diffusion import dist_util, logger, runs
+from improved_diffusion.errors import InputError
 
 TRAIN = dict(
     TINY, image_size=8, batch_size=4, lr=1e-3, ema_rate=0.9, max_steps=4, save_interval=2, log_interval=1, num_workers=0
@@ -68,6 +69,18 @@ def test_log_dir_then_the_variable_then_a_new_folder(tmp_path, monkeypatch, capf
     assert lines[0] == f"Logging to {new[0]}"
     assert lines[1].startswith("rank 0 of 1") and lines[2:4] == ["a note", "work"]
     assert lines[4] == f"all files are in {new[0]}"
+
+
+def test_a_folder_that_cannot_be_made(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["scripts/image_sample.py"])
+    monkeypatch.delenv("OPENAI_LOGDIR", raising=False)
+    (tmp_path / "runs").write_text("")
+    with (
+        pytest.raises(InputError, match=r"^runs/image_sample-.*: cannot be made a folder \(.*\); give --log_dir$"),
+        runs.logging_to(argparse.Namespace(log_dir="")),
+    ):
+        pass
 
 
 def test_a_run_that_fails_says_where_it_is_too(tmp_path, monkeypatch, capfd):
@@ -132,6 +145,8 @@ def test_a_continued_run_keeps_the_numbers_of_its_classes(tmp_path, images, trai
         run("image_train", trained, **words, resume_checkpoint=resume_checkpoint)
         assert "classes: 0 a, 1 b, 2 c\n" in capfd.readouterr().out
     Image.new("RGB", (8, 8)).save(images / "d_0.png")
+    run("image_train", tmp_path / "new", **words, resume_checkpoint=trained / "ema_0.9_000004.pt")  # a new run
+    assert "classes: 0 b, 1 c, 2 d\n" in capfd.readouterr().out
     assert run_script("image_train", flags(**words, resume_checkpoint="auto"), trained) == 2
     assert "the class d is none of those that the model was trained on (a, b, c)" in capfd.readouterr().err
 
