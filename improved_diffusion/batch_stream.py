@@ -120,7 +120,7 @@ class _EpochOrder:
 class BatchesInOrder:
     """A dataset's batches in its order, each sample once; the last batch may be smaller. An iterator with a length."""
 
-    def __init__(self, dataset, batch_size, num_workers, collate_fn=default_collate, pin_memory=True):
+    def __init__(self, dataset, batch_size, num_workers, collate_fn=default_collate, pin_memory=False):
         self.dataset = dataset
         self._loader = _loader(dataset, num_workers, collate_fn, pin_memory, batch_size=batch_size)
         self._batches = _one_line_errors(self._loader)

@@ -105,11 +105,17 @@ def _take_preset(args, parser):
         parser.error(f"--preset {args.preset}: it is not for super-resolution")
     training = hasattr(args, "lr")
     for name, value in preset.items():
-        if name == "batch_size":  # of all ranks; samples have no batch of their own
-            value = max(1, value // dist_util.world_size())
-        if hasattr(args, name) and name not in args.given and (name != "batch_size" or training):
-            setattr(args, name, value)
-            args.given.append(name)
+        if not hasattr(args, name) or name in args.given or (name == "batch_size" and not training):
+            continue
+        if name == "batch_size":
+            ranks = dist_util.world_size()
+            if value % ranks:
+                parser.error(
+                    f"--preset {args.preset}: {ranks} ranks cannot share its batch of {value}; give --batch_size"
+                )
+            value //= ranks
+        setattr(args, name, value)
+        args.given.append(name)
 
 
 def run(main):

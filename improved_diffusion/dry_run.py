@@ -13,18 +13,21 @@ from .script_util import args_to_dict, configure_compute
 MIB = 2**20
 
 
-def print_dry_run(args, create, model_flags):
+def print_dry_run(args, create, model_flags, notes):
     """
     Print it, on rank 0.
 
     :param args: of parse_flags().
     :param create: a factory of (model, diffusion).
     :param model_flags: the names of the flags that it takes.
+    :param notes: lines to print first.
     """
     with th.device("meta"):
         model, diffusion = create(**args_to_dict(args, model_flags))
     if dist_util.rank() != 0:
         return
+    for note in notes:
+        print(note)
     for group in GROUPS:
         values = {name: getattr(args, name) for name in FLAGS if FLAGS[name].group == group and hasattr(args, name)}
         if values:

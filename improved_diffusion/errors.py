@@ -6,7 +6,7 @@ class InputError(ValueError):
     What the user gave (a flag, a file, a value) cannot work.
 
     str() is one line that names it and says what would be right; scripts print
-    that line and leave with status 2 (script_util.run).
+    that line and leave with status 2 (command_line.run).
     """
 
 

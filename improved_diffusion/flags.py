@@ -6,6 +6,8 @@ Types and defaults are those of the dicts in script_util.py and of the scripts.
 
 from typing import NamedTuple
 
+from .presets import PRESETS
+
 
 class Flag(NamedTuple):
     """One line of --help, and a check of the value by itself."""
@@ -57,7 +59,7 @@ FLAGS = {
     "max_images": Flag(DATA, "use only so many images; 0 for all", *_at_least(0)),
     "batch_size": Flag(DATA, "images at once on each rank", *_at_least(1)),
     # ---- model
-    "preset": Flag(MODEL, "name of a published model, whose flags are taken where they are not given"),
+    "preset": Flag(MODEL, f"flags of a published model, where they are not given: {', '.join(PRESETS)}"),
     "model_path": Flag(MODEL, "weights, such as ema_0.9999_200000.pt; the config.json beside it gives the flags"),
     "image_size": Flag(MODEL, "height and width of the images, in pixels", *_at_least(1)),
     "large_size": Flag(MODEL, "height and width of the enlarged images, in pixels", *_at_least(1)),

@@ -66,7 +66,9 @@ class HumanOutputFormat(KVWriter, SeqWriter):
 
     def writeseq(self, seq):
         with _one_line_error(getattr(self.file, "name", "the log")), self._beside_a_bar():
-            self.file.write(" ".join(seq) + "\n")
+            encoding = getattr(self.file, "encoding", None) or "utf-8"
+            # names of files may be no text; what cannot be shown is escaped
+            self.file.write((" ".join(seq) + "\n").encode(encoding, "backslashreplace").decode(encoding))
             self.file.flush()
 
     def _beside_a_bar(self):
@@ -199,24 +201,24 @@ def check_format(name):
 def plain(kvs):
     """A copy of a dict with numpy scalars and one-element tensors as Python floats."""
 
-    def number(val):
+    def unwrapped(val):
         if not hasattr(val, "dtype") or math.prod(val.shape) != 1:
             return val
         item = val.item()
         return float(item) if isinstance(item, (int, float)) else item
 
-    return {key: number(val) for key, val in kvs.items()}
+    return {key: unwrapped(val) for key, val in kvs.items()}
 
 
 def _rows_kept(rows, values, least, unless_above):
     """The rows whose value is not a number >= least; all of them if there is a number > unless_above."""
-    numbers = [_number(value) for value in values]
+    numbers = [number(value) for value in values]
     if any(number > unless_above for number in numbers):
         return rows
     return [row for row, number in zip(rows, numbers, strict=True) if not number >= least]
 
 
-def _number(val):
+def number(val):
     """val as a float; NaN, which is >= nothing, where it is no number."""
     try:
         return float(val)

@@ -13,6 +13,7 @@ import blobfile as bf
 from . import dist_util
 from .errors import InputError
 from .files import write_files
+from .flags import FLAGS
 from .presets import PRESETS
 from .script_util import CHANNEL_MULT
 from .weights import infer_flags
@@ -21,8 +22,9 @@ CONFIG = "config.json"
 
 # of training alone, or chosen anew for each use of a model: another value than the run's is nothing to warn of
 _FREE = {"timestep_respacing", "dropout", "use_checkpoint", "use_kl", "rescale_learned_sigmas"}
-# what no shape tells
-_UNTOLD = ("diffusion_steps", "noise_schedule")
+# what no shape tells: the first two differ from model to model, the others seldom from their defaults
+_ASKED_FOR = ("diffusion_steps", "noise_schedule")
+_TAKEN_FOR_GRANTED = ("num_heads", "rescale_timesteps", "predict_xstart", "sigma_small")
 
 
 def save_config(directory, script, flags, class_names):
@@ -44,7 +46,7 @@ def read_config(directory):
             config = json.loads(f.read())
         if not isinstance(config["flags"], dict) or not isinstance(config["class_names"], (list, type(None))):
             raise ValueError("no flags in it")
-    except (ValueError, KeyError, TypeError) as e:
+    except (ValueError, KeyError, TypeError, OSError) as e:
         raise InputError(
             f"{path}: not the flags of a run ({type(e).__name__}: {e}); delete it, and give the flags instead"
         ) from None
@@ -61,18 +63,35 @@ def settle_flags(args, model_flags, weights):
     :return: (names of the run's classes or None, list of lines to log).
     :raises InputError: if neither the run nor the shapes tell what has to be known.
     """
-    config = dist_util.from_rank_0(read_config, bf.dirname(args.model_path))
-    notes = _doubts(args.model_path)
+    directory = bf.dirname(args.model_path)
+    config = dist_util.from_rank_0(read_config, directory)
     if config is None:
         shapes = {name: tuple(value.shape) for name, value in weights.items()}
-        return None, [*_flags_by_shapes(args, model_flags, infer_flags(shapes)), *notes]
+        return None, [*_flags_by_shapes(args, model_flags, infer_flags(shapes)), *_doubts(args.model_path)]
+    notes = take_flags(args, model_flags, config, directory)
+    return config["class_names"], [*notes, *_doubts(args.model_path)]
+
+
+def take_flags(args, model_flags, config, directory):
+    """
+    Set the model flags that the command line leaves open to those of a run.
+
+    :param config: of read_config(directory).
+    :return: lines for the log: where they come from, and each that was given and contradicts.
+    :raises InputError: naming a flag in config.json whose value cannot be.
+    """
+    path = bf.join(directory, CONFIG)
+    notes = [f"flags of the model: {path}"]
     for name in sorted(config["flags"].keys() & set(model_flags)):
         there, here = config["flags"][name], getattr(args, name)
+        works = FLAGS[name].works or (lambda _: True)
+        if type(there) is not type(here) or not works(there):
+            raise InputError(f"{path}: {name} cannot be {there!r}; delete the file, and give the flags instead")
         if name not in args.given:
             setattr(args, name, there)
         elif there != here and name not in _FREE:
             notes.append(f"WARNING: --{name} {here} is what you gave; the model was trained with {there}")
-    return config["class_names"], [f"flags of the model: {bf.join(bf.dirname(args.model_path), CONFIG)}", *notes]
+    return notes
 
 
 def _flags_by_shapes(args, model_flags, told):
@@ -94,7 +113,11 @@ def _flags_by_shapes(args, model_flags, told):
     missing = {name: value for name, value in found.items() if value != getattr(args, name)}
     for name in missing.keys() & set(args.given):
         del missing[name]  # loading the weights says what is wrong
-    open_ = [name for name in (size_flag, "small_size", *_UNTOLD) if name in model_flags and name not in args.given]
+    left_open = [name for name in model_flags if name not in args.given]
+    open_ = [name for name in (size_flag, "small_size", *_ASKED_FOR) if name in left_open]
+    granted = [*open_, *(name for name in _TAKEN_FOR_GRANTED if name in left_open)]
+    if told["learn_sigma"] and "sigma_small" in granted:
+        granted.remove("sigma_small")  # it is about variances that are not learned
     if missing and open_:
         if size_flag in open_:
             missing.pop("attention_resolutions", None)  # fractions of a size that nobody knows
@@ -108,8 +131,8 @@ def _flags_by_shapes(args, model_flags, told):
     notes = []
     if missing:
         notes.append(f"from the shapes of the weights: {', '.join(f'{k} {v}' for k, v in sorted(missing.items()))}")
-    if open_:
-        taken = ", ".join(f"{name} {getattr(args, name)}" for name in open_)
+    if granted:
+        taken = ", ".join(f"{name} {getattr(args, name)}" for name in granted)
         notes.append(
             f"no {CONFIG} beside the weights: {taken} are taken for granted; samples are noise if they are wrong"
         )

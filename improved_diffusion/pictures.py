@@ -47,7 +47,7 @@ def write_pngs(directory, pictures):
     :raises InputError: if one cannot be written.
     """
     for name, pixels in pictures.items():
-        write_files(directory, {name: lambda f, pixels=pixels: f.write(png(pixels))})
+        write_files(directory, {name: lambda f, pixels=pixels: f.write(png(pixels))}, flush=False)
 
 
 def png(pixels):

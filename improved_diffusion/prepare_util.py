@@ -14,12 +14,12 @@ import struct
 import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from .batch_stream import BatchesInOrder
 from .errors import InputError, first_line
 from .files import is_remote, write_files
 from .packed_images import ENDING, write_packed_images
+from .progress import Progress
 
 # ---------------------------------------------------------------- batches of pixels
 
@@ -142,7 +142,7 @@ def write_images(folder, images, num_classes, num_workers=0):
     :raises InputError: if one cannot be written, or is there in another size; and what pixels() raises.
     """
     there = 0
-    with tqdm(total=len(images), desc=folder, unit="images", disable=None) as progress:  # shown on terminals only
+    with Progress(folder, len(images), "images", say=print) as progress:
         for were_there in BatchesInOrder(_ImageFiles(folder, images), 64, num_workers, collate_fn=list):
             there += sum(were_there)
             progress.update(len(were_there))
@@ -212,7 +212,7 @@ def pack(path, batches, shape, labels, classes):
 
 
 def _with_progress(batches, count):
-    with tqdm(total=count, unit="images", disable=None) as progress:
+    with Progress("packing", count, "images", say=print) as progress:
         for batch in batches:
             yield batch
             progress.update(len(batch))

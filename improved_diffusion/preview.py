@@ -25,19 +25,19 @@ class Preview:
     def __init__(self, diffusion, shape, count, conditions):
         self.diffusion, self.shape, self.count, self.conditions = diffusion, shape, count, conditions
 
-    def __call__(self, model, directory, step):
+    def __call__(self, make_model, directory, step):
         """
         Write preview_{step}.png to a folder, and give it to the logger. What goes wrong is logged: no run ends by it.
 
-        :param model: the network; drawn from as it is, in eval() mode.
+        :param make_model: gives the network to draw from, in eval() mode.
         """
         try:
-            picture = grid(self._draw(model))
+            picture = grid(self._draw(make_model()))
             name = f"preview_{step:06d}.png"
             write_pngs(directory, {name: picture})
             logger.get_current().writeimage("preview", picture, step)
             logger.log(f"drew {bf.join(directory, name)}")
-        except (RuntimeError, ValueError, OSError) as e:
+        except Exception as e:  # a full GPU, a full disk, a model that wants other conditions
             logger.warn(f"no preview of step {step}: {first_line(e)}")
 
     @th.inference_mode()

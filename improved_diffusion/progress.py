@@ -16,19 +16,19 @@ class Progress:
     :param total: units in all, None for no end.
     :param unit: of what is counted, in the plural.
     :param done: units that had been done before.
-    :param lines: whether the log gets lines where there is no terminal.
+    :param lines: whether there are lines where there is no terminal.
+    :param say: takes such a line; the logger's log() if None.
     """
 
-    def __init__(self, what, total, unit, done=0, lines=True):
+    def __init__(self, what, total, unit, done=0, lines=True, say=None):
         self.what, self.total, self.unit, self.done = what, total, unit, done
         self._begun, self._first = time.monotonic(), done
         self._said = self._begun
         self._rated = self._begun, done
-        self._bar, self._lines = None, lines and dist_util.rank() == 0
+        self._bar, self._lines, self._say = None, lines and dist_util.rank() == 0, say or logger.log
         if dist_util.rank() == 0 and sys.stderr.isatty():
             from tqdm import tqdm
 
-            self._lines = False
             self._bar = tqdm(desc=what, total=total, unit=f" {unit}", initial=done, dynamic_ncols=True, smoothing=0.1)
 
     def update(self, n=1):
@@ -37,9 +37,9 @@ class Progress:
         if self._bar is not None:
             self._bar.update(n)
         now = time.monotonic()
-        if self._lines and now - self._said >= SECONDS_BETWEEN_LINES:
+        if self._bar is None and self._lines and now - self._said >= SECONDS_BETWEEN_LINES:
             self._said = now
-            logger.log(f"{self.what}: {self.done} of {self.total} {self.unit}, {self._left(now)} left")
+            self._say(f"{self.what}: {self.done} of {self.total} {self.unit}, {self._left(now)} left")
 
     def reach(self, done):
         """`done` units are done in all."""

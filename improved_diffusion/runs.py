@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import itertools
 import os
 import sys
 from collections.abc import Callable
@@ -15,10 +16,10 @@ from . import dist_util, logger
 from .checkpoint_util import is_of_a_run
 from .dry_run import print_dry_run
 from .errors import InputError
-from .model_config import read_config, save_config, settle_flags
+from .model_config import read_config, save_config, settle_flags, take_flags
 from .preview import STEPS, Preview
 from .resample import create_named_schedule_sampler
-from .sample_util import chosen_labels, for_inference, generate, write_samples
+from .sample_util import chosen_labels, for_inference, generate, refuse_old_images, write_samples
 from .script_util import args_to_dict, compute_defaults, configure_compute, create_diffusion, train_loop_defaults
 from .train_util import TrainLoop, get_blob_logdir
 from .weights import fit_weights, load_weights, read_weights
@@ -34,22 +35,24 @@ def logging_to(args, notes=()):
 
     :param notes: lines for its beginning.
     """
-    logger.configure(dist_util.from_rank_0(_log_directory, args.log_dir))
+    logger.configure(_named_directory(args) or dist_util.from_rank_0(_new_directory))
     logger.log(dist_util.describe())
     for note in notes:
         logger.log(note)
     try:
         yield
     finally:
-        logger.log(f"all files are in {logger.get_dir()}")
+        elsewhere = hasattr(args, "save_interval") and os.environ.get("DIFFUSION_BLOB_LOGDIR")
+        logger.log(f"all files are in {logger.get_dir()}{f', checkpoints in {elsewhere}' if elsewhere else ''}")
 
 
-def _log_directory(log_dir):
-    directory = log_dir or os.environ.get("OPENAI_LOGDIR")
-    if directory:
-        return directory
+def _named_directory(args):
+    return os.path.expanduser(args.log_dir or os.environ.get("OPENAI_LOGDIR", ""))
+
+
+def _new_directory():
     name = os.path.join("runs", f"{_script()}-{datetime.datetime.now():%Y-%m-%d-%H%M%S}")
-    for suffix in ("", *(f"-{i}" for i in range(2, 1000))):  # others may begin in the same second
+    for suffix in itertools.chain([""], (f"-{i}" for i in itertools.count(2))):  # others may begin in the same second
         try:
             os.makedirs(name + suffix)
             return name + suffix
@@ -57,7 +60,6 @@ def _log_directory(log_dir):
             pass
         except OSError as e:
             raise InputError(f"{name}: cannot be made a folder ({e.strerror}); give --log_dir") from None
-    return name
 
 
 def _script():
@@ -73,42 +75,54 @@ def begin(args):
 # ---------------------------------------------------------------- training
 
 
+class Begun(NamedTuple):
+    model: th.nn.Module
+    diffusion: object
+    class_names: list | None  # of the run that is continued: its classes keep their numbers
+    notes: list[str]  # lines for the log
+
+
 def create_for_training(args, create, model_flags):
     """
-    The network and the diffusion that flags describe; none of it for --dry_run True, which ends here.
+    The network and the diffusion that flags describe; none of it for --dry_run True, which ends here. Where a run is
+    continued, or its weights are, model flags that are not given become those of that run.
 
-    :return: (model, diffusion).
+    :param args: of parse_flags().
+    :return: a Begun.
     :raises SystemExit: (with status 0) after a dry run.
     :raises InputError: if a flag cannot work, or the weights to continue from do not fit.
     """
+    directory = _resumed_directory(args)
+    config = dist_util.from_rank_0(read_config, directory) if directory is not None else None
+    notes = take_flags(args, model_flags, config, directory) if config else []
     if args.dry_run:
-        print_dry_run(args, create, model_flags)
+        print_dry_run(args, create, model_flags, notes)
         raise SystemExit(0)
     model, diffusion = create(**args_to_dict(args, model_flags))
     if args.resume_checkpoint not in ("", "auto"):  # the second can be looked for when there is a log
         load_weights(model, args.resume_checkpoint, flag="resume_checkpoint")
     configure_compute(model, use_bf16=args.use_bf16, compile=args.compile)
-    return model.to(dist_util.dev()), diffusion
+    goes_on = args.resume_checkpoint == "auto" or is_of_a_run(args.resume_checkpoint)  # not from an average
+    names = config["class_names"] if config and goes_on and args.class_cond else None
+    return Begun(model.to(dist_util.dev()), diffusion, names, notes)
 
 
-def classes_so_far(args):
-    """The class names of the run that is continued, which keep their numbers; None if there is none."""
-    directory = bf.dirname(args.resume_checkpoint)
-    if not args.class_cond or not (args.resume_checkpoint == "auto" or is_of_a_run(args.resume_checkpoint)):
-        return None
+def _resumed_directory(args):
+    """Where the config.json of the run that is continued is, if one is."""
     if args.resume_checkpoint == "auto":
-        directory = os.environ.get("DIFFUSION_BLOB_LOGDIR") or args.log_dir or os.environ.get("OPENAI_LOGDIR")
-    config = dist_util.from_rank_0(read_config, directory)
-    return config and config["class_names"]
+        return os.environ.get("DIFFUSION_BLOB_LOGDIR") or _named_directory(args)
+    return bf.dirname(args.resume_checkpoint) if args.resume_checkpoint else None
 
 
-def train(args, model, diffusion, data):
+def train(args, begun, data):
     """
     Train as flags say, with everything that a run leaves in its folder.
 
+    :param begun: of create_for_training().
     :param data: of load_data().
     """
-    with logging_to(args):
+    model, diffusion, _, notes = begun
+    with logging_to(args, notes):
         flags = {name: value for name, value in vars(args).items() if name not in _OF_THE_CALL}
         loop = TrainLoop(
             model=model,
@@ -139,9 +153,13 @@ def _log_beginning(args, model, dataset, loop):
     )
 
 
-def describe_classes(names):
-    """The classes with their numbers, in a line: 0 cat, 1 dog."""
-    shown = [f"{i} {name}" for i, name in enumerate(names)]
+def describe_classes(names, only=None):
+    """
+    The classes with their numbers, in a line: 0 cat, 1 dog.
+
+    :param only: the numbers of those to name.
+    """
+    shown = [f"{i} {name}" for i, name in enumerate(names) if only is None or i in only]
     return ", ".join(shown if len(shown) <= 20 else [*shown[:10], "...", shown[-1]])
 
 
@@ -183,11 +201,15 @@ def create_trained(args, create, model_flags):
     weights = read_weights(args.model_path)
     class_names, notes = settle_flags(args, model_flags, weights)
     if args.dry_run:
-        print_dry_run(args, create, model_flags)
+        print_dry_run(args, create, model_flags, notes)
         raise SystemExit(0)
     model, diffusion = create(**args_to_dict(args, model_flags))
     fit_weights(model, weights, args.model_path)
-    labels = _chosen_labels(args, class_names) if getattr(args, "classes", "") else None
+    labels = None
+    if getattr(args, "classes", ""):
+        labels = _chosen_labels(args, class_names)
+        named = describe_classes(class_names or range(args.num_classes), only=set(labels.tolist()))
+        notes.append(f"of the classes, these are drawn: {named}")
     model = for_inference(model, batch_size=args.batch_size, **args_to_dict(args, compute_defaults()))
     if args.class_cond and class_names:
         notes.append(f"classes: {describe_classes(class_names)}")
@@ -214,6 +236,8 @@ def sample(args, trained, size, conditions, said):
     """
     with logging_to(args, trained.notes):
         logger.log(said)
+        if args.save_images:
+            dist_util.from_rank_0(refuse_old_images)
         images, labels = generate(
             trained.diffusion,
             trained.model,

@@ -6,7 +6,7 @@ import torch as th
 
 from . import dist_util, logger
 from .errors import InputError
-from .files import write_files
+from .files import list_folder, write_files
 from .pictures import grid, sample_names, write_pngs
 from .progress import Progress, counting_calls
 from .script_util import configure_compute
@@ -97,33 +97,32 @@ def generate(
     images, labels = [], []
     world = dist_util.world_size()
     rounds = range(0, num_samples, batch_size * world)
-    progress = Progress("sampling", len(rounds) * diffusion.num_timesteps, "steps")
-    model = counting_calls(model, progress)
-    for first in rounds:
-        share = min(batch_size, -(-(num_samples - first) // world))  # the last round too is for all ranks
-        start = min(first + share * dist_util.rank(), num_samples)
-        mine = range(start, min(start + share, num_samples))
-        noise_fn = None if seed is None else SampleNoise(seed, mine)
-        kwargs = conditions(mine, noise_fn)
-        if len(mine):
-            sample = sample_fn(
-                model,
-                (len(mine), *shape),
-                clip_denoised=clip_denoised,
-                model_kwargs=kwargs,
-                device=dist_util.dev(),
-                **({"noise_fn": noise_fn} if noise_fn else {}),
-            )
-        else:
-            sample = th.zeros(0, *shape, device=dist_util.dev())
-        gathered = dist_util.all_gather(to_uint8(sample))
-        gathered_labels = dist_util.all_gather(kwargs["y"]) if "y" in kwargs else None
-        if dist_util.rank() == 0:
-            images.append(gathered.cpu().numpy())
-            if gathered_labels is not None:
-                labels.append(gathered_labels.cpu().numpy())
-        logger.log(f"created {min(first + batch_size * world, num_samples)} samples")
-    progress.close()
+    with Progress("sampling", len(rounds) * diffusion.num_timesteps, "steps") as progress:
+        model = counting_calls(model, progress)
+        for first in rounds:
+            share = min(batch_size, -(-(num_samples - first) // world))  # the last round too is for all ranks
+            start = min(first + share * dist_util.rank(), num_samples)
+            mine = range(start, min(start + share, num_samples))
+            noise_fn = None if seed is None else SampleNoise(seed, mine)
+            kwargs = conditions(mine, noise_fn)
+            if len(mine):
+                sample = sample_fn(
+                    model,
+                    (len(mine), *shape),
+                    clip_denoised=clip_denoised,
+                    model_kwargs=kwargs,
+                    device=dist_util.dev(),
+                    **({"noise_fn": noise_fn} if noise_fn else {}),
+                )
+            else:
+                sample = th.zeros(0, *shape, device=dist_util.dev())
+            gathered = dist_util.all_gather(to_uint8(sample))
+            gathered_labels = dist_util.all_gather(kwargs["y"]) if "y" in kwargs else None
+            if dist_util.rank() == 0:
+                images.append(gathered.cpu().numpy())
+                if gathered_labels is not None:
+                    labels.append(gathered_labels.cpu().numpy())
+            logger.log(f"created {min(first + batch_size * world, num_samples)} samples")
     if dist_util.rank() > 0:
         return None, None
     return np.concatenate(images), np.concatenate(labels) if labels else None
@@ -138,7 +137,8 @@ def draw_labels(num_classes, count, noise_fn=None):
 
 def chosen_labels(classes, num_samples, num_classes, class_names=None):
     """
-    The labels that --classes asks for: "3,7" in turn, "3:10,7:5" ten and five; names do where they are known.
+    The labels that --classes asks for: "3,7" in turn, "3:10,7:5" ten and five; names do where they are known, and
+    have to where a name is a number too.
 
     :param num_samples: None for as many as the counts add up to.
     :param class_names: the names of the labels, if known.
@@ -162,9 +162,11 @@ def _label_of(name, num_classes, class_names):
     if class_names is not None and name in class_names:
         return class_names.index(name)
     known = num_classes if class_names is None else len(class_names)
-    if not name.isdecimal() or int(name) >= known:
-        names = "" if class_names is None else f" or one of {', '.join(class_names[:10])}{', ...' * (known > 10)}"
-        raise InputError(f"classes: {name!r} is no class of the model; give a number from 0 to {known - 1}{names}")
+    numbers = class_names is None or not any(other.isdecimal() for other in class_names)
+    if not numbers or not name.isdecimal() or int(name) >= known:
+        right = [f"a number from 0 to {known - 1}"] if numbers else []
+        right += [f"one of {', '.join(class_names[:10])}{', ...' * (known > 10)}"] if class_names is not None else []
+        raise InputError(f"classes: {name!r} is no class of the model; give {' or '.join(right)}")
     return int(name)
 
 
@@ -194,9 +196,18 @@ def write_samples(images, labels=None, class_names=None, save_images=False):
     logger.log(f"saved {path}")
     logger.log(f"saved {bf.join(logger.get_dir(), picture)}")
     if save_images:
-        folder = bf.join(logger.get_dir(), "images")
-        write_pngs(folder, dict(zip(sample_names(len(images), labels, class_names), images, strict=True)))
-        logger.log(f"saved {len(images)} PNG files in {folder}")
+        write_pngs(_folder(), dict(zip(sample_names(len(images), labels, class_names), images, strict=True)))
+        logger.log(f"saved {len(images)} PNG files in {_folder()}")
+
+
+def refuse_old_images():
+    """:raises InputError: if the folder of write_samples() has files, which would be taken for samples of this run."""
+    if bf.isdir(_folder()) and any(list_folder(_folder())):
+        raise InputError(f"save_images: {_folder()} has files in it already; give another --log_dir")
+
+
+def _folder():
+    return bf.join(logger.get_dir(), "images")
 
 
 def save_arrays(name, *arrays):

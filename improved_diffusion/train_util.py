@@ -70,8 +70,8 @@ class TrainLoop(Resumable):
     :param keep_checkpoints: so many of the newest checkpoints are kept; 0 for all.
     :param flags: plain values that describe the run, a dict, kept in the state file. A resumed run
                   logs which of them have changed.
-    :param preview: called on rank 0 after each save, with a copy of the network that has the first average's weights,
-                    the folder, and the step of the save.
+    :param preview: called on rank 0 after each save, with a function that gives a copy of the network with the first
+                    average's weights, the folder, and the step of the save.
     :raises InputError: if the checkpoint cannot be read or does not belong to this model.
     """
 
@@ -396,12 +396,15 @@ class TrainLoop(Resumable):
         )
         logger.log(f"saved {path} and its ema, opt and state")
         if self.preview is not None:
-            model = copy.deepcopy(self.model).eval()
-            model.load_state_dict(emas[self.ema_rate[0]])
-            self.preview(model, get_blob_logdir(), label)
+            self.preview(lambda: self._copy_with(emas[self.ema_rate[0]]), get_blob_logdir(), label)
         if self.keep_checkpoints and not self._overflows_in_a_row:
             delete_old_sets(get_blob_logdir(), label, self.keep_checkpoints)
         return path
+
+    def _copy_with(self, state_dict):
+        model = copy.deepcopy(self.model).eval()
+        model.load_state_dict(state_dict)
+        return model
 
     def _state_dict_of(self, master_params):
         if self.use_fp16:

@@ -4,7 +4,7 @@ Train a diffusion model on a folder of images.
 
 from improved_diffusion.command_line import create_parser, parse_flags, run
 from improved_diffusion.image_datasets import load_data
-from improved_diffusion.runs import begin, classes_so_far, create_for_training, train
+from improved_diffusion.runs import begin, create_for_training, train
 from improved_diffusion.script_util import (
     create_model_and_diffusion,
     extra_model_defaults,
@@ -18,7 +18,7 @@ MODEL_FLAGS = {**model_and_diffusion_defaults(), **extra_model_defaults()}
 def main():
     args = parse_flags(create_argparser())
     begin(args)
-    model, diffusion = create_for_training(args, create_model_and_diffusion, MODEL_FLAGS)
+    begun = create_for_training(args, create_model_and_diffusion, MODEL_FLAGS)
     data = load_data(
         data_dir=args.data_dir,
         batch_size=args.batch_size,
@@ -29,9 +29,9 @@ def main():
         num_workers=args.num_workers,
         pin_memory=args.pin_memory,
         random_flip=args.random_flip,
-        class_names=classes_so_far(args),
+        class_names=begun.class_names,
     )
-    train(args, model, diffusion, data)
+    train(args, begun, data)
 
 
 def create_argparser():

@@ -12,6 +12,7 @@ import os
 
 from improved_diffusion.command_line import FlagParser, run
 from improved_diffusion.errors import InputError
+from improved_diffusion.log_formats import number
 
 PANELS = [  # title, {column: its name in the legend}, logarithmic
     ("loss", {"loss": ""}, True),
@@ -61,14 +62,6 @@ def read_progress(logdir):
     if not rows:
         raise InputError(f"{path}: has no row with a step; the run has logged nothing yet, or it is no training run's")
     return dict(sorted(rows.items()))
-
-
-def number(text):
-    """A cell as a float, NaN for one that is none."""
-    try:
-        return float(text)
-    except (TypeError, ValueError):
-        return math.nan
 
 
 def draw(Figure, runs):

@@ -50,6 +50,22 @@ def test_a_damaged_file_is_refused_in_one_line(tmp_path, text):
     assert "\n" not in str(refusal.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("image_size", None), ("image_size", "8"), ("image_size", 0), ("learn_sigma", 1), ("noise_schedule", "sigmoid")],
+)
+def test_values_that_cannot_be_are_refused_by_name(tmp_path, name, value):
+    save_config(str(tmp_path), "image_train", {name: value}, None)
+    with pytest.raises(InputError, match=rf"config\.json: {name} cannot be {value!r}; delete the file"):
+        settle(tmp_path / "ema_0.9_000050.pt")
+
+
+def test_a_folder_of_that_name(tmp_path):
+    (tmp_path / "config.json").mkdir()
+    with pytest.raises(InputError, match=r"config\.json: not the flags of a run"):
+        read_config(str(tmp_path))
+
+
 def test_flags_are_those_of_the_run(run):
     flags, names, notes = settle(run / "ema_0.9_000050.pt")
     assert flags == {**IMAGE_FLAGS, **TINY, "image_size": 8, "class_cond": True}
@@ -104,10 +120,15 @@ def test_shapes_tell_what_they_can(tmp_path, changed, super_resolution):
     sizes = dict(large_size=8, small_size=4) if super_resolution else dict(image_size=8)
     factory, model_flags = (build_sr, SR_FLAGS) if super_resolution else (build, IMAGE_FLAGS)
     model, _ = factory(**{**TINY, **sizes, **changed})
-    given = dict(sizes, diffusion_steps=24, noise_schedule="cosine", num_heads=2)
+    given = dict(sizes, diffusion_steps=24, noise_schedule="cosine", num_heads=2, predict_xstart=False)
     flags, names, notes = settle(tmp_path / "model.pt", model.state_dict(), model_flags, **given)
     factory(**flags)[0].load_state_dict(model.state_dict())
-    assert names is None and len(notes) == 1 and notes[0].startswith("from the shapes of the weights: ")
+    assert names is None and notes[0].startswith("from the shapes of the weights: ")
+    fixed = "" if super_resolution or changed.get("learn_sigma") else ", sigma_small False"
+    assert notes[1:] == [
+        f"no config.json beside the weights: rescale_timesteps True{fixed} are taken for granted; samples are noise if "
+        "they are wrong"
+    ]
     for name, value in changed.items():
         if name not in ("attention_resolutions", "channel_mult"):
             assert flags[name] == value
@@ -129,14 +150,15 @@ def test_weights_of_the_default_model_are_taken_as_the_original_does(tmp_path):
     flags, _, notes = settle(tmp_path / "model.pt", model.state_dict())
     assert flags == IMAGE_FLAGS
     assert notes == [
-        "no config.json beside the weights: image_size 64, diffusion_steps 1000, noise_schedule linear are taken for "
-        "granted; samples are noise if they are wrong"
+        "no config.json beside the weights: image_size 64, diffusion_steps 1000, noise_schedule linear, "
+        "num_heads 4, rescale_timesteps True, predict_xstart False, sigma_small False are taken for granted; "
+        "samples are noise if they are wrong"
     ]
 
 
 def test_flags_that_contradict_the_shapes_are_left_to_loading(tmp_path):
     model, _ = build(**TINY, image_size=8)
-    given = dict(TINY, image_size=8, learn_sigma=True)
+    given = dict(TINY, image_size=8, learn_sigma=True, rescale_timesteps=True, predict_xstart=False, sigma_small=False)
     flags, _, notes = settle(tmp_path / "model.pt", model.state_dict(), **given)
     assert flags == {**IMAGE_FLAGS, **given} and notes == []
 

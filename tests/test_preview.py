@@ -39,8 +39,8 @@ def test_the_picture_is_of_the_models_samples_and_random_numbers_stay(tmp_path, 
     def model(x, t, y):
         return x * 0 + y.view(-1, 1, 1, 1) * 0.1
 
-    preview(model, str(tmp_path), 7)
-    preview(model, str(tmp_path), 8)
+    preview(lambda: model, str(tmp_path), 7)
+    preview(lambda: model, str(tmp_path), 8)
     assert_same(checkpoint_util.rng_state(), before)
     first, second = (np.asarray(Image.open(tmp_path / f"preview_{step:06d}.png")) for step in (7, 8))
     assert first.shape == (2 * 50 + 2, 2 * 50 + 2, 3) and first.std() > 10
@@ -49,14 +49,16 @@ def test_the_picture_is_of_the_models_samples_and_random_numbers_stay(tmp_path, 
     np.testing.assert_array_equal(pictures.shown[0][1], first)
 
 
-def test_what_goes_wrong_ends_no_run(tmp_path, diffusion, capfd, monkeypatch):
-    def model(x, t):
-        raise RuntimeError("out of memory\nand more")
+@pytest.mark.parametrize("error", [th.OutOfMemoryError, MemoryError, RuntimeError, KeyError, OSError])
+@pytest.mark.parametrize("copying", [True, False])
+def test_what_goes_wrong_ends_no_run(tmp_path, diffusion, monkeypatch, error, copying):
+    def fail(*args):
+        raise error("out of memory\nand more")
 
     said = []
     monkeypatch.setattr(logger, "warn", said.append)
-    Preview(diffusion, (3, 8, 8), 2, {})(model, str(tmp_path), 3)
-    assert said == ["no preview of step 3: out of memory"]
+    Preview(diffusion, (3, 8, 8), 2, {})(fail if copying else lambda: fail, str(tmp_path), 3)
+    assert len(said) == 1 and said[0].startswith("no preview of step 3: ") and "out of memory" in said[0]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -64,7 +66,8 @@ def test_what_goes_wrong_ends_no_run(tmp_path, diffusion, capfd, monkeypatch):
 def test_training_shows_it_the_average_and_nothing_changes(tmp_path, use_fp16):
     seen = []
 
-    def preview(model, directory, step):
+    def preview(make_model, directory, step):
+        model = make_model()
         assert not model.training
         seen.append((directory, step, {k: v.float().clone() for k, v in model.state_dict().items()}))
         for p in model.parameters():

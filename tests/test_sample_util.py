@@ -403,8 +403,8 @@ def test_labels_that_are_asked_for(classes, num_samples, labels):
 
 
 def test_classes_by_their_names():
-    names = ["10", "cat", "dog"]
-    assert chosen_labels("dog:1,10:2,1:1", None, 1000, names).tolist() == [2, 0, 0, 1]  # a name goes before a number
+    assert chosen_labels("dog:1,cat:2,1:1", None, 1000, ["bird", "cat", "dog"]).tolist() == [2, 1, 1, 1]
+    assert chosen_labels("7,1", 2, 1000, ["1", "2", "7"]).tolist() == [2, 0]  # not the numbers 7 and 1
 
 
 @pytest.mark.parametrize(
@@ -415,6 +415,7 @@ def test_classes_by_their_names():
         ("3,", 2, None, "'' is no class"),
         ("cat", 2, None, "'cat' is no class"),
         ("2", 2, ["cat", "dog"], "give a number from 0 to 1 or one of cat, dog"),
+        ("0", 2, ["1", "2", "7"], "'0' is no class of the model; give one of 1, 2, 7"),
         ("3:2,7", None, None, "classes 3:2,7: give each class a number of samples, such as 3:10,7:5, or none of them"),
         ("3:0", None, None, "give each class a number of samples"),
         ("3:x", None, None, "give each class a number of samples"),
