@@ -81,7 +81,7 @@ def test_what_is_no_whole_number(monkeypatch, capfd, text):
     assert f"--batch_size: {text!r} is not a whole number" in capfd.readouterr().err
 
 
-def test_a_preset_sets_what_is_not_given(monkeypatch):
+def test_a_preset_sets_what_is_not_given(monkeypatch, capfd):
     defaults = dict(image_size=64, num_channels=1, dropout=0.0, lr=0.1, batch_size=4, microbatch=-1, use_kl=False)
     args = parse(monkeypatch, ["--preset", "cifar10_vlb", "--num_channels", "64"], **defaults)
     assert (args.image_size, args.num_channels, args.dropout, args.lr, args.use_kl) == (32, 64, 0.3, 1e-4, True)
@@ -89,6 +89,11 @@ def test_a_preset_sets_what_is_not_given(monkeypatch):
     assert args.batch_size == 128
     monkeypatch.setattr(dist_util, "world_size", lambda: 8)
     assert parse(monkeypatch, ["--preset", "cifar10"], **defaults).batch_size == 16  # of all ranks together
+    monkeypatch.setattr(dist_util, "world_size", lambda: 3)
+    with pytest.raises(SystemExit):
+        parse(monkeypatch, ["--preset", "cifar10"], **defaults)
+    assert "--preset cifar10: 3 ranks cannot share its batch of 128; give --batch_size" in capfd.readouterr().err
+    assert parse(monkeypatch, ["--preset", "cifar10", "--batch_size", "5"], **defaults).batch_size == 5
     del defaults["lr"], defaults["microbatch"]  # where nothing is trained
     assert parse(monkeypatch, ["--preset", "cifar10"], **defaults).batch_size == 4
 

@@ -57,6 +57,14 @@ def test_no_bar_and_now_and_then_a_line_where_there_is_no_terminal(capfd, lines,
     assert lines == ["sampling: 5 of 10 steps, 2 min left", "sampling: 7 of 10 steps, 72 s left"]
 
 
+def test_lines_may_go_elsewhere(lines, clock):
+    said = []
+    with Progress("packing", 10, "images", say=said.append) as bar:
+        clock[0] += 100
+        bar.update(5)
+    assert (said, lines) == (["packing: 5 of 10 images, 2 min left"], [])
+
+
 def test_training_logs_rows_instead_of_lines(lines, clock):
     with Progress("training", None, "steps", lines=False) as bar:
         clock[0] += 1000

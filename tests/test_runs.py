@@ -13,11 +13,10 @@ import termios
 
 import numpy as np
 import pytest
-import torch as th
 from harness import ROOT, TINY, build, flags, run_script, write_images
 from PIL import Image
 
-from improved_diffusion import dist_util, logger, runs
+from improved_diffusion import logger, runs
 from improved_diffusion.errors import InputError
 
 TRAIN = dict(
@@ -151,6 +150,56 @@ def test_a_continued_run_keeps_the_numbers_of_its_classes(tmp_path, images, trai
     assert "the class d is none of those that the model was trained on (a, b, c)" in capfd.readouterr().err
 
 
+def test_a_continued_run_has_its_model_even_where_flags_were_forgotten(tmp_path, images, capfd):
+    words = dict(TRAIN, data_dir=images, dropout=0.25)
+    run("image_train", tmp_path / "run", **words)
+    config = (tmp_path / "run" / "config.json").read_text()
+    for name in ("noise_schedule", "dropout", "num_heads"):
+        del words[name]
+    words.update(max_steps=6, resume_checkpoint="auto")
+    run("image_train", tmp_path / "run", **words)
+    out = capfd.readouterr().out
+    assert f"flags of the model: {tmp_path}/run/config.json" in out and "noise_schedule is" not in out
+    then, now = json.loads(config), json.loads((tmp_path / "run" / "config.json").read_text())
+    assert {name: now["flags"][name] for name in TINY} == TINY and now["flags"]["dropout"] == 0.25
+    assert {name for name in then["flags"] if then["flags"][name] != now["flags"][name]} == {
+        "max_steps",
+        "resume_checkpoint",
+    }
+    words.update(max_steps=7, noise_schedule="linear")  # on purpose
+    run("image_train", tmp_path / "run", **words)
+    out = capfd.readouterr().out
+    assert "WARNING: --noise_schedule linear is what you gave; the model was trained with cosine" in out
+    assert "noise_schedule is linear from here on, and was cosine in the checkpoint" in out
+
+
+def test_a_folder_below_the_home_directory(tmp_path, images, monkeypatch, capfd):
+    """~ is the same folder for the log, for auto and for the classes so far."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    words = dict(TRAIN, class_cond=True, num_classes=5, data_dir=images, resume_checkpoint="auto", log_dir="~/r")
+    run("image_train", "unused", **words)
+    for path in images.glob("a_*"):
+        path.unlink()
+    run("image_train", "unused", **{**words, "max_steps": 6})
+    assert capfd.readouterr().out.count("classes: 0 a, 1 b, 2 c\n") == 2
+    assert (tmp_path / "r" / "model000006.pt").exists()
+
+
+def test_checkpoints_elsewhere(tmp_path, images, capfd):
+    words = flags(**TRAIN, data_dir=images, log_dir=tmp_path / "log")
+    assert run_script("image_train", words, "unused", DIFFUSION_BLOB_LOGDIR=str(tmp_path / "blob")) == 0
+    assert capfd.readouterr().out.endswith(f"all files are in {tmp_path}/log, checkpoints in {tmp_path}/blob\n")
+    assert {path.name for path in (tmp_path / "log").iterdir()} == {"log.txt", "progress.csv"}
+    assert {"config.json", "model000004.pt", "preview_000004.png"} <= {p.name for p in (tmp_path / "blob").iterdir()}
+
+
+def test_names_that_are_no_text(tmp_path, images, capfd):
+    os.rename(bytes(images / "a_000.png"), bytes(images) + b"/caf\xe9_1.png")
+    run("image_train", tmp_path / "run", **dict(TRAIN, class_cond=True, num_classes=5, data_dir=images))
+    assert "3 caf\\udce9\n" in capfd.readouterr().out
+    assert "3 caf\\udce9\n" in (tmp_path / "run" / "log.txt").read_text()
+
+
 # ---------------------------------------------------------------- trained models
 
 
@@ -185,6 +234,22 @@ def test_chosen_classes_and_a_file_for_each_sample(tmp_path, trained):
     run("image_sample", tmp_path / "t", **words, classes="0,2", num_samples=5)
     with np.load(tmp_path / "t" / "samples_5x8x8x3.npz") as arrays:
         assert arrays["arr_1"].tolist() == [0, 2, 0, 2, 0]
+
+
+def test_images_of_two_calls_do_not_mix(tmp_path, trained, capfd):
+    words = dict(model_path=trained / "ema_0.9_000004.pt", timestep_respacing=1, save_images=True)
+    run("image_sample", tmp_path / "s", **words, num_samples=4)
+    assert run_script("image_sample", flags(**words, num_samples=2), tmp_path / "s") == 2
+    assert f"save_images: {tmp_path}/s/images has files in it already; give another --log_dir" in capfd.readouterr().err
+    assert len(list((tmp_path / "s" / "images").iterdir())) == 4
+
+
+def test_a_dry_run_warns_too(tmp_path, trained, capfd):
+    words = dict(model_path=trained / "ema_0.9_000004.pt", noise_schedule="linear", dry_run=True)
+    run("image_sample", tmp_path / "s", **words)
+    out = capfd.readouterr().out
+    assert "WARNING: --noise_schedule linear is what you gave; the model was trained with cosine\n" in out
+    assert not (tmp_path / "s").exists()
 
 
 def test_a_validation_folder_without_a_class_keeps_the_numbers(tmp_path, images, trained, monkeypatch):
@@ -240,11 +305,37 @@ def read_all(descriptor):
     return b"".join(parts).decode()
 
 
-def test_ranks_agree_on_the_folder(monkeypatch, tmp_path):
-    """Rank 0 chooses it."""
-    monkeypatch.setattr(dist_util, "from_rank_0", lambda function, *args: str(tmp_path / "of rank 0"))
-    monkeypatch.setattr(logger.Logger, "CURRENT", None)
-    with runs.logging_to(argparse.Namespace(log_dir="")):
-        assert logger.get_dir() == str(tmp_path / "of rank 0")
-    logger.get_current().close()
-    assert th.is_grad_enabled()
+# ---------------------------------------------------------------- on two ranks
+
+
+def launch(script, cwd, **words):
+    """A script on two ranks of torchrun's, without a log directory. :return: what it prints."""
+    environment = {name: value for name, value in os.environ.items() if name != "OPENAI_LOGDIR"}
+    environment.update(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    words = [*torchrun, ROOT / "scripts" / f"{script}.py", *flags(**words)]
+    done = subprocess.run(words, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_two_ranks_share_a_folder_a_picture_and_the_classes(tmp_path, images):
+    words = dict(TRAIN, class_cond=True, num_classes=5, data_dir=images, learn_sigma=True, preview_samples=4)
+    out = launch("image_train", tmp_path, **words)
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert f"Logging to runs/{folder.name}" in out and "10 images of 3 classes" in out and "2 ranks of 4 images" in out
+    files = {path.name for path in folder.iterdir()}
+    assert {"config.json", "log.txt", "log-rank001.txt", "preview_000004.png", "ema_0.9_000004.pt"} <= files
+
+    weights = folder / "ema_0.9_000004.pt"
+    out = launch(
+        "image_sample", tmp_path, model_path=weights, classes="c:3,a:2", timestep_respacing=1, save_images=True
+    )
+    assert "of the classes, these are drawn: 0 a, 2 c" in out
+    (folder,) = set((tmp_path / "runs").iterdir()) - {folder}
+    names = [path.name for path in sorted((folder / "images").iterdir())]
+    assert names == ["a_000003.png", "a_000004.png", "c_000000.png", "c_000001.png", "c_000002.png"]
+    assert "total bpd over 6 images" in launch(
+        "image_nll", tmp_path, model_path=weights, data_dir=images, num_samples=6, timestep_respacing=2
+    )
