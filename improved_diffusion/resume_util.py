@@ -21,7 +21,6 @@ from .checkpoint_util import (
 )
 from .errors import InputError
 from .fp16_util import make_master_params
-from .weights import load_weights
 
 
 def find_checkpoint(resume_checkpoint, directory):
@@ -74,7 +73,12 @@ def load_model(model, path):
     :raises InputError: if it does not fit.
     """
     logger.log(f"loading model from checkpoint: {path}...")
-    load_weights(model, path, flag="resume_checkpoint")
+    params = dist_util.load_state_dict(path, map_location=dist_util.dev())
+    try:
+        model.load_state_dict(params)  # by itself: a network of one's own may load what does not fit to the letter
+    except (RuntimeError, TypeError, AttributeError) as e:  # the last two if it is no dict of names
+        reason = str(e).splitlines()[:2][-1].strip()
+        raise InputError(f"{path} does not fit the model: {reason}") from None
 
 
 def load_ema(model, path):

@@ -54,7 +54,7 @@ def _shape(shapes, name):
 
 def _likely_cause(there, here):
     """The first of the flags in which what a file's shapes tell differs from what the model's do."""
-    if there is None:
+    if there is None or here is None:
         return "the file: it is not of this kind of model"
     if there["super_resolution"] != here["super_resolution"]:
         return "the script: one of the two is a model for super-resolution"
