@@ -43,7 +43,8 @@ def create_parser(defaults, description):
 
     :param defaults: {flag: value}; a flag has its value's type.
     """
-    parser = FlagParser(description=description)
+    epilog = "Counts may be written as 1e6. In brackets: what a flag is if it is not given."
+    parser = FlagParser(description=description, epilog=epilog)
     defaults = {**defaults, "preset": "", "log_dir": "", "dry_run": False, "seed": None}
     for group in GROUPS:
         names = [name for name in FLAGS if name in defaults and FLAGS[name].group == group]

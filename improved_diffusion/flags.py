@@ -79,7 +79,7 @@ FLAGS = {
     "dropout": Flag(
         MODEL, "fraction of features dropped in training", (lambda v: 0 <= v < 1), "at least 0 and below 1"
     ),
-    "class_cond": Flag(MODEL, "class-conditional: an image's class is its file name up to the first underscore"),
+    "class_cond": Flag(MODEL, "class-conditional; the class of a file is its name up to the first underscore"),
     "num_classes": Flag(MODEL, "classes that a class-conditional model knows", *_at_least(1)),
     "learn_sigma": Flag(MODEL, "the model also predicts the variances of the reverse process"),
     # ---- diffusion
@@ -117,7 +117,7 @@ FLAGS = {
     ),
     "fp16_scale_growth": Flag(TRAINING, "growth of the float16 loss scale's log2 a step"),
     # ---- sampling
-    "num_samples": Flag(SAMPLING, "images to draw, or to measure", *_at_least(1)),
+    "num_samples": Flag(SAMPLING, "images to draw, or for image_nll to measure", *_at_least(1)),
     "classes": Flag(SAMPLING, "classes to draw, in turn (3,7 or cat,dog), or with how many of each (3:10,7:5)"),
     "use_ddim": Flag(SAMPLING, "sample by DDIM, for few timesteps"),
     "clip_denoised": Flag(SAMPLING, "clip predicted images to the range of pixels"),
