@@ -22,7 +22,8 @@ def flags_of(script):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_has_a_line_for_each_flag_with_its_group_and_default(monkeypatch, script):
     monkeypatch.setenv("COLUMNS", "1000")
-    text = load_script(script).create_argparser().format_help()
+    parser = load_script(script).create_argparser()
+    text = parser.format_help().removesuffix(f"\n{parser.epilog}\n")
     groups = re.split(r"^(\w+):$", text, flags=re.MULTILINE)
     sections = dict(zip(groups[1::2], groups[2::2], strict=True))
     flags = flags_of(script)
