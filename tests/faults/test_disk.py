@@ -76,8 +76,13 @@ def begun(server, images, tmp_path_factory):
 
 def copy_set(source, to, step=2):
     to.mkdir(exist_ok=True)
-    for name in names_of(step):
+    for name in [*names_of(step), "config.json"]:
         shutil.copy(source / name, to)
+
+
+def files_of(folder):
+    """snapshot(), but for config.json, which has the flags of the call and is written before anything else."""
+    return {name: content for name, content in snapshot(folder).items() if name != "config.json"}
 
 
 @pytest.mark.parametrize("kind, ranks", [*((kind, 1) for kind in KINDS), ("opt", 2)])
@@ -87,12 +92,12 @@ def test_disk_full_while_a_checkpoint_is_written(server, images, begun, tmp_path
         sizes = [pages_of(disk / name) for name in names_of(2)]
         i = KINDS.index(kind)
         leave_free(disk, sum(sizes[:i]) + sizes[i] // 2)
-        before = snapshot(disk)
+        before = files_of(disk)
         variables = {"DIFFUSION_BLOB_LOGDIR": disk}
         flags = dict(max_steps=9, resume_checkpoint="auto")
         line = error_line(start(server, images, tmp_path / "log", ranks, variables=variables, **flags))
         assert_not_written(line, disk / names_of(4)[i])
-        assert snapshot(disk) == before
+        assert files_of(disk) == before
         assert where_it_began(lines_of(tmp_path / "log")) == 2
 
 
@@ -103,12 +108,12 @@ def test_file_of_a_checkpoint_may_not_grow(server, images, begun, tmp_path, kind
     sizes = dict(zip(KINDS, [(tmp_path / name).stat().st_size for name in names_of(2)], strict=True))
     assert sizes["model"] == sizes["ema_0.9_"] < sizes["opt"] < sizes["state"]
     limit = {"model": sizes["model"] // 2, "opt": sizes["model"] + 100, "state": sizes["opt"] + 2000}[kind]
-    before = snapshot(tmp_path)
+    before = files_of(tmp_path)
     flags = dict(max_steps=9, resume_checkpoint="auto", diffusion_steps=MANY_STEPS)
     variables = {"DIFFUSION_BLOB_LOGDIR": tmp_path}
     processes = start(server, images, tmp_path.with_name("log"), limit=limit, variables=variables, **flags)
     assert_not_written(error_line(processes), tmp_path / f"{kind}000004.pt")
-    assert snapshot(tmp_path) == before
+    assert files_of(tmp_path) == before
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -116,13 +121,13 @@ def test_file_of_a_checkpoint_without_any_room(server, images, begun, tmp_path, 
     """/dev/full in the place of the file that is being written, which needs no root."""
     folder = tmp_path / "run"
     copy_set(begun(), folder)
-    before = snapshot(folder)
+    before = files_of(folder)
     (folder / f"{kind}000004.pt.tmp").symlink_to("/dev/full")
     variables = {"DIFFUSION_BLOB_LOGDIR": folder}
     flags = dict(max_steps=9, resume_checkpoint="auto")
     line = error_line(start(server, images, tmp_path / "log", variables=variables, **flags))
     assert_not_written(line, folder / f"{kind}000004.pt")
-    assert snapshot(folder) == before
+    assert files_of(folder) == before
 
 
 # ---------------------------------------------------------------- the log
@@ -189,7 +194,7 @@ def test_log_file_may_not_grow(server, images, begun, uninterrupted, tmp_path, k
     """ulimit -f, without root."""
     folder = tmp_path / "run"
     shutil.copytree(begun(), folder)
-    limit = (folder / "progress.csv").stat().st_size + 500
+    limit = max((folder / name).stat().st_size for name in ("progress.csv", "config.json")) + 500
     before = {name: content for name, content in snapshot(folder).items() if name.endswith(".pt")}
     variables = {"OPENAI_LOG_FORMAT": kind}
     flags = dict(max_steps=10**6, save_interval=10**6, resume_checkpoint="auto")

@@ -33,10 +33,10 @@ LAUNCHERS = {
 
 
 def assert_stopped(folder, by, ranks=1):
-    """All ranks have logged, as the last thing, that they stopped at one step. :return: the step."""
+    """All ranks have logged, as the last thing but one, that they stopped at one step. :return: the step."""
     reasons, steps = [], set()
     for rank in range(ranks):
-        found = re.fullmatch(r"stopped by (.*) at step (\d+): (.*)", lines_of(folder, rank)[-1])
+        found = re.fullmatch(r"stopped by (.*) at step (\d+): (.*)", lines_of(folder, rank)[-2])
         reasons.append(found[1])
         steps.add(int(found[2]))
         assert found[3] == f"{folder}/model{int(found[2]):06d}.pt"
