@@ -47,8 +47,8 @@ def warn_of_other_checkpoints(main_checkpoint, directory):
     step = parse_resume_step_from_filename(main_checkpoint) if goes_on_here else -1
     if newest is not None and newest > step:
         logger.warn(
-            f"{directory} has checkpoints up to step {newest} of a run that this one does not continue; it will "
-            "overwrite some of them, and resume_checkpoint auto would take the newest. A run wants its own folder"
+            f"WARNING: {directory} has checkpoints up to step {newest} of a run that this one does not continue; it "
+            "will overwrite some of them, and resume_checkpoint auto would take the newest. A run wants its own folder"
         )
 
 

@@ -145,6 +145,8 @@ def _log_beginning(args, model, dataset, loop):
         logger.log(f"classes: {describe_classes(names)}")
     ranks = dist_util.world_size()
     ends = [steps for steps in (args.lr_anneal_steps, args.max_steps) if steps]
+    if ends and loop.step + loop.resume_step >= min(ends):
+        logger.log(f"the run is at step {loop.step + loop.resume_step} already: nothing is left to train")
     logger.log(
         f"{dataset.num_images:,} images{f' of {len(names)} classes' if names else ''}, "
         f"{sum(p.numel() for p in model.parameters()):,} parameters, {ranks} rank{'s' * (ranks > 1)} of "

@@ -219,7 +219,7 @@ class TrainLoop(Resumable):
     def next_save(self):
         """The step of the next checkpoint, if nothing stops the run before."""
         waits = -self.step % self.save_interval or self.save_interval * self._is_resumed_from_here()
-        return min(self._total_step + waits, self._last_step or math.inf)
+        return max(self._total_step, min(self._total_step + waits, self._last_step or math.inf))
 
     def _is_resumed_from_here(self):
         """Whether a save now would overwrite the checkpoint of the original that this run came from."""

@@ -173,6 +173,15 @@ def test_a_continued_run_has_its_model_even_where_flags_were_forgotten(tmp_path,
     assert "noise_schedule is linear from here on, and was cosine in the checkpoint" in out
 
 
+def test_nothing_left_to_train(tmp_path, images, capfd):
+    words = dict(TRAIN, data_dir=images, resume_checkpoint="auto")
+    run("image_train", tmp_path / "run", **words)
+    capfd.readouterr()
+    run("image_train", tmp_path / "run", **{**words, "max_steps": 2})
+    out = capfd.readouterr().out
+    assert "the run is at step 4 already: nothing is left to train\n" in out and "next checkpoint: step 4" in out
+
+
 def test_a_folder_below_the_home_directory(tmp_path, images, monkeypatch, capfd):
     """~ is the same folder for the log, for auto and for the classes so far."""
     monkeypatch.setenv("HOME", str(tmp_path))
