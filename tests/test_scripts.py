@@ -22,6 +22,7 @@ from improved_diffusion.script_util import (
     sr_create_model_and_diffusion,
     sr_model_and_diffusion_defaults,
 )
+from improved_diffusion.train_util import TrainLoop
 
 TRAIN = dict(
     TINY, image_size=8, batch_size=4, lr=1e-3, ema_rate=0.9, max_steps=4, save_interval=2, log_interval=1, num_workers=0
@@ -563,15 +564,9 @@ def test_super_resolution_from_photographs_and_from_samples(tmp_path, crops, cha
 def test_super_resolution_is_trained_on_images_of_both_sizes(monkeypatch, tmp_path, crops):
     batches = []
 
-    class Spy:
-        def __init__(self, *, data, **kwargs):
-            batches.append(next(data))
-
-        def next_save(self):
-            return 0
-
+    class Spy(TrainLoop):
         def run_loop(self):
-            pass
+            batches.append(next(self.data))
 
     monkeypatch.setattr(runs, "TrainLoop", Spy)
     train(tmp_path, crops, script="super_res_train", **{**SUPER, "small_size": 2}, class_cond=True, num_classes=2)
