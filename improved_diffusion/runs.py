@@ -28,6 +28,46 @@ from .weights import fit_weights, load_weights, read_weights
 _OF_THE_CALL = {"given", "log_dir", "preset", "dry_run"}
 
 
+# ---------------------------------------------------------------- flags
+
+
+def data_defaults():
+    """Flags of where images come from."""
+    return dict(data_dir="", num_workers=-1, pin_memory=True)
+
+
+def training_defaults():
+    """Flags of the training scripts, but for the model's and the diffusion's."""
+    return dict(
+        random_flip=False,
+        schedule_sampler="uniform",
+        preview_samples=16,
+        **{**data_defaults(), **train_loop_defaults(), **compute_defaults()},
+    )
+
+
+def sampling_defaults():
+    """Flags of the scripts that draw samples, but for the model's and the diffusion's."""
+    return dict(
+        model_path="",
+        num_samples=10000,
+        batch_size=16,
+        use_ddim=False,
+        clip_denoised=True,
+        save_images=False,
+        **compute_defaults(),
+    )
+
+
+def data_flags(args):
+    """What load_data(), load_superres_data() and load_data_once() take of a script's flags, but for sizes."""
+    keys = [*data_defaults(), "batch_size", "class_cond", "image_channels", "num_classes"]
+    return args_to_dict(args, [*keys, "random_flip"] if hasattr(args, "random_flip") else keys)
+
+
+# ---------------------------------------------------------------- before all else
+
+
 @contextlib.contextmanager
 def logging_to(args, notes=()):
     """

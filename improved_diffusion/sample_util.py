@@ -196,7 +196,10 @@ def write_samples(images, labels=None, class_names=None, save_images=False):
     logger.log(f"saved {path}")
     logger.log(f"saved {bf.join(logger.get_dir(), picture)}")
     if save_images:
-        write_pngs(_folder(), dict(zip(sample_names(len(images), labels, class_names), images, strict=True)))
+        with Progress("writing", len(images), "images") as progress:
+            for name, image in zip(sample_names(len(images), labels, class_names), images, strict=True):
+                write_pngs(_folder(), {name: image})
+                progress.update()
         logger.log(f"saved {len(images)} PNG files in {_folder()}")
 
 

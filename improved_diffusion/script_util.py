@@ -91,19 +91,6 @@ def train_loop_defaults():
     )
 
 
-def training_defaults():
-    """Flags of the training scripts, but for the model's and the diffusion's."""
-    return dict(
-        data_dir="",
-        random_flip=False,
-        num_workers=-1,
-        pin_memory=True,
-        schedule_sampler="uniform",
-        preview_samples=16,
-        **{**train_loop_defaults(), **compute_defaults()},
-    )
-
-
 # ---------------------------------------------------------------- factories
 
 

@@ -11,7 +11,7 @@ from improved_diffusion import dist_util, logger
 from improved_diffusion.command_line import create_parser, parse_flags, run
 from improved_diffusion.image_datasets import load_data_once
 from improved_diffusion.progress import Progress, counting_calls
-from improved_diffusion.runs import begin, create_trained, logging_to
+from improved_diffusion.runs import begin, create_trained, data_defaults, data_flags, logging_to
 from improved_diffusion.sample_util import SampleNoise, save_arrays
 from improved_diffusion.script_util import (
     compute_defaults,
@@ -29,16 +29,7 @@ def main():
     begin(args)
     trained = create_trained(args, create_model_and_diffusion, MODEL_FLAGS)
     data = load_data_once(
-        data_dir=args.data_dir,
-        batch_size=args.batch_size,
-        image_size=args.image_size,
-        class_cond=args.class_cond,
-        image_channels=args.image_channels,
-        num_classes=args.num_classes,
-        num_workers=args.num_workers,
-        pin_memory=args.pin_memory,
-        limit=args.num_samples,
-        class_names=trained.class_names,
+        image_size=args.image_size, limit=args.num_samples, class_names=trained.class_names, **data_flags(args)
     )
 
     with logging_to(args, trained.notes):
@@ -79,10 +70,9 @@ def run_bpd_evaluation(model, diffusion, data, clip_denoised, seed=None):
 
 
 def create_argparser():
-    defaults = dict(
-        data_dir="", clip_denoised=True, num_samples=1000, batch_size=1, model_path="", num_workers=-1, pin_memory=True
-    )
-    return create_parser({**defaults, **compute_defaults(), **MODEL_FLAGS}, description=__doc__)
+    defaults = dict(clip_denoised=True, num_samples=1000, batch_size=1, model_path="")
+    flags = {**defaults, **data_defaults(), **compute_defaults(), **MODEL_FLAGS}
+    return create_parser(flags, description=__doc__)
 
 
 if __name__ == "__main__":

@@ -6,10 +6,9 @@ import torch as th
 
 from improved_diffusion import dist_util
 from improved_diffusion.command_line import create_parser, parse_flags, run
-from improved_diffusion.runs import begin, create_trained, sample
+from improved_diffusion.runs import begin, create_trained, sample, sampling_defaults
 from improved_diffusion.sample_util import draw_labels
 from improved_diffusion.script_util import (
-    compute_defaults,
     create_model_and_diffusion,
     extra_model_defaults,
     model_and_diffusion_defaults,
@@ -35,16 +34,7 @@ def main():
 
 
 def create_argparser():
-    defaults = dict(
-        model_path="",
-        num_samples=10000,
-        batch_size=16,
-        classes="",
-        use_ddim=False,
-        clip_denoised=True,
-        save_images=False,
-    )
-    return create_parser({**defaults, **compute_defaults(), **MODEL_FLAGS}, description=__doc__)
+    return create_parser({**sampling_defaults(), "classes": "", **MODEL_FLAGS}, description=__doc__)
 
 
 if __name__ == "__main__":

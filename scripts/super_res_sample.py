@@ -8,10 +8,9 @@ import torch as th
 
 from improved_diffusion import dist_util
 from improved_diffusion.command_line import create_parser, parse_flags, run
-from improved_diffusion.runs import begin, create_trained, sample
+from improved_diffusion.runs import begin, create_trained, sample, sampling_defaults
 from improved_diffusion.sample_util import load_base_samples
 from improved_diffusion.script_util import (
-    compute_defaults,
     extra_model_defaults,
     sr_create_model_and_diffusion,
     sr_model_and_diffusion_defaults,
@@ -44,16 +43,7 @@ def main():
 
 
 def create_argparser():
-    defaults = dict(
-        base_samples="",
-        model_path="",
-        num_samples=10000,
-        batch_size=16,
-        use_ddim=False,
-        clip_denoised=True,
-        save_images=False,
-    )
-    return create_parser({**defaults, **compute_defaults(), **MODEL_FLAGS}, description=__doc__)
+    return create_parser({**sampling_defaults(), "base_samples": "", **MODEL_FLAGS}, description=__doc__)
 
 
 if __name__ == "__main__":

@@ -4,12 +4,11 @@ Train a super-resolution model on a folder of images.
 
 from improved_diffusion.command_line import create_parser, parse_flags, run
 from improved_diffusion.image_datasets import load_superres_data
-from improved_diffusion.runs import begin, create_for_training, train
+from improved_diffusion.runs import begin, create_for_training, data_flags, train, training_defaults
 from improved_diffusion.script_util import (
     extra_model_defaults,
     sr_create_model_and_diffusion,
     sr_model_and_diffusion_defaults,
-    training_defaults,
 )
 
 MODEL_FLAGS = {**sr_model_and_diffusion_defaults(), **extra_model_defaults()}
@@ -20,17 +19,7 @@ def main():
     begin(args)
     begun = create_for_training(args, sr_create_model_and_diffusion, MODEL_FLAGS)
     data = load_superres_data(
-        data_dir=args.data_dir,
-        batch_size=args.batch_size,
-        large_size=args.large_size,
-        small_size=args.small_size,
-        class_cond=args.class_cond,
-        image_channels=args.image_channels,
-        num_classes=args.num_classes,
-        num_workers=args.num_workers,
-        pin_memory=args.pin_memory,
-        random_flip=args.random_flip,
-        class_names=begun.class_names,
+        large_size=args.large_size, small_size=args.small_size, class_names=begun.class_names, **data_flags(args)
     )
     train(args, begun, data)
 

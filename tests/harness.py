@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import io
 import os
 import pickle
 import subprocess
@@ -204,6 +205,17 @@ def run_on_ranks(patch, size, function):
             raise
 
     return run_in_threads(size, work)
+
+
+class _Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def on_a_terminal(monkeypatch):
+    """:return: what stderr writes to from here on. Not a fixture: pytest sets stderr anew when a test begins."""
+    monkeypatch.setattr(sys, "stderr", _Terminal())
+    return sys.stderr
 
 
 def snapshot(folder):

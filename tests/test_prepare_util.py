@@ -9,7 +9,7 @@ import re
 
 import numpy as np
 import pytest
-from harness import snapshot
+from harness import on_a_terminal, snapshot
 from old_pickles import python2_pickle
 from PIL import Image
 
@@ -366,3 +366,16 @@ def test_workers(monkeypatch):
     assert [workers(0), workers(3)] == [0, 3] and workers(-1) >= 1
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
     assert workers(-1) == os.cpu_count()
+
+
+# ---------------------------------------------------------------- progress
+
+
+def test_bars(tmp_path, monkeypatch):
+    terminal = on_a_terminal(monkeypatch)
+    write_images(str(tmp_path), Images(), 2)
+    pixels = np.zeros((4, 6, 6, 3), dtype=np.uint8)
+    pack(str(tmp_path / "a.npz"), [pixels[:3], pixels[3:]], pixels.shape, [0] * 4, ["a"])
+    shown = terminal.getvalue()
+    assert re.search(rf"{tmp_path}: 100%\|.*\| 10/10 \[", shown)
+    assert re.search(r"packing: 100%\|.*\| 4/4 \[", shown)

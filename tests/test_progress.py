@@ -1,24 +1,13 @@
 """Bars on terminals, lines where there are none."""
 
-import io
 import sys
 
 import pytest
+from harness import on_a_terminal
 
 from improved_diffusion import dist_util, progress
 from improved_diffusion.log_formats import HumanOutputFormat
 from improved_diffusion.progress import Progress, counting_calls
-
-
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
-
-
-def on_a_terminal(monkeypatch):
-    """:return: what stderr writes to from here on. Not a fixture: pytest sets stderr anew when a test begins."""
-    monkeypatch.setattr(sys, "stderr", Terminal())
-    return sys.stderr
 
 
 @pytest.fixture

@@ -13,10 +13,10 @@ import termios
 
 import numpy as np
 import pytest
-from harness import ROOT, TINY, build, flags, run_script, write_images
+from harness import ROOT, TINY, build, flags, on_a_terminal, run_script, write_images
 from PIL import Image
 
-from improved_diffusion import logger, runs
+from improved_diffusion import logger, progress, runs
 from improved_diffusion.errors import InputError
 
 TRAIN = dict(
@@ -304,6 +304,29 @@ def test_a_bar_on_a_terminal_and_only_there(tmp_path, images, terminal):
         assert re.search(r"training: 100%\|.*\| 4/4 \[.*steps/s, loss=[\d.]+, images/s=[\d.]+\]", shown)
     else:
         assert shown == ""
+
+
+def test_bars_of_sampling_writing_and_evaluating(tmp_path, images, trained, monkeypatch):
+    terminal = on_a_terminal(monkeypatch)
+    words = dict(model_path=trained / "ema_0.9_000004.pt", num_samples=6)
+    run("image_sample", tmp_path / "s", **words, batch_size=3, timestep_respacing=4, save_images=True)
+    run("image_nll", tmp_path / "n", **words, batch_size=2, timestep_respacing=3, data_dir=images)
+    shown = terminal.getvalue()
+    for bar in ("sampling", r"8/8 \["), ("writing", r"6/6 \["), ("evaluating", r"9/9 \["):
+        assert re.search(r"{}: 100%\|.*\| {}".format(*bar), shown), bar
+
+
+def test_lines_of_sampling_writing_and_evaluating_where_there_is_no_terminal(
+    tmp_path, images, trained, monkeypatch, capfd
+):
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0)
+    words = dict(model_path=trained / "ema_0.9_000004.pt", num_samples=6)
+    run("image_sample", tmp_path / "s", **words, batch_size=3, timestep_respacing=4, save_images=True)
+    run("image_nll", tmp_path / "n", **words, batch_size=2, timestep_respacing=3, data_dir=images)
+    out, err = capfd.readouterr()
+    assert err == ""
+    for line in "sampling: 8 of 8 steps", "writing: 6 of 6 images", "evaluating: 9 of 9 steps":
+        assert f"{line}, 0 s left\n" in out
 
 
 def read_all(descriptor):
