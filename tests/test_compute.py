@@ -20,7 +20,18 @@ from improved_diffusion.unet import ResBlock
 
 T = th.tensor([3, 20])
 SAMPLE = dict(TINY, image_size=8, num_samples=5, batch_size=2, timestep_respacing=3, seed=1)
-TRAIN = dict(TINY, image_size=8, batch_size=4, microbatch=3, num_workers=0, max_steps=3, log_interval=1, seed=0)
+TRAIN = dict(
+    TINY,
+    channel_mult="1",
+    attention_resolutions="8",
+    image_size=8,
+    batch_size=4,
+    num_workers=0,
+    max_steps=3,
+    log_interval=1,
+    preview_samples=0,
+    seed=0,
+)
 
 
 @pytest.fixture
@@ -124,9 +135,9 @@ def test_compiled_gradients_are_those_of_eager_code(precision):
     x, emb = tensor("x", 2, 128, 64, 64), tensor("emb", 2, 64)
     direction = tensor("direction", 2, 128, 64, 64)
 
-    def gradients(function, autocast):
+    def gradients(function, autocast, layout=th.contiguous_format):
         block.zero_grad()
-        inputs = x.clone().requires_grad_()
+        inputs = x.clone(memory_format=layout).requires_grad_()
         with th.autocast("cpu", precision, enabled=autocast):
             out = function(inputs, emb)
         (out.float() * direction).sum().backward()
@@ -138,7 +149,7 @@ def test_compiled_gradients_are_those_of_eager_code(precision):
 
     exact = gradients(block, autocast=False)
     half = precision != th.float32
-    eager = gradients(block, half)
+    eager = gradients(block, half, th.channels_last)  # in the other, 16 bits take some processors a minute
     compiled = gradients(th.compile(block, dynamic=False), half)
     for name, want in exact.items():
         # half precision is no further from float32 compiled than it is in eager code, but for rounding
@@ -243,9 +254,11 @@ def test_likelihood(tmp_path, graphs, images, weights, changed):
     assert graphs() == len(changed.keys() & {"compile"})
 
 
-@pytest.mark.parametrize("changed", [dict(), dict(use_bf16=True), dict(use_checkpoint=True, dropout=0.2)], ids=str)
+@pytest.mark.parametrize(
+    "changed", [dict(microbatch=3), dict(use_bf16=True), dict(use_checkpoint=True, dropout=0.2)], ids=str
+)
 def test_compiled_training(tmp_path, graphs, images, changed):
-    """The same losses and gradients, the same names, a graph for each of the two shapes of a microbatch."""
+    """The same losses and gradients, the same names, a graph for each shape of a microbatch."""
     saved, rows = [], []
     for compiled in (False, True):
         folder = tmp_path / str(compiled)
@@ -255,7 +268,7 @@ def test_compiled_training(tmp_path, graphs, images, changed):
     eager, compiled = saved
     assert list(compiled) == list(eager)
     assert rows[1] == pytest.approx(rows[0], rel=0.05 if changed.get("use_bf16") else 1e-3)
-    assert graphs() == 2
+    assert graphs() == (2 if "microbatch" in changed else 1)
 
 
 def test_float16_and_bfloat16_at_once(tmp_path, capfd, images):

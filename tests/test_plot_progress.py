@@ -13,7 +13,7 @@ HEADER = "grad_norm,images/s,loss,loss_q0,loss_q1,loss_q2,loss_q3,mse,vb,samples
 ORIGINAL = "grad_norm,loss,loss_q0,loss_q1,loss_q2,loss_q3,mse,mse_q0,mse_q1,mse_q2,mse_q3,samples,step"
 
 
-def log(folder, header=HEADER, steps=range(0, 1000, 100), height=1.0, tail=""):
+def log(folder, header="step,loss", steps=range(0, 1000, 100), height=1.0, tail=""):
     """Write folder/progress.csv, losses falling from `height`. :return: the folder, as text."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = [header]
@@ -51,7 +51,7 @@ def read():
 
 
 def test_a_run_becomes_a_picture_in_its_folder(tmp_path, capfd):
-    logdir = log(tmp_path / "a")
+    logdir = log(tmp_path / "a", HEADER)
     assert plot(logdir) == 0
     assert capfd.readouterr() == (f"{logdir}/progress.png\n", "")
     assert picture(f"{logdir}/progress.png").shape == (1050, 1200, 3)

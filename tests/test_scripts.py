@@ -25,7 +25,16 @@ from improved_diffusion.script_util import (
 from improved_diffusion.train_util import TrainLoop
 
 TRAIN = dict(
-    TINY, image_size=8, batch_size=4, lr=1e-3, ema_rate=0.9, max_steps=4, save_interval=2, log_interval=1, num_workers=0
+    TINY,
+    image_size=8,
+    batch_size=4,
+    lr=1e-3,
+    ema_rate=0.9,
+    max_steps=4,
+    save_interval=2,
+    log_interval=1,
+    num_workers=0,
+    preview_samples=0,
 )
 SAMPLE = dict(TINY, image_size=8, batch_size=2, num_samples=5, timestep_respacing=4)
 
@@ -102,7 +111,7 @@ def test_help(tmp_path, capfd, script):
     ids=lambda changed: ",".join(f"{flag}={value}" for flag, value in changed.items()) or "plain",
 )
 def test_training_leaves_checkpoints_and_a_log(tmp_path, images, changed):
-    saved = train(tmp_path, images, **changed)
+    saved = train(tmp_path, images, preview_samples=16, **changed)
     rates = str(changed.get("ema_rate", "0.9")).split(",")
     names = ["model{}.pt", "opt{}.pt", "state{}.pt", *[f"ema_{rate}_{{}}.pt" for rate in rates]]
     assert sorted(saved) == sorted(name.format(step) for step in ("000000", "000002", "000004") for name in names)
