@@ -4,6 +4,7 @@ import functools
 import os
 import signal
 import threading
+import traceback
 
 import torch as th
 from torch.utils.data import DataLoader, default_collate
@@ -171,5 +172,8 @@ def _one_line_errors(loader):
     """A loader's batches; an InputError raised in a worker loses the worker's traceback."""
     try:
         yield from loader
+        return
     except InputError as e:
-        raise InputError(str(e).strip().splitlines()[-1].split("InputError: ")[-1]) from None
+        message = str(e).strip().splitlines()[-1].split("InputError: ")[-1]
+        traceback.clear_frames(e.__traceback__)  # they hold each other and the loader's iterator, which holds workers
+    raise InputError(message)

@@ -299,8 +299,7 @@ def refuse():
     raise InputError("SRC a: the image of key b'x': cannot be read as an image")
 
 
-# torch waits five seconds for a worker that has raised
-@pytest.mark.parametrize("num_workers", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_workers", [0, 1])
 def test_an_image_that_cannot_be_made_ends_it_in_one_line(tmp_path, num_workers):
     with pytest.raises(InputError, match=r"^SRC a: the image of key b'x': cannot be read as an image$"):
         write_images(str(tmp_path), Images(at=3, event=refuse), 2, num_workers)
