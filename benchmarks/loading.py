@@ -24,9 +24,8 @@ def load(args):
         sources = {"JPEG folder": write_photos(os.path.join(folder, "photos"), args.num_images)}
         workers = {"JPEG folder": args.workers}
         for image_size, batch_size in itertools.product(args.image_sizes, args.batch_sizes):
-            if PACK.exists():
-                sources["packed file"] = pack(sources["JPEG folder"], os.path.join(folder, "photos.npz"), image_size)
-                workers["packed file"] = [0, *args.workers]
+            sources["packed file"] = pack(sources["JPEG folder"], os.path.join(folder, "photos.npz"), image_size)
+            workers["packed file"] = [0, *args.workers]
             runs = [(source, n) for source in sources for n in workers[source]]
             rates = {run: [] for run in runs}
             for _ in range(args.repetitions):

@@ -37,10 +37,11 @@ def works(diffusion, naive, shape, args):
     n, channels, *size = shape
     output = th.randn(n, 2 * channels, *size, device=device)
     x_start = th.rand(shape, device=device) * 2 - 1
-    t = th.randint(0, diffusion.num_timesteps, (n,), device=device)
+    later = 1 + th.arange(n, device=device) % (diffusion.num_timesteps - 1)
+    first = th.where(later == 1, 0, later)  # one of them 0, where the loss is another
     trained = output.clone().requires_grad_()  # so that the losses record their graph, as in training
 
-    def losses(process):
+    def losses(process, t):
         for _ in range(args.chain_steps):
             process.training_losses(lambda x, t: trained, x_start, t)
 
@@ -56,5 +57,8 @@ def works(diffusion, naive, shape, args):
             "naive": lambda: naive.sample_loop(naive.ddim_sample, model, shape, device),
             "ours": lambda: diffusion.ddim_sample_loop(model, shape, device=device),
         },
-        "training_losses": {"naive": lambda: losses(naive), "ours": lambda: losses(diffusion)},
+        **{
+            name: {"naive": lambda t=t: losses(naive, t), "ours": lambda t=t: losses(diffusion, t)}
+            for name, t in {"training_losses": later, "training_losses, t = 0 too": first}.items()
+        },
     }

@@ -50,8 +50,10 @@ OF_COMMAND = dict(
 def main():
     args = create_argparser().parse_args()
     dist_util.setup_dist()
-    for name in COMMANDS if args.command == "all" else [args.command]:
-        COMMANDS[name](settings_of(name, args))
+    chosen = COMMANDS if args.command == "all" else [args.command]
+    settings = {name: settings_of(name, args) for name in chosen}  # all of them, before anything takes its time
+    for name in chosen:
+        COMMANDS[name](settings[name])
 
 
 def settings_of(name, args):
@@ -75,10 +77,11 @@ def device_of(args):
 
 def create_argparser():
     parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=[*COMMANDS, "all"])
+    parser.add_argument("command", choices=[*COMMANDS, "all"], help="what to measure")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="a GPU if there is one")
     parser.add_argument("--quick", action="store_true", help="the smallest sizes, once: a check, not a measurement")
-    parser.add_argument("--out", default=os.path.join(os.path.dirname(os.path.abspath(__file__)), "results"))
+    results = os.path.join(os.path.dirname(os.path.abspath(__file__)), "results")
+    parser.add_argument("--out", default=results, help=f"folder for the JSON; {os.path.relpath(results)} if not given")
     parser.add_argument(
         "--variants", type=names, help=f"of train, sample and memory, with commas: {', '.join(VARIANTS)}"
     )

@@ -289,11 +289,12 @@ class GaussianDiffusion(Sampling):
         out = self.p_mean_variance(model, x_t, t, clip_denoised=clip_denoised, model_kwargs=model_kwargs)
         kl = normal_kl(true_mean, true_log_variance, out["mean"], out["log_variance"])
         nats, first = mean_flat(kl), t == 0
-        # the decoder's term is most of the work, and few batches have a sample that needs it; to ask a GPU is to wait
-        if t.device.type != "cpu" or is_transformed() or first.any():
-            log_scales = 0.5 * out["log_variance"]
-            decoder_nll = -discretized_gaussian_log_likelihood(x_start, means=out["mean"], log_scales=log_scales)
-            nats = th.where(first, mean_flat(decoder_nll), nats)
+        # the decoder's term is most of the work, and few samples of a batch need it; to ask a GPU which is to wait
+        if t.device.type != "cpu" or is_transformed():
+            nats = th.where(first, _decoder_nll(x_start, out["mean"], out["log_variance"]), nats)
+        elif first.any():
+            decoder_nll = _decoder_nll(x_start[first], out["mean"][first], out["log_variance"][first])
+            nats = nats.index_put((first,), decoder_nll)
         return {"output": nats / math.log(2.0), "pred_xstart": out["pred_xstart"]}
 
     def _prior_bpd(self, x_start):
@@ -333,6 +334,11 @@ class GaussianDiffusion(Sampling):
             "xstart_mse": xstart_mse,
             "mse": mse,
         }
+
+
+def _decoder_nll(x_start, means, log_variance):
+    """-log p(x_0 | x_1) in nats per dimension, [N]."""
+    return mean_flat(-discretized_gaussian_log_likelihood(x_start, means=means, log_scales=0.5 * log_variance))
 
 
 def _extract_into_tensor(arr, timesteps, broadcast_shape):
