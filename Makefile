@@ -1,6 +1,6 @@
 # make demo    train on real handwritten digits and draw some (minutes, two cores)
 # make test    lint and the whole test suite
-# make benchmark    measure speed and memory (an hour or less; on a machine that does nothing else)
+# make benchmark    measure speed and memory (an hour or more; on a machine that does nothing else)
 # make clean   forget the demo's results; the environment in .venv stays
 
 PYTHON ?= python3

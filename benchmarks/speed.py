@@ -6,6 +6,7 @@ from tables import publish
 from timing import Peak, alternate, count_flops, spread
 
 from improved_diffusion import dist_util
+from improved_diffusion.errors import InputError
 
 
 def train(args):
@@ -60,6 +61,8 @@ def settings(args):
 def chosen_variants(args, notes):
     """Names in VARIANTS: those asked for, or all that this machine and the number of ranks have a use for."""
     if args.variants:
+        if "diffusers" in args.variants and not diffusers_is_installed():
+            raise InputError("--variants diffusers: it is not installed; pip install diffusers")
         return args.variants
     names = [name for name, variant in VARIANTS.items() if args.device.type == "cuda" or not variant.cuda_only]
     if not diffusers_is_installed():

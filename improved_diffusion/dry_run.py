@@ -8,7 +8,7 @@ from torch.utils._pytree import tree_leaves
 
 from . import dist_util
 from .flags import FLAGS, GROUPS
-from .script_util import args_to_dict, configure_compute
+from .script_util import args_to_dict
 
 MIB = 2**20
 
@@ -62,9 +62,8 @@ def estimate_memory(model, args, training):
     half = args.use_fp16 * weights // 2
     averages = len(str(args.ema_rate).split(",")) if training else 0
     fixed = weights * (3 + averages) + half if training else (half or weights)
-    if args.use_fp16:
+    if args.use_fp16 or args.use_bf16:  # autocast has no such device; what it makes has the same sizes
         model.convert_to_fp16()
-    configure_compute(model, use_bf16=args.use_bf16)
     batch_size = args.batch_size
     if training and args.microbatch > 0:
         batch_size = args.microbatch

@@ -22,6 +22,10 @@ def _at_least(least):
     return (lambda v: v >= least), f"{least} or more"
 
 
+def _between(least, most):
+    return (lambda v: least <= v <= most), f"{least} to {most}"
+
+
 def _one_of(*names):
     return (lambda v: v in names), " or ".join(map(str, names))
 
@@ -42,6 +46,7 @@ MODEL, DIFFUSION, TRAINING, DATA, SAMPLING, OUTPUT, COMPUTING = (
     "output",
     "computing",
 )
+PIXELS = 2**16  # of an image's side, at most
 GROUPS = (DATA, MODEL, DIFFUSION, TRAINING, SAMPLING, OUTPUT, COMPUTING)  # in the order of --help
 
 FLAGS = {
@@ -51,21 +56,22 @@ FLAGS = {
     "random_flip": Flag(DATA, "mirror half of the images, drawn anew each time an image comes"),
     "num_workers": Flag(
         DATA,
-        "processes that decode images; 0 for none but this one, -1 for as many as make sense",
+        "processes that decode images; 0 for none but this one; -1 for one (none for packed images), or to prepare "
+        "images for one a processor core",
         (lambda v: v >= -1),
-        "0 or more, or -1 for as many as make sense",
+        "0 or more, or -1",
     ),
     "pin_memory": Flag(DATA, "where there is a GPU, read images into page-locked memory, for quicker copies to it"),
     "max_images": Flag(DATA, "use only so many images; 0 for all", *_at_least(0)),
-    "batch_size": Flag(DATA, "images at once on each rank", *_at_least(1)),
+    "batch_size": Flag(DATA, "images at once on each rank", *_between(1, 2**24)),
     # ---- model
     "preset": Flag(MODEL, f"flags of a published model, where they are not given: {', '.join(PRESETS)}"),
     "model_path": Flag(MODEL, "weights, such as ema_0.9999_200000.pt; the config.json beside it gives the flags"),
-    "image_size": Flag(MODEL, "height and width of the images, in pixels", *_at_least(1)),
-    "large_size": Flag(MODEL, "height and width of the enlarged images, in pixels", *_at_least(1)),
+    "image_size": Flag(MODEL, "height and width of the images, in pixels", *_between(1, PIXELS)),
+    "large_size": Flag(MODEL, "height and width of the enlarged images, in pixels", *_between(1, PIXELS)),
     "small_size": Flag(MODEL, "height and width of the images to enlarge, in pixels"),
     "image_channels": Flag(MODEL, "3 for RGB, 1 for greyscale", *_one_of(1, 3)),
-    "num_channels": Flag(MODEL, "channels of the first level, a multiple of 32", *_at_least(32)),
+    "num_channels": Flag(MODEL, "channels of the first level, a multiple of 32", *_between(32, 2**16)),
     "channel_mult": Flag(
         MODEL,
         "channels of each level as multiples of num_channels, such as 1,2,2; "
@@ -115,7 +121,7 @@ FLAGS = {
     "resume_checkpoint": Flag(
         TRAINING, "model file to continue from, or auto: the newest complete one of the log directory"
     ),
-    "fp16_scale_growth": Flag(TRAINING, "growth of the float16 loss scale's log2 a step"),
+    "fp16_scale_growth": Flag(TRAINING, "growth of the float16 loss scale's log2 a step", *_between(0, 1)),
     # ---- sampling
     "num_samples": Flag(SAMPLING, "images to draw, or for image_nll to measure", *_at_least(1)),
     "classes": Flag(SAMPLING, "classes to draw, in turn (3,7 or cat,dog), or with how many of each (3:10,7:5)"),
@@ -128,7 +134,7 @@ FLAGS = {
     "keep_checkpoints": Flag(OUTPUT, "delete all but so many of the newest checkpoints; 0 keeps all", *_at_least(0)),
     "preview_samples": Flag(OUTPUT, "samples drawn at each checkpoint, as a picture; 0 for none", *_at_least(0)),
     "save_images": Flag(OUTPUT, "also write each sample as a PNG file"),
-    "dry_run": Flag(OUTPUT, "print the flags, the model's size and the timesteps, and stop"),
+    "dry_run": Flag(OUTPUT, "print the flags, the model's size, the memory it takes and the timesteps, and stop"),
     # ---- computing
     "use_checkpoint": Flag(COMPUTING, "recompute activations instead of keeping them: less memory, more time"),
     "use_fp16": Flag(COMPUTING, "the network's torso in float16"),
@@ -138,6 +144,6 @@ FLAGS = {
         COMPUTING,
         "makes a run on one CPU machine repeatable to the last bit; default: another one each time",
         (lambda v: v is None or 0 <= v < 2**63),
-        "0 or more",
+        f"0 to {2**63 - 1}",
     ),
 }

@@ -44,8 +44,13 @@ def read_config(directory):
     try:
         with bf.BlobFile(path, "rb") as f:
             config = json.loads(f.read())
-        if not isinstance(config["flags"], dict) or not isinstance(config["class_names"], (list, type(None))):
+        names = config["class_names"]
+        if not isinstance(config["flags"], dict) or not (names is None or isinstance(names, list)):
             raise ValueError("no flags in it")
+        if not all(isinstance(name, str) for name in names or []) or len(names or []) > config["flags"].get(
+            "num_classes", math.inf
+        ):
+            raise ValueError("class_names are no names, or more than num_classes")
     except (ValueError, KeyError, TypeError, OSError) as e:
         raise InputError(
             f"{path}: not the flags of a run ({type(e).__name__}: {e}); delete it, and give the flags instead"

@@ -16,6 +16,7 @@ from . import dist_util, logger
 from .checkpoint_util import is_of_a_run
 from .dry_run import print_dry_run
 from .errors import InputError
+from .files import is_remote
 from .model_config import read_config, save_config, settle_flags, take_flags
 from .preview import STEPS, Preview
 from .resample import create_named_schedule_sampler
@@ -87,7 +88,13 @@ def logging_to(args, notes=()):
 
 
 def _named_directory(args):
-    return os.path.expanduser(args.log_dir or os.environ.get("OPENAI_LOGDIR", ""))
+    """:raises InputError: if it is a URL."""
+    directory = os.path.expanduser(args.log_dir or os.environ.get("OPENAI_LOGDIR", ""))
+    if is_remote(directory):
+        raise InputError(
+            f"log_dir {directory}: name a local folder; checkpoints go to a URL that DIFFUSION_BLOB_LOGDIR names"
+        )
+    return directory
 
 
 def _new_directory():
@@ -107,7 +114,12 @@ def _script():
 
 
 def begin(args):
-    """What comes before all else: the ranks meet, and the random generators get their seed."""
+    """
+    What comes before all else: the ranks meet, and the random generators get their seed.
+
+    :raises InputError: if the log directory cannot be one.
+    """
+    _named_directory(args)
     dist_util.setup_dist()
     dist_util.seed_everything(args.seed)
 

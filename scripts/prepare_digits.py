@@ -3,13 +3,14 @@ Write scikit-learn's handwritten digits (1,797 real ones, 8x8 pixels, 16 grey le
 16x16 greyscale PNG files, named by class: 3_00017.png is a three.
 """
 
-import os
+import functools
 
 import numpy as np
 from PIL import Image
 
 from improved_diffusion.command_line import FlagParser, run
 from improved_diffusion.errors import InputError
+from improved_diffusion.files import write_files
 from improved_diffusion.prepare_util import make_folder
 
 SIZE = 16
@@ -27,7 +28,7 @@ def main():
     for i, (pixels, label) in enumerate(zip(digits.images, digits.target, strict=True)):
         image = Image.fromarray(np.round(pixels * (255 / 16)).astype(np.uint8))
         image = image.resize((SIZE, SIZE), resample=Image.Resampling.BICUBIC)
-        image.save(os.path.join(args.out_dir, f"{label}_{i:05d}.png"))
+        write_files(args.out_dir, {f"{label}_{i:05d}.png": functools.partial(image.save, format="PNG")}, flush=False)
     print(f"wrote {len(digits.target)} images of 10 classes to {args.out_dir}")
 
 

@@ -101,7 +101,9 @@ def gradients(net, sampler, use_fp16, microbatch):
         history = np.random.default_rng(0).integers(1, 9, (8, 10))
         schedule_sampler.update_with_all_losses(list(range(8)) * 10, (history**2.0).T.ravel().tolist())
     loop = make_loop(
-        model=WholeNet() if whole else UNetModel(3, 32, 3, 1, [1], channel_mult=(1,), num_heads=2),
+        model=WholeNet()
+        if whole
+        else UNetModel(3, 32, 3, 1, [1], channel_mult=(1,), num_heads=2, use_checkpoint=net == "compiled unet"),
         diffusion=diffusion,
         schedule_sampler=schedule_sampler,
         batch_size=GLOBAL_BATCH // dist_util.world_size(),

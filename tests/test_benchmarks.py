@@ -118,10 +118,17 @@ def test_startup(benchmark):
         (["train", "--batch_sizes", "4,none"], "none"),
         (["train", "--repetitions", "0"], "'0' is not a number above 0"),
         (["train", "--device", "cuda"], "--device cuda: there is no GPU here"),
+        (
+            ["train", "--variants", "plain,diffusers"],
+            "--variants diffusers: it is not installed; pip install diffusers",
+        ),
+        (["all", "--variants", "plain,fp32_compiled"], "memory has no such form"),  # before the others take their time
     ],
 )
 def test_bad_flags(benchmark, words, named, monkeypatch):
     monkeypatch.setattr(th.cuda, "is_available", lambda: False)
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    monkeypatch.setitem(benchmarks.COMMANDS, "sample", None)
     status, _, error = benchmark(*words)
     assert status == 2
     assert named in error

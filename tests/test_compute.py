@@ -255,20 +255,23 @@ def test_likelihood(tmp_path, graphs, images, weights, changed):
 
 
 @pytest.mark.parametrize(
-    "changed", [dict(microbatch=3), dict(use_bf16=True), dict(use_checkpoint=True, dropout=0.2)], ids=str
+    "changed",
+    [dict(microbatch=3), dict(use_bf16=True, preview_samples=2), dict(use_checkpoint=True, dropout=0.2)],
+    ids=str,
 )
 def test_compiled_training(tmp_path, graphs, images, changed):
     """The same losses and gradients, the same names, a graph for each shape of a microbatch."""
     saved, rows = [], []
     for compiled in (False, True):
         folder = tmp_path / str(compiled)
-        run("image_train", folder, **TRAIN, **changed, data_dir=images, compile=compiled)
+        run("image_train", folder, **{**TRAIN, **changed}, data_dir=images, compile=compiled)
         saved.append(th.load(folder / "model000003.pt"))
         rows.append([row[key] for row in read_rows(folder) for key in ("loss", "grad_norm")])
     eager, compiled = saved
     assert list(compiled) == list(eager)
     assert rows[1] == pytest.approx(rows[0], rel=0.05 if changed.get("use_bf16") else 1e-3)
     assert graphs() == (2 if "microbatch" in changed else 1)
+    assert len(list((tmp_path / "True").glob("preview_*.png"))) == 2 * ("preview_samples" in changed)
 
 
 def test_float16_and_bfloat16_at_once(tmp_path, capfd, images):

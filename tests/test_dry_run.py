@@ -1,6 +1,7 @@
 """What a command line amounts to, without doing it."""
 
 import argparse
+import re
 
 import pytest
 import torch as th
@@ -41,6 +42,16 @@ def test_sampling_is_described_with_the_flags_of_the_run(tmp_path, capfd):
     assert "  --image_channels 1\n" in out and "timesteps: 8 of 24: 0, 3, 6, 9, 12, 15, 18, 21\n" in out
     assert "for the weights, " in out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "ema.pt"]
+
+
+@pytest.mark.parametrize("precision", ["use_fp16", "use_bf16"])
+def test_half_precision_takes_less(tmp_path, capfd, precision):
+    words = dict(TINY, image_size=8, batch_size=64)
+    peaks = [
+        int(re.search(r"([\d,]+) MiB more at the peak", out)[1].replace(",", ""))
+        for out in (printed(tmp_path, capfd, "image_train", **words, **more) for more in ({}, {precision: True}))
+    ]
+    assert 0 < peaks[1] < peaks[0]
 
 
 def test_many_timesteps_are_shortened(tmp_path, capfd):

@@ -91,5 +91,10 @@ def test_checks_take_what_they_name_and_refuse_the_rest():
         ("preview_samples", 0, -1),
         ("seed", None, -1),
         ("lr", 1e-9, 0.0),
+        ("fp16_scale_growth", 1e-3, 1e6),
+        ("image_size", 1024, 10**30),
+        ("large_size", 1024, 10**30),
+        ("num_channels", 192, 10**12),
+        ("batch_size", 4096, 10**30),
     ):
         assert FLAGS[name].works(good) and not FLAGS[name].works(bad), name

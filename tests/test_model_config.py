@@ -42,7 +42,21 @@ def test_what_is_saved_is_read(tmp_path):
     assert json.loads((tmp_path / "config.json").read_text()) == want
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"flags": 1, "class_names": null}', '{"flags": {}}', "\xff"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        "{}",
+        '{"flags": 1, "class_names": null}',
+        '{"flags": {}}',
+        "\xff",
+        '{"flags": {}, "class_names": [1, 2]}',
+        '{"flags": {"num_classes": 1}, "class_names": ["a", "b"]}',
+        '{"flags": {"num_classes": "1"}, "class_names": ["a"]}',
+    ],
+)
 def test_a_damaged_file_is_refused_in_one_line(tmp_path, text):
     (tmp_path / "config.json").write_bytes(text.encode("latin1"))
     with pytest.raises(InputError, match=r"config\.json: not the flags of a run .*delete it") as refusal:

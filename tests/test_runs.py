@@ -88,6 +88,12 @@ def test_log_dir_then_the_variable_then_a_new_folder(tmp_path, monkeypatch, capf
     assert lines[4] == f"all files are in {new[0]}"
 
 
+@pytest.mark.parametrize("words", [dict(log_dir="gs://bucket/run"), {}])
+def test_a_url_is_no_log_directory(capfd, words):
+    assert run_script("image_train", flags(**words, data_dir="nowhere"), "gs://bucket/run") == 2
+    assert "log_dir gs://bucket/run: name a local folder" in capfd.readouterr().err
+
+
 def test_a_folder_that_cannot_be_made(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["scripts/image_sample.py"])
