@@ -23,7 +23,7 @@ def _at_least(least):
 
 
 def _between(least, most):
-    return (lambda v: least <= v <= most), f"{least} to {most}"
+    return (lambda v: least <= v <= most), f"{least} or more, at most {most}"
 
 
 def _one_of(*names):
@@ -144,6 +144,6 @@ FLAGS = {
         COMPUTING,
         "makes a run on one CPU machine repeatable to the last bit; default: another one each time",
         (lambda v: v is None or 0 <= v < 2**63),
-        f"0 to {2**63 - 1}",
+        f"0 or more, at most {2**63 - 1}",
     ),
 }
