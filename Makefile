@@ -43,7 +43,7 @@ benchmark-digits: $(SAMPLES)
 	$(PY) benchmarks/digits.py $(SAMPLES) demo/digits
 
 test: lint
-	$(PY) -m pytest --numprocesses 2 --dist loadfile --ignore tests/faults --cov --cov-report=term --cov-fail-under=90
+	$(PY) -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --ignore tests/faults --cov --cov-report=term --cov-fail-under=90
 	$(PY) -m pytest tests/faults
 
 lint: .venv/test
