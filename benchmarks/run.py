@@ -62,6 +62,8 @@ def settings_of(name, args):
     given = {key: value for key, value in vars(args).items() if value is not None}
     if name == "memory" and (unknown := set(given.get("variants", ())) - {form for form, _ in FORMS.values()}):
         raise InputError(f"--variants {min(unknown)}: memory has no such form; give plain, fp32 or bf16")
+    if given.get("chain_steps") == 1:
+        raise InputError("--chain_steps 1: give 2 or more")  # the first step and another one
     return argparse.Namespace(**{"variants": None, **defaults, **given, "device": device_of(args)})
 
 

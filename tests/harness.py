@@ -37,6 +37,21 @@ TINY = dict(
 )
 
 
+# a few steps of it
+TRAIN = dict(
+    TINY,
+    image_size=8,
+    batch_size=4,
+    lr=1e-3,
+    ema_rate=0.9,
+    max_steps=4,
+    save_interval=2,
+    log_interval=1,
+    num_workers=0,
+    preview_samples=0,
+)
+
+
 def flags(**values):
     """A command line: flags(batch_size=4) is ["--batch_size", "4"]."""
     return [word for name, value in values.items() for word in (f"--{name}", str(value))]

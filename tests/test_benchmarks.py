@@ -122,6 +122,7 @@ def test_startup(benchmark):
             ["train", "--variants", "plain,diffusers"],
             "--variants diffusers: it is not installed; pip install diffusers",
         ),
+        (["overhead", "--chain_steps", "1"], "--chain_steps 1: give 2 or more"),
         (["all", "--variants", "plain,fp32_compiled"], "memory has no such form"),  # before the others take their time
     ],
 )

@@ -14,24 +14,11 @@ import termios
 
 import numpy as np
 import pytest
-from harness import ROOT, TINY, build, flags, on_a_terminal, run_script, write_images
+from harness import ROOT, TINY, TRAIN, build, flags, on_a_terminal, run_script, write_images
 from PIL import Image
 
 from improved_diffusion import logger, progress, runs
 from improved_diffusion.errors import InputError
-
-TRAIN = dict(
-    TINY,
-    image_size=8,
-    batch_size=4,
-    lr=1e-3,
-    ema_rate=0.9,
-    max_steps=4,
-    save_interval=2,
-    log_interval=1,
-    num_workers=0,
-    preview_samples=0,
-)
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch as th
-from harness import TINY, flags, load_script, run_script, run_subprocess, save_weights, snapshot, write_images
+from harness import TINY, TRAIN, flags, load_script, run_script, run_subprocess, save_weights, snapshot, write_images
 from PIL import Image
 from training import assert_same
 
@@ -24,18 +24,6 @@ from improved_diffusion.script_util import (
 )
 from improved_diffusion.train_util import TrainLoop
 
-TRAIN = dict(
-    TINY,
-    image_size=8,
-    batch_size=4,
-    lr=1e-3,
-    ema_rate=0.9,
-    max_steps=4,
-    save_interval=2,
-    log_interval=1,
-    num_workers=0,
-    preview_samples=0,
-)
 SAMPLE = dict(TINY, image_size=8, batch_size=2, num_samples=5, timestep_respacing=4)
 
 
