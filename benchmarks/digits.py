@@ -16,9 +16,9 @@ from PIL import Image
 from sklearn.model_selection import train_test_split
 from sklearn.svm import SVC
 
-from improved_diffusion.command_line import FlagParser, run
-from improved_diffusion.errors import InputError
-from improved_diffusion.sample_util import load_labelled_samples
+from improved_diffusion.cli.parser import FlagParser, run
+from improved_diffusion.inference.generate import load_labelled_samples
+from improved_diffusion.utils.errors import InputError
 
 
 def main():

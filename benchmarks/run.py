@@ -21,8 +21,8 @@ from speed import sample, train
 from startup import startup
 
 from improved_diffusion import dist_util
-from improved_diffusion.command_line import FlagParser, run
-from improved_diffusion.errors import InputError
+from improved_diffusion.cli.parser import FlagParser, run
+from improved_diffusion.utils.errors import InputError
 
 COMMANDS = dict(train=train, sample=sample, load=load, overhead=overhead, memory=memory, startup=startup)
 

@@ -6,7 +6,7 @@ from tables import publish
 from timing import Peak, alternate, count_flops, spread
 
 from improved_diffusion import dist_util
-from improved_diffusion.errors import InputError
+from improved_diffusion.utils.errors import InputError
 
 
 def train(args):

@@ -23,12 +23,12 @@ import torch as th
 from torch import nn
 
 from improved_diffusion import dist_util, logger
-from improved_diffusion.command_line import FlagParser, run
-from improved_diffusion.errors import InputError
+from improved_diffusion.cli.parser import FlagParser, run
 from improved_diffusion.gaussian_diffusion import GaussianDiffusion, LossType, ModelMeanType, ModelVarType
 from improved_diffusion.nn import timestep_embedding
 from improved_diffusion.script_util import whole_number
 from improved_diffusion.train_util import TrainLoop
+from improved_diffusion.utils.errors import InputError
 
 POINTS = 10_000
 TIMESTEPS = 100

@@ -31,7 +31,7 @@ import numpy as np
 import torch as th
 import torch.distributed as dist
 
-from .errors import InputError, first_line
+from .utils.errors import InputError, first_line
 
 LAUNCHERS = (
     # launcher, and its variables for rank, world size and rank within the node

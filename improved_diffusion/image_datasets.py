@@ -12,10 +12,10 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, default_collate  # noqa: F401 (the original offers the first)
 
 from . import dist_util
-from .batch_stream import BatchesInOrder, BatchStream
-from .errors import InputError, first_line
-from .files import is_remote
-from .packed_images import ENDING, read_packed_images
+from .data.loader import BatchesInOrder, BatchStream
+from .data.packed import ENDING, read_packed_images
+from .utils.errors import InputError, first_line
+from .utils.files import is_remote
 
 EXTENSIONS = ("jpg", "jpeg", "png", "gif")
 # Before work begins so many images are decoded, evenly spread over the folder, for at most so long: what that

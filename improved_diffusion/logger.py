@@ -22,8 +22,8 @@ import time
 import warnings
 from collections import defaultdict
 
-from .errors import InputError
-from .log_formats import (
+from .utils.errors import InputError
+from .utils.log_formats import (
     CSVOutputFormat,  # noqa: F401 (part of this module, as in the original)
     HumanOutputFormat,  # noqa: F401
     JSONOutputFormat,  # noqa: F401

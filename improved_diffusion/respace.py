@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from .errors import InputError
 from .gaussian_diffusion import GaussianDiffusion
 from .schedules import at_timesteps
+from .utils.errors import InputError
 
 
 def space_timesteps(num_timesteps, section_counts):

@@ -13,17 +13,17 @@ import numpy as np
 import torch as th
 
 from . import dist_util, logger
-from .checkpoint_util import is_of_a_run
-from .dry_run import print_dry_run
-from .errors import InputError
-from .files import is_remote
-from .model_config import read_config, save_config, settle_flags, take_flags
-from .preview import STEPS, Preview
+from .cli.dry_run import print_dry_run
+from .cli.run_config import read_config, save_config, settle_flags, take_flags
+from .inference.generate import chosen_labels, for_inference, generate, refuse_old_images, write_samples
+from .inference.preview import STEPS, Preview
+from .inference.weights import fit_weights, load_weights, read_weights
 from .resample import create_named_schedule_sampler
-from .sample_util import chosen_labels, for_inference, generate, refuse_old_images, write_samples
 from .script_util import args_to_dict, compute_defaults, configure_compute, create_diffusion, train_loop_defaults
 from .train_util import TrainLoop, get_blob_logdir
-from .weights import fit_weights, load_weights, read_weights
+from .training.checkpoints import is_of_a_run
+from .utils.errors import InputError
+from .utils.files import is_remote
 
 # flags that say nothing about the run itself
 _OF_THE_CALL = {"given", "log_dir", "preset", "dry_run"}

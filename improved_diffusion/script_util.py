@@ -11,9 +11,9 @@ import os
 import shutil
 
 from . import gaussian_diffusion as gd
-from .errors import InputError
 from .respace import SpacedDiffusion, space_timesteps
 from .unet import SuperResModel, UNetModel
+from .utils.errors import InputError
 
 NUM_CLASSES = 1000
 MIN_LINEAR_STEPS = 21  # the linear schedule ends at beta = 20 / steps, and 1 leaves nothing to divide by

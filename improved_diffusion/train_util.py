@@ -18,13 +18,6 @@ from torch.nn.parallel.distributed import DistributedDataParallel as DDP
 from torch.optim import AdamW
 
 from . import dist_util, logger
-from .checkpoint_util import (
-    delete_old_sets,
-    find_ema_checkpoint,  # noqa: F401 (part of this module, as in the original)
-    parse_resume_step_from_filename,
-    save_set,
-)
-from .errors import TrainingError
 from .fp16_util import (
     make_master_params,
     master_params_to_model_params,
@@ -33,11 +26,18 @@ from .fp16_util import (
     zero_grad,
 )
 from .nn import match_gradients, update_ema
-from .progress import Progress
 from .resample import LossAwareSampler, UniformSampler
-from .resume_util import Resumable, find_checkpoint, load_model, warn_of_other_checkpoints
-from .step_statistics import StepStatistics, log_loss_dict  # noqa: F401 (the second is part of this module)
-from .stop_signals import StopSignals
+from .training.checkpoints import (
+    delete_old_sets,
+    find_ema_checkpoint,  # noqa: F401 (part of this module, as in the original)
+    parse_resume_step_from_filename,
+    save_set,
+)
+from .training.resume import Resumable, find_checkpoint, load_model, warn_of_other_checkpoints
+from .training.signals import StopSignals
+from .training.statistics import StepStatistics, log_loss_dict  # noqa: F401 (the second is part of this module)
+from .utils.errors import TrainingError
+from .utils.progress import Progress
 
 # In float16 the loss is multiplied by 2^lg_loss_scale, lest small gradients vanish. The scale grows
 # slowly, is halved whenever a gradient overflows, and begins high enough to find its place quickly.

@@ -8,17 +8,17 @@ mse_terms.npz and xstart_mse_terms.npz. Each image counts once.
 import torch as th
 
 from improved_diffusion import dist_util, logger
-from improved_diffusion.command_line import create_parser, parse_flags, run
+from improved_diffusion.cli.parser import create_parser, parse_flags, run
 from improved_diffusion.image_datasets import load_data_once
-from improved_diffusion.progress import Progress, counting_calls
+from improved_diffusion.inference.generate import SampleNoise, save_arrays
 from improved_diffusion.runs import begin, create_trained, data_defaults, data_flags, logging_to
-from improved_diffusion.sample_util import SampleNoise, save_arrays
 from improved_diffusion.script_util import (
     compute_defaults,
     create_model_and_diffusion,
     extra_model_defaults,
     model_and_diffusion_defaults,
 )
+from improved_diffusion.utils.progress import Progress, counting_calls
 
 MODEL_FLAGS = {**model_and_diffusion_defaults(), **extra_model_defaults()}
 TERMS = ("vb", "mse", "xstart_mse")

@@ -5,9 +5,9 @@ Draw samples from a trained model and write them to samples_NxHxWxC.npz, with a 
 import torch as th
 
 from improved_diffusion import dist_util
-from improved_diffusion.command_line import create_parser, parse_flags, run
+from improved_diffusion.cli.parser import create_parser, parse_flags, run
+from improved_diffusion.inference.generate import draw_labels
 from improved_diffusion.runs import begin, create_trained, sample, sampling_defaults
-from improved_diffusion.sample_util import draw_labels
 from improved_diffusion.script_util import (
     create_model_and_diffusion,
     extra_model_defaults,

@@ -10,9 +10,9 @@ import csv
 import math
 import os
 
-from improved_diffusion.command_line import FlagParser, run
-from improved_diffusion.errors import InputError
-from improved_diffusion.log_formats import number
+from improved_diffusion.cli.parser import FlagParser, run
+from improved_diffusion.utils.errors import InputError
+from improved_diffusion.utils.log_formats import number
 
 PANELS = [  # title, {column: its name in the legend}, logarithmic
     ("loss", {"loss": ""}, True),

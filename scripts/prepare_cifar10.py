@@ -9,9 +9,8 @@ import tarfile
 
 import numpy as np
 
-from improved_diffusion.command_line import FlagParser, parse_flags, run
-from improved_diffusion.errors import InputError, first_line
-from improved_diffusion.prepare_util import (
+from improved_diffusion.cli.parser import FlagParser, parse_flags, run
+from improved_diffusion.data.prepare import (
     check_class,
     check_planar,
     from_planar,
@@ -19,6 +18,7 @@ from improved_diffusion.prepare_util import (
     make_folder,
     write_images,
 )
+from improved_diffusion.utils.errors import InputError, first_line
 
 SPLITS = {"train": [f"data_batch_{i}" for i in range(1, 6)], "test": ["test_batch"]}
 META = "batches.meta"

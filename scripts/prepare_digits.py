@@ -8,10 +8,10 @@ import functools
 import numpy as np
 from PIL import Image
 
-from improved_diffusion.command_line import FlagParser, run
-from improved_diffusion.errors import InputError
-from improved_diffusion.files import write_files
-from improved_diffusion.prepare_util import make_folder
+from improved_diffusion.cli.parser import FlagParser, run
+from improved_diffusion.data.prepare import make_folder
+from improved_diffusion.utils.errors import InputError
+from improved_diffusion.utils.files import write_files
 
 SIZE = 16
 

@@ -13,10 +13,10 @@ import zipfile
 
 import numpy as np
 
-from improved_diffusion.command_line import FlagParser, parse_flags, run
-from improved_diffusion.errors import InputError, first_line
-from improved_diffusion.packed_images import ENDING
-from improved_diffusion.prepare_util import check_packed_name, check_planar, from_planar, load_pickled_dict, pack
+from improved_diffusion.cli.parser import FlagParser, parse_flags, run
+from improved_diffusion.data.packed import ENDING
+from improved_diffusion.data.prepare import check_packed_name, check_planar, from_planar, load_pickled_dict, pack
+from improved_diffusion.utils.errors import InputError, first_line
 
 LABELS = range(1, 1001)
 ROWS = 4096  # images read at once

@@ -4,10 +4,10 @@ Pack a folder of images into one file, scaled and cropped to a square, that the 
 The pixels, labels and order are those of the folder; there is nothing left to decode.
 """
 
-from improved_diffusion.command_line import FlagParser, add_flags, parse_flags, run
+from improved_diffusion.cli.parser import FlagParser, add_flags, parse_flags, run
+from improved_diffusion.data.packed import ENDING
+from improved_diffusion.data.prepare import check_packed_name, pack, workers
 from improved_diffusion.image_datasets import decode_folder
-from improved_diffusion.packed_images import ENDING
-from improved_diffusion.prepare_util import check_packed_name, pack, workers
 
 
 def main():

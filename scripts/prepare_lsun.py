@@ -8,10 +8,10 @@ import io
 import itertools
 import os
 
-from improved_diffusion.command_line import FlagParser, add_flags, parse_flags, run
-from improved_diffusion.errors import InputError, first_line
+from improved_diffusion.cli.parser import FlagParser, add_flags, parse_flags, run
+from improved_diffusion.data.prepare import check_class, make_folder, workers, write_images
 from improved_diffusion.image_datasets import decode_image, scale_and_crop
-from improved_diffusion.prepare_util import check_class, make_folder, workers, write_images
+from improved_diffusion.utils.errors import InputError, first_line
 
 
 def main():

@@ -7,9 +7,9 @@ Sample i is made from image i; where there are more samples than images, the ima
 import torch as th
 
 from improved_diffusion import dist_util
-from improved_diffusion.command_line import create_parser, parse_flags, run
+from improved_diffusion.cli.parser import create_parser, parse_flags, run
+from improved_diffusion.inference.generate import load_base_samples
 from improved_diffusion.runs import begin, create_trained, sample, sampling_defaults
-from improved_diffusion.sample_util import load_base_samples
 from improved_diffusion.script_util import (
     extra_model_defaults,
     sr_create_model_and_diffusion,

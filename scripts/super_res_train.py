@@ -2,7 +2,7 @@
 Train a super-resolution model on a folder of images.
 """
 
-from improved_diffusion.command_line import create_parser, parse_flags, run
+from improved_diffusion.cli.parser import create_parser, parse_flags, run
 from improved_diffusion.image_datasets import load_superres_data
 from improved_diffusion.runs import begin, create_for_training, data_flags, train, training_defaults
 from improved_diffusion.script_util import (

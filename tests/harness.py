@@ -16,7 +16,8 @@ import torch as th
 import torch.distributed as dist
 from PIL import Image
 
-from improved_diffusion import command_line, script_util
+from improved_diffusion import script_util
+from improved_diffusion.cli import parser
 from improved_diffusion.logger import Logger
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -85,7 +86,7 @@ def run_script(name, words, logdir, **environment):
         threads = th.get_num_threads()
         th.set_num_threads(1)  # in so small a network several only wait for each other
         try:
-            command_line.run(load_script(name).main)
+            parser.run(load_script(name).main)
         except SystemExit as e:
             return e.code
         finally:

@@ -20,8 +20,8 @@ from training import make_diffusion, make_loop
 from improved_diffusion import dist_util, logger, train_util
 from improved_diffusion.fp16_util import convert_module_to_f16
 from improved_diffusion.gaussian_diffusion import GaussianDiffusion
+from improved_diffusion.inference.generate import generate
 from improved_diffusion.resample import LossSecondMomentResampler, UniformSampler
-from improved_diffusion.sample_util import generate
 from improved_diffusion.unet import UNetModel
 
 GLOBAL_BATCH = 12

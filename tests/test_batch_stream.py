@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import Dataset
 
-from improved_diffusion import batch_stream
-from improved_diffusion.batch_stream import BatchesInOrder, BatchStream
+from improved_diffusion.data import loader
+from improved_diffusion.data.loader import BatchesInOrder, BatchStream
 
 # ---------------------------------------------------------------- processes
 
@@ -76,7 +76,7 @@ def test_signals_where_their_senders_are_not_known(monkeypatch):
     monkeypatch.delattr(signal, "sigtimedwait", raising=False)
     before, threads = signal.getsignal(signal.SIGINT), threading.active_count()
     try:
-        batch_stream._leave_signals_to_the_parent(os.getppid(), 0)
+        loader._leave_signals_to_the_parent(os.getppid(), 0)
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
         assert (
             signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, []) and threading.active_count() == threads

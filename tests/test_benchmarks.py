@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from harness import LAUNCHER_VARIABLES, ROOT
 from torch.profiler import ProfilerActivity, profile
 
-from improved_diffusion.command_line import run
+from improved_diffusion.cli.parser import run
 from improved_diffusion.logger import Logger
 
 sys.path.insert(0, str(ROOT / "benchmarks"))

@@ -11,8 +11,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from training import assert_same, load, on_one_cpu
 
-from improved_diffusion import checkpoint_util, logger
-from improved_diffusion.checkpoint_util import (
+from improved_diffusion import logger
+from improved_diffusion.training import checkpoints
+from improved_diffusion.training.checkpoints import (
     delete_old_sets,
     ema_filename,
     find_ema_checkpoint,
@@ -28,7 +29,7 @@ from improved_diffusion.checkpoint_util import (
     set_rng_state,
     state_filename,
 )
-from improved_diffusion.errors import InputError
+from improved_diffusion.utils.errors import InputError
 
 
 @pytest.fixture(autouse=True)
@@ -383,7 +384,7 @@ def test_sets_in_a_cloud(monkeypatch):
     monkeypatch.setattr(bf, "listdir", lambda path: iter(sorted(there)))
     monkeypatch.setattr(bf, "remove", lambda path: there.remove(path.removeprefix(bucket + "/")))
     read = []
-    monkeypatch.setattr(checkpoint_util.dist_util, "read_state_dict", lambda path, **_: read.append(path))
+    monkeypatch.setattr(checkpoints.dist_util, "read_state_dict", lambda path, **_: read.append(path))
     assert find_newest_checkpoint(bucket) == f"{bucket}/model000002.pt"
     assert sorted(read) == [f"{bucket}/model000002.pt", f"{bucket}/opt000002.pt"]
     delete_old_sets(bucket, 2, 1)
@@ -430,7 +431,7 @@ def test_generator_of_the_device(monkeypatch):
     monkeypatch.setattr(th.cuda, "set_rng_state", lambda state, device: given.append((state.item(), device.index)))
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("WORLD_SIZE", "8")
-    on_gpu = checkpoint_util.rng_state()
+    on_gpu = checkpoints.rng_state()
     assert on_gpu["cuda"].item() == 3 and "cuda" not in state
     set_rng_state(state)
     set_rng_state(on_gpu)

@@ -6,9 +6,10 @@ import sys
 import pytest
 import torch as th
 
-from improved_diffusion import command_line, dist_util
-from improved_diffusion.command_line import create_parser, parse_flags, run
-from improved_diffusion.errors import InputError, TrainingError
+from improved_diffusion import dist_util
+from improved_diffusion.cli import parser
+from improved_diffusion.cli.parser import create_parser, parse_flags, run
+from improved_diffusion.utils.errors import InputError, TrainingError
 
 
 def parse(monkeypatch, words, **defaults):
@@ -101,7 +102,7 @@ def test_a_preset_sets_what_is_not_given(monkeypatch, capfd):
 @pytest.mark.parametrize("variable", ["OPENAI_LOGDIR", "DIFFUSION_BLOB_LOGDIR"])
 def test_resuming_by_itself_needs_a_folder_to_look_in(monkeypatch, capfd, variable):
     """Without one, each run has a new folder, with nothing in it."""
-    for name in command_line.LOG_DIRECTORIES:
+    for name in parser.LOG_DIRECTORIES:
         monkeypatch.setenv(name, "")
     words = ["--resume_checkpoint", "auto"]
     with pytest.raises(SystemExit) as left:

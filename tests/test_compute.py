@@ -13,10 +13,10 @@ from harness import TINY, build, flags, run_script, save_weights, write_images
 from parity_cases import fill_parameters, tensor
 from training import read_rows
 
-from improved_diffusion.errors import InputError
-from improved_diffusion.sample_util import for_inference, in_full_batches
+from improved_diffusion.inference.generate import for_inference, in_full_batches
 from improved_diffusion.script_util import compute_defaults, configure_compute
 from improved_diffusion.unet import ResBlock
+from improved_diffusion.utils.errors import InputError
 
 T = th.tensor([3, 20])
 SAMPLE = dict(TINY, image_size=8, num_samples=5, batch_size=2, timestep_respacing=3, seed=1)

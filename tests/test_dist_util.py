@@ -16,7 +16,7 @@ from launchers import TORCHRUN, no_launcher, started_by
 from training import assert_same
 
 from improved_diffusion import dist_util
-from improved_diffusion.errors import InputError
+from improved_diffusion.utils.errors import InputError
 
 
 @pytest.fixture(autouse=True)

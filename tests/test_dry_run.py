@@ -7,7 +7,7 @@ import pytest
 import torch as th
 from harness import TINY, build, flags, run_script, save_weights
 
-from improved_diffusion.dry_run import estimate_memory
+from improved_diffusion.cli.dry_run import estimate_memory
 
 
 def printed(tmp_path, capfd, script, **values):

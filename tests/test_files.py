@@ -7,8 +7,8 @@ import blobfile as bf
 import pytest
 from harness import snapshot
 
-from improved_diffusion.errors import InputError
-from improved_diffusion.files import is_remote, list_folder, write_files
+from improved_diffusion.utils.errors import InputError
+from improved_diffusion.utils.files import is_remote, list_folder, write_files
 
 
 def writer(content):

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from harness import ROOT, TINY, flags, load_script, run_script, save_weights, write_images
 
-from improved_diffusion.command_line import parse_flags
-from improved_diffusion.flags import FLAGS, GROUPS
+from improved_diffusion.cli.parser import parse_flags
+from improved_diffusion.options import FLAGS, GROUPS
 
 SCRIPTS = ["image_train", "image_sample", "image_nll", "super_res_train", "super_res_sample"]
 OTHERS = sorted({path.stem for path in (ROOT / "scripts").glob("*.py")} - set(SCRIPTS))

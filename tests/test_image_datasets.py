@@ -14,7 +14,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from improved_diffusion import image_datasets
-from improved_diffusion.errors import InputError
+from improved_diffusion.data.packed import read_packed_images, write_packed_images
 from improved_diffusion.image_datasets import (
     ImageDataset,
     PackedDataset,
@@ -23,7 +23,7 @@ from improved_diffusion.image_datasets import (
     load_data_once,
     load_superres_data,
 )
-from improved_diffusion.packed_images import read_packed_images, write_packed_images
+from improved_diffusion.utils.errors import InputError
 
 RECORDED_IMAGES = ROOT / "tests" / "data" / "images"
 

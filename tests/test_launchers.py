@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from launchers import MPICH, OPEN_MPI, SLURM, SLURM_STEP, TORCHRUN, clean_environment, no_launcher, started_by
 
 from improved_diffusion import dist_util
-from improved_diffusion.errors import InputError
+from improved_diffusion.utils.errors import InputError
 
 
 @pytest.fixture(autouse=True)

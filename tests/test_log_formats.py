@@ -13,8 +13,8 @@ import torch as th
 from harness import FULL, on_a_full_disk
 from PIL import Image
 
-from improved_diffusion.errors import InputError
-from improved_diffusion.log_formats import (
+from improved_diffusion.utils.errors import InputError
+from improved_diffusion.utils.log_formats import (
     CSVOutputFormat,
     HumanOutputFormat,
     JSONOutputFormat,

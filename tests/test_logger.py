@@ -13,8 +13,9 @@ import pytest
 import torch as th
 from harness import FULL, on_a_full_disk
 
-from improved_diffusion import log_formats, logger
+from improved_diffusion import logger
 from improved_diffusion.logger import KVWriter, Logger, SeqWriter
+from improved_diffusion.utils import log_formats
 
 LAUNCHER_VARIABLES = ["RANK", "WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID"]
 

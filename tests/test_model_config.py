@@ -7,14 +7,14 @@ import pytest
 import torch as th
 from harness import TINY, build, build_sr
 
-from improved_diffusion.errors import InputError
-from improved_diffusion.model_config import read_config, save_config, settle_flags
+from improved_diffusion.cli.run_config import read_config, save_config, settle_flags
+from improved_diffusion.inference.weights import infer_flags
 from improved_diffusion.script_util import (
     extra_model_defaults,
     model_and_diffusion_defaults,
     sr_model_and_diffusion_defaults,
 )
-from improved_diffusion.weights import infer_flags
+from improved_diffusion.utils.errors import InputError
 
 IMAGE_FLAGS = {**model_and_diffusion_defaults(), **extra_model_defaults()}
 SR_FLAGS = {**sr_model_and_diffusion_defaults(), **extra_model_defaults()}

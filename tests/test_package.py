@@ -17,7 +17,7 @@ from packaging.utils import canonicalize_name
 from PIL import Image
 from test_script_util import ORIGINAL_FLAGS
 
-from improved_diffusion.command_line import parse_flags
+from improved_diffusion.cli.parser import parse_flags
 
 MODULES = sorted(path.stem for path in (ROOT / "improved_diffusion").glob("*.py") if path.stem != "__init__")
 SCRIPTS = ["image_train", "image_sample", "image_nll", "super_res_train", "super_res_sample"]

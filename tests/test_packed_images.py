@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from improved_diffusion.errors import InputError
-from improved_diffusion.packed_images import read_packed_images, write_packed_images
+from improved_diffusion.data.packed import read_packed_images, write_packed_images
+from improved_diffusion.utils.errors import InputError
 
 LABELS, CLASSES = [0, 2, 1, 0, 2], ["ant", "日本", "\udcff"]  # the last is a file name that is no text
 

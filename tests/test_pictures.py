@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from improved_diffusion.errors import InputError
-from improved_diffusion.pictures import COLUMNS, GAP, LEAST, ROWS, grid, png, sample_names, write_pngs
+from improved_diffusion.inference.pictures import COLUMNS, GAP, LEAST, ROWS, grid, png, sample_names, write_pngs
+from improved_diffusion.utils.errors import InputError
 
 
 def numbered(count, size=LEAST, channels=3):

@@ -13,9 +13,7 @@ from harness import on_a_terminal, snapshot
 from old_pickles import python2_pickle
 from PIL import Image
 
-from improved_diffusion.errors import InputError
-from improved_diffusion.image_datasets import load_data_once
-from improved_diffusion.prepare_util import (
+from improved_diffusion.data.prepare import (
     check_class,
     check_packed_name,
     check_planar,
@@ -26,6 +24,8 @@ from improved_diffusion.prepare_util import (
     workers,
     write_images,
 )
+from improved_diffusion.image_datasets import load_data_once
+from improved_diffusion.utils.errors import InputError
 
 ROWS = np.random.default_rng(0).integers(0, 256, (5, 3 * 4 * 4)).astype(np.uint8)
 

@@ -6,7 +6,7 @@ import pytest
 import torch as th
 from harness import ROOT, load_script
 
-from improved_diffusion.presets import PRESETS
+from improved_diffusion.cli.presets import PRESETS
 from improved_diffusion.script_util import (
     args_to_dict,
     create_model_and_diffusion,

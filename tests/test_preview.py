@@ -7,9 +7,10 @@ from harness import build
 from PIL import Image
 from training import assert_same, train
 
-from improved_diffusion import checkpoint_util, dist_util, logger
-from improved_diffusion.log_formats import KVWriter
-from improved_diffusion.preview import Preview
+from improved_diffusion import dist_util, logger
+from improved_diffusion.inference.preview import Preview
+from improved_diffusion.training import checkpoints
+from improved_diffusion.utils.log_formats import KVWriter
 
 
 class Pictures(KVWriter):
@@ -33,7 +34,7 @@ def pictures(monkeypatch, tmp_path):
 
 
 def test_the_picture_is_of_the_models_samples_and_random_numbers_stay(tmp_path, diffusion, pictures):
-    before = checkpoint_util.rng_state()
+    before = checkpoints.rng_state()
     preview = Preview(diffusion, (3, 8, 8), 4, {"y": th.tensor([0, 1, 0, 1])})
 
     def model(x, t, y):
@@ -41,7 +42,7 @@ def test_the_picture_is_of_the_models_samples_and_random_numbers_stay(tmp_path, 
 
     preview(lambda: model, str(tmp_path), 7)
     preview(lambda: model, str(tmp_path), 8)
-    assert_same(checkpoint_util.rng_state(), before)
+    assert_same(checkpoints.rng_state(), before)
     first, second = (np.asarray(Image.open(tmp_path / f"preview_{step:06d}.png")) for step in (7, 8))
     assert first.shape == (2 * 50 + 2, 2 * 50 + 2, 3) and first.std() > 10
     np.testing.assert_array_equal(first, second)  # the same noise: the same picture of the same model

@@ -5,9 +5,10 @@ import sys
 import pytest
 from harness import on_a_terminal
 
-from improved_diffusion import dist_util, progress
-from improved_diffusion.log_formats import HumanOutputFormat
-from improved_diffusion.progress import Progress, counting_calls
+from improved_diffusion import dist_util
+from improved_diffusion.utils import progress
+from improved_diffusion.utils.log_formats import HumanOutputFormat
+from improved_diffusion.utils.progress import Progress, counting_calls
 
 
 @pytest.fixture

@@ -5,8 +5,8 @@ import torch as th
 from harness import write_images
 from PIL import Image
 
+from improved_diffusion.data.packed import write_packed_images
 from improved_diffusion.image_datasets import decode_folder, load_data, load_data_once, load_superres_data
-from improved_diffusion.packed_images import write_packed_images
 
 COUNT = 11
 WORDS = dict(batch_size=3, class_cond=True)

@@ -30,9 +30,9 @@ from training import (
 )
 
 from improved_diffusion import dist_util, logger, train_util
-from improved_diffusion.errors import InputError
 from improved_diffusion.train_util import TrainLoop
 from improved_diffusion.unet import UNetModel
+from improved_diffusion.utils.errors import InputError
 
 STEPS = 8
 

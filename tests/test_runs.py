@@ -17,8 +17,9 @@ import pytest
 from harness import ROOT, TINY, TRAIN, build, flags, on_a_terminal, run_script, write_images
 from PIL import Image
 
-from improved_diffusion import logger, progress, runs
-from improved_diffusion.errors import InputError
+from improved_diffusion import logger, runs
+from improved_diffusion.utils import progress
+from improved_diffusion.utils.errors import InputError
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import torch as th
 from harness import LAUNCHER_VARIABLES, ROOT
 from PIL import Image
 
-from improved_diffusion import command_line
+from improved_diffusion.cli import parser
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("sklearn")
@@ -100,7 +100,7 @@ def test_without_an_extra_it_says_so_at_once(tmp_path, missing):
 def test_bad_flags_are_one_line(tmp_path, example, monkeypatch, capfd, words):
     monkeypatch.setattr(sys, "argv", ["s_curve.py", "--out_dir", str(tmp_path / "new"), *words])
     with pytest.raises(SystemExit, match=r"^2$"):
-        command_line.run(example.main)
+        parser.run(example.main)
     out, err = capfd.readouterr()
     assert (out, err.count("\n")) == ("", 1) and words[0].strip("-") in err
 

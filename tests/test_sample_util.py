@@ -8,8 +8,7 @@ from hypothesis import strategies as st
 from parity_cases import ToyModel, make_diffusion
 
 from improved_diffusion import dist_util, logger
-from improved_diffusion.errors import InputError
-from improved_diffusion.sample_util import (
+from improved_diffusion.inference.generate import (
     SampleNoise,
     chosen_labels,
     draw_labels,
@@ -20,6 +19,7 @@ from improved_diffusion.sample_util import (
     save_samples,
     to_uint8,
 )
+from improved_diffusion.utils.errors import InputError
 
 
 class StubDiffusion:

@@ -8,7 +8,6 @@ import torch as th
 from harness import TINY, build, build_sr, load_script
 
 from improved_diffusion import script_util
-from improved_diffusion.errors import InputError
 from improved_diffusion.script_util import (
     add_dict_to_argparser,
     args_to_dict,
@@ -22,6 +21,7 @@ from improved_diffusion.script_util import (
     train_loop_defaults,
 )
 from improved_diffusion.unet import SuperResModel, UNetModel
+from improved_diffusion.utils.errors import InputError
 
 # ---------------------------------------------------------------- the original's flags and defaults
 

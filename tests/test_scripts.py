@@ -12,10 +12,11 @@ from harness import TINY, TRAIN, flags, load_script, run_script, run_subprocess,
 from PIL import Image
 from training import assert_same
 
-from improved_diffusion import command_line, runs
+from improved_diffusion import runs
+from improved_diffusion.cli import parser
 from improved_diffusion.gaussian_diffusion import GaussianDiffusion
 from improved_diffusion.image_datasets import load_data_once
-from improved_diffusion.sample_util import SampleNoise
+from improved_diffusion.inference.generate import SampleNoise
 from improved_diffusion.script_util import (
     create_model_and_diffusion,
     model_and_diffusion_defaults,
@@ -422,7 +423,7 @@ def test_help_under_a_launcher(monkeypatch, tmp_path, capfd):
     monkeypatch.setattr(sys, "argv", ["scripts/image_sample.py", "--help"])
     for name, value in dict(RANK="0", WORLD_SIZE="2", LOCAL_RANK="0").items():
         monkeypatch.setenv(name, value)
-    command_line.run(load_script("image_sample").main)
+    parser.run(load_script("image_sample").main)
     out, err = capfd.readouterr()
     assert err == "" and "--model_path" in out
 

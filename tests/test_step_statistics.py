@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from training import on_one_cpu
 
 from improved_diffusion import dist_util, logger
-from improved_diffusion.step_statistics import StepStatistics, log_loss_dict
+from improved_diffusion.training.statistics import StepStatistics, log_loss_dict
 
 finite = st.floats(-1e6, 1e6, width=32)
 

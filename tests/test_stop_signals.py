@@ -13,8 +13,8 @@ from harness import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
-from improved_diffusion import stop_signals
-from improved_diffusion.stop_signals import SAME_WISH, SIGNALS, StopSignals
+from improved_diffusion.training import signals
+from improved_diffusion.training.signals import SAME_WISH, SIGNALS, StopSignals
 
 
 @pytest.fixture(autouse=True)
@@ -56,9 +56,9 @@ def test_a_signal_is_noted_by_its_name(number):
 @pytest.mark.parametrize("first, second", [(signal.SIGTERM, signal.SIGINT), (signal.SIGINT, signal.SIGTERM)])
 def test_the_same_wish_twice(first, second, monkeypatch):
     """A terminal and a launcher both send: the first counts, and the second does not end the process yet."""
-    monkeypatch.setattr(stop_signals, "SAME_WISH", 1e9)
+    monkeypatch.setattr(signals, "SAME_WISH", 1e9)
     waits = []
-    monkeypatch.setattr(stop_signals.time, "sleep", waits.append)
+    monkeypatch.setattr(signals.time, "sleep", waits.append)
     with StopSignals() as stop:
         signal.raise_signal(first)
         signal.raise_signal(second)
@@ -195,8 +195,8 @@ def test_when_a_process_ends(events):
     stop = StopSignals()
     stop._pipe = None, None
     with contextlib.suppress(Ended), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stop_signals, "os", type("Os", (), dict(read=read, _exit=leave, close=lambda descriptor: None)))
-        patch.setattr(stop_signals.time, "monotonic", lambda: clock[0])
+        patch.setattr(signals, "os", type("Os", (), dict(read=read, _exit=leave, close=lambda descriptor: None)))
+        patch.setattr(signals.time, "monotonic", lambda: clock[0])
         stop._listen()
     assert statuses == ([expected] if expected else [])
 

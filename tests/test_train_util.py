@@ -23,11 +23,11 @@ from training import (
 )
 
 from improved_diffusion import logger, train_util
-from improved_diffusion.errors import InputError, TrainingError
 from improved_diffusion.fp16_util import unflatten_master_params
 from improved_diffusion.resample import LossSecondMomentResampler, create_named_schedule_sampler
 from improved_diffusion.train_util import TrainLoop, get_blob_logdir
 from improved_diffusion.unet import UNetModel
+from improved_diffusion.utils.errors import InputError, TrainingError
 
 
 @pytest.fixture(autouse=True)
@@ -622,7 +622,8 @@ def test_public_attributes():
 
 
 def test_names_the_original_offers():
-    from improved_diffusion import checkpoint_util, fp16_util, nn, step_statistics
+    from improved_diffusion import fp16_util, nn
+    from improved_diffusion.training import checkpoints, statistics
 
     helpers = [
         "make_master_params", "master_params_to_model_params", "model_grads_to_master_grads",
@@ -630,8 +631,8 @@ def test_names_the_original_offers():
     ]  # fmt: skip
     assert all(getattr(train_util, name) is getattr(fp16_util, name) for name in helpers)
     assert train_util.update_ema is nn.update_ema
-    assert train_util.log_loss_dict is step_statistics.log_loss_dict
-    assert train_util.find_ema_checkpoint is checkpoint_util.find_ema_checkpoint
+    assert train_util.log_loss_dict is statistics.log_loss_dict
+    assert train_util.find_ema_checkpoint is checkpoints.find_ema_checkpoint
     assert train_util.find_resume_checkpoint() is None
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch as th
 from harness import TINY, build, build_sr
 
-from improved_diffusion.errors import InputError
-from improved_diffusion.weights import load_weights
+from improved_diffusion.inference.weights import load_weights
+from improved_diffusion.utils.errors import InputError
 
 FILE = dict(TINY, image_size=8, class_cond=True, num_classes=5)
 

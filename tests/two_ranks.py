@@ -16,8 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 from training import NoiselessDiffusion, TinyNet, batches, make_loop, train
 
 from improved_diffusion import dist_util, logger
-from improved_diffusion.errors import TrainingError
 from improved_diffusion.image_datasets import load_data
+from improved_diffusion.utils.errors import TrainingError
 
 
 class Listening(NoiselessDiffusion):

@@ -17,9 +17,10 @@ import numpy as np
 import torch as th
 from training import assert_same
 
-from improved_diffusion import dist_util, sample_util
-from improved_diffusion.errors import InputError
+from improved_diffusion import dist_util
 from improved_diffusion.image_datasets import ImageDataset, load_data
+from improved_diffusion.inference import generate
+from improved_diffusion.utils.errors import InputError
 
 SIZE = 8
 LONGEST = 60  # seconds that a file may take before it counts as a hang
@@ -48,7 +49,7 @@ def damaged(data, rng):
 
 def read(kind, path):
     if kind == "npz":
-        return list(sample_util.load_base_samples(str(path), size=SIZE, channels=3, num_classes=10))
+        return list(generate.load_base_samples(str(path), size=SIZE, channels=3, num_classes=10))
     if kind == "checkpoint":
         return dist_util.load_state_dict(str(path))
     image, _ = ImageDataset(SIZE, [str(path)])[0]

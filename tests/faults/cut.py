@@ -13,7 +13,8 @@ from pathlib import Path
 from harness import run_script
 from processes import lines_of, train_words
 
-from improved_diffusion import checkpoint_util, logger
+from improved_diffusion import logger
+from improved_diffusion.training import checkpoints
 
 LENGTHS = 20
 
@@ -30,7 +31,7 @@ def choose(folder):
     """What "auto" does first, in the form of attempt()."""
     said = io.StringIO()
     with contextlib.redirect_stdout(said), logger.scoped_configure(str(folder / "choice"), ["stdout"]):
-        path = checkpoint_util.find_newest_checkpoint(str(folder))
+        path = checkpoints.find_newest_checkpoint(str(folder))
     return [0, "", [*said.getvalue().splitlines(), f"loading model from checkpoint: {path}..."]]
 
 

@@ -95,9 +95,9 @@ def main():
         return
     become(command)
     if command["start"] == str(train):
-        from improved_diffusion import command_line
+        from improved_diffusion.cli import parser
 
-        command_line.run(train_main)
+        parser.run(train_main)
     else:
         load(command["start"]).main()
 

@@ -10,8 +10,8 @@ from harness import snapshot
 from PIL import Image
 from processes import KINDS, finish, names_of, start, where_it_began
 
-from improved_diffusion.errors import InputError
-from improved_diffusion.sample_util import load_base_samples
+from improved_diffusion.inference.generate import load_base_samples
+from improved_diffusion.utils.errors import InputError
 
 HERE = Path(__file__).parent
 

@@ -9,7 +9,7 @@ import traceback
 import torch as th
 from torch.utils.data import DataLoader, default_collate
 
-from .errors import InputError
+from ..utils.errors import InputError
 
 
 class BatchStream:

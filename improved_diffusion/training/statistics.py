@@ -4,7 +4,7 @@ import math
 
 import torch as th
 
-from . import dist_util, logger
+from .. import dist_util, logger
 
 
 class StepStatistics:

@@ -7,7 +7,7 @@ import re
 import numpy as np
 from PIL import Image
 
-from .files import write_files
+from ..utils.files import write_files
 
 COLUMNS = 10
 ROWS = 20

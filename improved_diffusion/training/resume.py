@@ -6,8 +6,10 @@ All ranks call these functions together; rank 0 looks at the files.
 
 import torch as th
 
-from . import dist_util, logger
-from .checkpoint_util import (
+from .. import dist_util, logger
+from ..fp16_util import make_master_params
+from ..utils.errors import InputError
+from .checkpoints import (
     find_ema_checkpoint,
     find_newest_checkpoint,
     find_optimizer_checkpoint,
@@ -19,8 +21,6 @@ from .checkpoint_util import (
     rng_state,
     set_rng_state,
 )
-from .errors import InputError
-from .fp16_util import make_master_params
 
 
 def find_checkpoint(resume_checkpoint, directory):

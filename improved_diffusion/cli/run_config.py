@@ -10,13 +10,13 @@ import re
 
 import blobfile as bf
 
-from . import dist_util
-from .errors import InputError
-from .files import write_files
-from .flags import FLAGS
+from .. import dist_util
+from ..inference.weights import infer_flags
+from ..options import FLAGS
+from ..script_util import CHANNEL_MULT
+from ..utils.errors import InputError
+from ..utils.files import write_files
 from .presets import PRESETS
-from .script_util import CHANNEL_MULT
-from .weights import infer_flags
 
 CONFIG = "config.json"
 

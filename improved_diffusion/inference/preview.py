@@ -3,10 +3,10 @@
 import blobfile as bf
 import torch as th
 
-from . import dist_util, logger
-from .errors import first_line
+from .. import dist_util, logger
+from ..utils.errors import first_line
+from .generate import SampleNoise, to_uint8
 from .pictures import grid, write_pngs
-from .sample_util import SampleNoise, to_uint8
 
 SEED = 0  # always the same noise: successive pictures show the same samples as they become better
 STEPS = 20  # of DDIM

@@ -6,11 +6,11 @@ import os
 import signal
 import sys
 
-from . import dist_util
-from .errors import InputError, TrainingError, first_line, is_loss_of_a_worker, is_out_of_memory
-from .flags import FLAGS, GROUPS
+from .. import dist_util
+from ..options import FLAGS, GROUPS
+from ..script_util import add_dict_to_argparser, flag_type, str2bool, whole_number
+from ..utils.errors import InputError, TrainingError, first_line, is_loss_of_a_worker, is_out_of_memory
 from .presets import PRESETS
-from .script_util import add_dict_to_argparser, flag_type, str2bool, whole_number
 
 LOG_DIRECTORIES = ("OPENAI_LOGDIR", "DIFFUSION_BLOB_LOGDIR")
 

@@ -15,11 +15,11 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
-from .batch_stream import BatchesInOrder
-from .errors import InputError, first_line
-from .files import is_remote, write_files
-from .packed_images import ENDING, write_packed_images
-from .progress import Progress
+from ..utils.errors import InputError, first_line
+from ..utils.files import is_remote, write_files
+from ..utils.progress import Progress
+from .loader import BatchesInOrder
+from .packed import ENDING, write_packed_images
 
 # ---------------------------------------------------------------- batches of pixels
 

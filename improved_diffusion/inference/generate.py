@@ -4,12 +4,12 @@ import blobfile as bf
 import numpy as np
 import torch as th
 
-from . import dist_util, logger
-from .errors import InputError
-from .files import list_folder, write_files
+from .. import dist_util, logger
+from ..script_util import configure_compute
+from ..utils.errors import InputError
+from ..utils.files import list_folder, write_files
+from ..utils.progress import Progress, counting_calls
 from .pictures import grid, sample_names, write_pngs
-from .progress import Progress, counting_calls
-from .script_util import configure_compute
 
 
 class SampleNoise:

@@ -3,7 +3,7 @@
 import sys
 import time
 
-from . import dist_util, logger
+from .. import dist_util, logger
 
 SECONDS_BETWEEN_LINES = 60
 

@@ -6,9 +6,9 @@ import torch as th
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from . import dist_util
-from .flags import FLAGS, GROUPS
-from .script_util import args_to_dict
+from .. import dist_util
+from ..options import FLAGS, GROUPS
+from ..script_util import args_to_dict
 
 MIB = 2**20
 

@@ -23,9 +23,9 @@ import blobfile as bf
 import numpy as np
 import torch as th
 
-from . import dist_util, logger
-from .errors import InputError, first_line
-from .files import TEMPORARY, list_folder, write_files
+from .. import dist_util, logger
+from ..utils.errors import InputError, first_line
+from ..utils.files import TEMPORARY, list_folder, write_files
 
 
 def model_filename(step):

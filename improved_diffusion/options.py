@@ -6,7 +6,7 @@ Types and defaults are those of the dicts in script_util.py and of the scripts.
 
 from typing import NamedTuple
 
-from .presets import PRESETS
+from .cli.presets import PRESETS
 
 
 class Flag(NamedTuple):

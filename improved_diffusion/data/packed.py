@@ -21,8 +21,8 @@ import zipfile
 
 import numpy as np
 
-from .errors import InputError, first_line
-from .files import is_remote, write_files
+from ..utils.errors import InputError, first_line
+from ..utils.files import is_remote, write_files
 
 ENDING = ".npz"
 EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest time that an archive can hold: the same images make the same file

@@ -4,8 +4,8 @@ import itertools
 
 import torch as th
 
-from . import dist_util
-from .errors import InputError
+from .. import dist_util
+from ..utils.errors import InputError
 
 
 def load_weights(model, path, flag="model_path"):
