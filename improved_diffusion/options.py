@@ -1,149 +1,406 @@
 """
-Every flag of the scripts: its group in --help, what it says there, and which values can work.
+Every option of the library, one row each: name, type, default, help and valid values.
 
-Types and defaults are those of the dicts in script_util.py and of the scripts.
+A group of options is a frozen dataclass, whose fields are the rows. Everything else is derived from them: the
+defaults dictionaries of script_util.py, the scripts' flags with their --help and checks (cli/parser.py), config.json
+(cli/run_config.py) and the table in docs/flags.md. To add an option, add a row.
+
+    options = TrainOptions(training=TrainingOptions(lr=2e-4))
+    options.training.lr
+    data = options.call(load_data, class_names=None)  # the options that load_data() takes, by name
 """
 
-from typing import NamedTuple
+import dataclasses
+import functools
+import inspect
+import types
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
-from .cli.presets import PRESETS
+from .utils.errors import InputError
+
+T = TypeVar("T")
+S = TypeVar("S", bound="ScriptOptions")
+
+MAX_PIXELS = 2**16  # of an image's side
 
 
-class Flag(NamedTuple):
-    """One line of --help, and a check of the value by itself."""
+@dataclass(frozen=True)
+class Valid:
+    """
+    The values that an option may have.
 
+    :param above, below: exclusive bounds.
+    :param several: the value is text: numbers separated by commas, each within the bounds.
+    :param required: "" is refused.
+    """
+
+    minimum: float | None = None
+    maximum: float | None = None
+    above: float | None = None
+    below: float | None = None
+    choices: tuple = ()
+    several: bool = False
+    required: str = ""  # what to give
+
+    def accepts(self, value: Any) -> bool:
+        """Whether an option may have the value. None stands for no value."""
+        if self.several:
+            try:
+                return all(self._in_range(float(v)) for v in str(value).split(","))
+            except ValueError:
+                return False
+        if self.required:
+            return value != ""
+        return value is None or (value in self.choices if self.choices else self._in_range(value))
+
+    def _in_range(self, value):
+        # written so that NaN is in no range
+        return (
+            (self.minimum is None or value >= self.minimum)
+            and (self.maximum is None or value <= self.maximum)
+            and (self.above is None or value > self.above)
+            and (self.below is None or value < self.below)
+        )
+
+    def __str__(self):
+        if self.required:
+            return self.required
+        if self.choices:
+            return " or ".join(map(str, self.choices))
+        bounds = [
+            f"{value} or more" if self.maximum is None else f"{value}" for value in [self.minimum] if value is not None
+        ]
+        bounds += [f"more than {value}" for value in [self.above] if value is not None]
+        bounds += [f"to {value}" for value in [self.maximum] if value is not None]
+        bounds += [f"below {value}" for value in [self.below] if value is not None]
+        text = " ".join(bounds).replace("or more below", "or more, below")
+        return f"{text}, or several separated by commas" if self.several else text
+
+
+def option(default, help, **valid) -> Any:
+    """One row: a dataclass field with its help and Valid values."""
+    return dataclasses.field(default=default, metadata={"help": help, "valid": Valid(**valid) if valid else None})
+
+
+@dataclass(frozen=True)
+class Option:
+    """A row as parsers and documents use it."""
+
+    name: str
+    type: type
+    default: Any
     group: str
     help: str
-    works: object = None  # function of the value, whether it can work; None for whatever the type allows
-    right: str = ""  # what can, in words
+    valid: Valid | None
 
 
-def _at_least(least):
-    return (lambda v: v >= least), f"{least} or more"
+class Group:
+    """
+    Base of the groups of options.
+
+    :raises InputError: naming the option whose value is not valid.
+    """
+
+    title: typing.ClassVar[str]
+
+    def __post_init__(self):
+        for row in rows(type(self)):
+            check(row, getattr(self, row.name))
 
 
-def _between(least, most):
-    return (lambda v: least <= v <= most), f"{least} or more, at most {most}"
+def check(row: Option, value) -> None:
+    """:raises InputError: if an option of this row cannot have the value."""
+    if row.valid is not None and not row.valid.required and not row.valid.accepts(value):
+        raise InputError(f"{row.name} {value}: give {row.valid}")
 
 
-def _one_of(*names):
-    return (lambda v: v in names), " or ".join(map(str, names))
+@functools.cache
+def rows(group: type) -> tuple[Option, ...]:
+    """The options of a group, or of all groups of a script's options, in the order of their declaration."""
+    found = []
+    for field in dataclasses.fields(group):
+        if dataclasses.is_dataclass(field.type):
+            found += rows(field.type)
+            continue
+        kind = field.type
+        if isinstance(kind, types.UnionType):  # int | None
+            kind = next(t for t in typing.get_args(kind) if t is not type(None))
+        found.append(Option(field.name, kind, field.default, group.title, **field.metadata))
+    return tuple(found)
 
 
-def _floats(text):
-    try:
-        return [float(v) for v in str(text).split(",")]
-    except ValueError:
-        return [-1.0]
+# ---------------------------------------------------------------- groups
 
 
-MODEL, DIFFUSION, TRAINING, DATA, SAMPLING, OUTPUT, COMPUTING = (
-    "model",
-    "diffusion",
-    "training",
-    "data",
-    "sampling",
-    "output",
-    "computing",
-)
-PIXELS = 2**16  # of an image's side, at most
-GROUPS = (DATA, MODEL, DIFFUSION, TRAINING, SAMPLING, OUTPUT, COMPUTING)  # in the order of --help
+@dataclass(frozen=True)
+class DataOptions(Group):
+    title = "data"
 
-FLAGS = {
-    # ---- data
-    "data_dir": Flag(DATA, "folder of images, searched recursively, or a file that prepare_images.py packed"),
-    "base_samples": Flag(DATA, "npz file of small images to enlarge, such as image_sample.py writes"),
-    "random_flip": Flag(DATA, "mirror half of the images, drawn anew each time an image comes"),
-    "num_workers": Flag(
-        DATA,
-        "processes that decode images; 0 for none but this one; -1 for one (none for packed images), or to prepare "
-        "images for one a processor core",
-        (lambda v: v >= -1),
-        "0 or more, or -1",
-    ),
-    "pin_memory": Flag(DATA, "where there is a GPU, read images into page-locked memory, for quicker copies to it"),
-    "max_images": Flag(DATA, "use only so many images; 0 for all", *_at_least(0)),
-    "batch_size": Flag(DATA, "images at once on each rank", *_between(1, 2**24)),
-    # ---- model
-    "preset": Flag(MODEL, f"flags of a published model, where they are not given: {', '.join(PRESETS)}"),
-    "model_path": Flag(MODEL, "weights, such as ema_0.9999_200000.pt; the config.json beside it gives the flags"),
-    "image_size": Flag(MODEL, "height and width of the images, in pixels", *_between(1, PIXELS)),
-    "large_size": Flag(MODEL, "height and width of the enlarged images, in pixels", *_between(1, PIXELS)),
-    "small_size": Flag(MODEL, "height and width of the images to enlarge, in pixels"),
-    "image_channels": Flag(MODEL, "3 for RGB, 1 for greyscale", *_one_of(1, 3)),
-    "num_channels": Flag(MODEL, "channels of the first level, a multiple of 32", *_between(32, 2**16)),
-    "channel_mult": Flag(
-        MODEL,
-        "channels of each level as multiples of num_channels, such as 1,2,2; "
-        "built in for sizes 32, 64, 128, 256 and 512",
-    ),
-    "num_res_blocks": Flag(MODEL, "residual blocks a level", *_at_least(1)),
-    "attention_resolutions": Flag(MODEL, "sizes at which there is attention, with commas, in pixels"),
-    "num_heads": Flag(MODEL, "heads of attention"),
-    "num_heads_upsample": Flag(MODEL, "heads on the way up; -1 for num_heads"),
-    "use_scale_shift_norm": Flag(MODEL, "the step's embedding scales and shifts normalised features; else it is added"),
-    "dropout": Flag(
-        MODEL, "fraction of features dropped in training", (lambda v: 0 <= v < 1), "at least 0 and below 1"
-    ),
-    "class_cond": Flag(MODEL, "class-conditional; the class of a file is its name up to the first underscore"),
-    "num_classes": Flag(MODEL, "classes that a class-conditional model knows", *_at_least(1)),
-    "learn_sigma": Flag(MODEL, "the model also predicts the variances of the reverse process"),
-    # ---- diffusion
-    "diffusion_steps": Flag(DIFFUSION, "timesteps of the whole process", *_at_least(1)),
-    "noise_schedule": Flag(DIFFUSION, "how the noise grows: linear or cosine", *_one_of("linear", "cosine")),
-    "timestep_respacing": Flag(
-        DIFFUSION, "timesteps to use: 250, ddim50, or counts for equal sections, such as 10,15; empty for all"
-    ),
-    "sigma_small": Flag(DIFFUSION, "the smaller of the two fixed variances, where none is learned"),
-    "predict_xstart": Flag(DIFFUSION, "the model predicts the image instead of the noise"),
-    "rescale_timesteps": Flag(DIFFUSION, "show the model timesteps as if there were 1000"),
-    "use_kl": Flag(DIFFUSION, "minimise the variational bound instead of the squared error"),
-    "rescale_learned_sigmas": Flag(DIFFUSION, "weigh the bound in the hybrid loss as if there were 1000 timesteps"),
-    # ---- training
-    "schedule_sampler": Flag(
-        TRAINING,
-        "which timesteps to train on: uniform or loss-second-moment",
-        *_one_of("uniform", "loss-second-moment"),
-    ),
-    "lr": Flag(TRAINING, "learning rate of AdamW", (lambda v: v > 0), "more than 0"),
-    "weight_decay": Flag(TRAINING, "weight decay of AdamW", *_at_least(0)),
-    "lr_anneal_steps": Flag(
-        TRAINING, "stop after so many steps, the learning rate falling to 0; 0 for never", *_at_least(0)
-    ),
-    "max_steps": Flag(TRAINING, "stop after so many steps; 0 for never", *_at_least(0)),
-    "microbatch": Flag(TRAINING, "images at once in the network: memory only; -1 for batch_size"),
-    "ema_rate": Flag(
-        TRAINING,
-        "decay of the weights' moving average a step; several with commas",
-        (lambda v: all(0 <= rate < 1 for rate in _floats(v))),
-        "at least 0 and below 1, or several with commas",
-    ),
-    "resume_checkpoint": Flag(
-        TRAINING, "model file to continue from, or auto: the newest complete one of the log directory"
-    ),
-    "fp16_scale_growth": Flag(TRAINING, "growth of the float16 loss scale's log2 a step", *_between(0, 1)),
-    # ---- sampling
-    "num_samples": Flag(SAMPLING, "images to draw, or for image_nll to measure", *_at_least(1)),
-    "classes": Flag(SAMPLING, "classes to draw, in turn (3,7 or cat,dog), or with how many of each (3:10,7:5)"),
-    "use_ddim": Flag(SAMPLING, "sample by DDIM, for few timesteps"),
-    "clip_denoised": Flag(SAMPLING, "clip predicted images to the range of pixels"),
-    # ---- output
-    "log_dir": Flag(OUTPUT, "folder for all that is written; default OPENAI_LOGDIR, else a new one in runs/"),
-    "log_interval": Flag(OUTPUT, "steps between rows of the log", *_at_least(1)),
-    "save_interval": Flag(OUTPUT, "steps between checkpoints", *_at_least(1)),
-    "keep_checkpoints": Flag(OUTPUT, "delete all but so many of the newest checkpoints; 0 keeps all", *_at_least(0)),
-    "preview_samples": Flag(OUTPUT, "samples drawn at each checkpoint, as a picture; 0 for none", *_at_least(0)),
-    "save_images": Flag(OUTPUT, "also write each sample as a PNG file"),
-    "dry_run": Flag(OUTPUT, "print the flags, the model's size, the memory it takes and the timesteps, and stop"),
-    # ---- computing
-    "use_checkpoint": Flag(COMPUTING, "recompute activations instead of keeping them: less memory, more time"),
-    "use_fp16": Flag(COMPUTING, "the network's torso in float16"),
-    "use_bf16": Flag(COMPUTING, "the network's torso under autocast to bfloat16"),
-    "compile": Flag(COMPUTING, "the network through torch.compile"),
-    "seed": Flag(
-        COMPUTING,
-        "makes a run on one CPU machine repeatable to the last bit; default: another one each time",
-        (lambda v: v is None or 0 <= v < 2**63),
-        f"0 or more, at most {2**63 - 1}",
-    ),
-}
+    data_dir: str = option(
+        "",
+        "folder of images, searched recursively, or packed images that prepare.py wrote",
+        required="a folder of images, or packed ones",
+    )
+    num_workers: int = option(
+        -1, "processes that decode images; 0 = the main process; -1 = one for a folder, none if packed", minimum=-1
+    )
+    pin_memory: bool = option(True, "with a GPU: load batches into page-locked memory, for faster copies")
+
+
+@dataclass(frozen=True)
+class NetworkOptions(Group):
+    title = "model"
+
+    num_channels: int = option(128, "channels of the first level, a multiple of 32", minimum=32, maximum=2**16)
+    num_res_blocks: int = option(2, "residual blocks per level", minimum=1, maximum=1024)
+    num_heads: int = option(4, "attention heads")
+    num_heads_upsample: int = option(-1, "attention heads in the decoder; -1 = num_heads")
+    attention_resolutions: str = option("16,8", "image sizes with attention, in pixels, separated by commas")
+    dropout: float = option(0.0, "dropout probability in training", minimum=0, below=1)
+    class_cond: bool = option(False, "class-conditional; a file's class is its name up to the first underscore")
+    use_checkpoint: bool = option(False, "recompute activations in the backward pass: less memory, more time")
+    use_scale_shift_norm: bool = option(True, "the embedding scales and shifts normalized features; else it is added")
+    num_classes: int = option(1000, "number of classes of a class-conditional model", minimum=1, maximum=2**24)
+    image_channels: int = option(3, "3 for RGB, 1 for greyscale", choices=(1, 3))
+    channel_mult: str = option(
+        "", "channels per level in multiples of num_channels, such as 1,2,2; built in for sizes 32 to 512"
+    )
+
+
+@dataclass(frozen=True)
+class ModelOptions(NetworkOptions):
+    image_size: int = option(64, "height and width of the images, in pixels", minimum=1, maximum=MAX_PIXELS)
+
+
+@dataclass(frozen=True)
+class SuperResModelOptions(NetworkOptions):
+    large_size: int = option(256, "height and width of the output, in pixels", minimum=1, maximum=MAX_PIXELS)
+    small_size: int = option(64, "height and width of the input, in pixels", minimum=1, maximum=MAX_PIXELS)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.small_size > self.large_size:
+            raise InputError(f"small_size {self.small_size}: give 1 to large_size ({self.large_size})")
+
+
+@dataclass(frozen=True)
+class DiffusionOptions(Group):
+    title = "diffusion"
+
+    learn_sigma: bool = option(False, "the model also predicts the variances of the reverse process")
+    diffusion_steps: int = option(1000, "number of timesteps", minimum=1, maximum=2**20)
+    noise_schedule: str = option("linear", "linear or cosine", choices=("linear", "cosine"))
+    timestep_respacing: str = option(
+        "", "timesteps to use: 250, ddim50, or counts for equal sections, such as 10,15; empty = all"
+    )
+    sigma_small: bool = option(False, "fixed variances: the posterior's instead of beta")
+    use_kl: bool = option(False, "minimize the variational bound instead of the squared error")
+    predict_xstart: bool = option(False, "the model predicts x_start instead of the noise")
+    rescale_timesteps: bool = option(True, "the model sees timesteps scaled to 0...1000")
+    rescale_learned_sigmas: bool = option(True, "weigh the bound in the hybrid loss as if there were 1000 timesteps")
+
+
+@dataclass(frozen=True)
+class TrainingOptions(Group):
+    title = "training"
+
+    batch_size: int = option(1, "images per step on each rank", minimum=1, maximum=2**24)
+    microbatch: int = option(-1, "images per forward pass; changes memory only; -1 = batch_size", minimum=-1)
+    lr: float = option(1e-4, "learning rate of AdamW", above=0)
+    weight_decay: float = option(0.0, "weight decay of AdamW", minimum=0)
+    lr_anneal_steps: int = option(0, "number of steps, the learning rate falling to 0; 0 = no limit", minimum=0)
+    max_steps: int = option(0, "number of steps; 0 = no limit", minimum=0)
+    ema_rate: str = option(
+        "0.9999", "decay of the weights' moving average; several separated by commas", several=True, minimum=0, below=1
+    )
+    schedule_sampler: str = option("uniform", "how training draws timesteps", choices=("uniform", "loss-second-moment"))
+    random_flip: bool = option(False, "mirror each image with probability 1/2")
+    resume_checkpoint: str = option("", "model file to resume from, or auto: the newest complete one of log_dir")
+    fp16_scale_growth: float = option(1e-3, "growth of log2 of the float16 loss scale per step", minimum=0, maximum=1)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not (self.microbatch == -1 or 1 <= self.microbatch <= self.batch_size):
+            raise InputError(
+                f"microbatch {self.microbatch}: give 1 to batch_size ({self.batch_size}), or -1 for all of it"
+            )
+
+
+@dataclass(frozen=True)
+class WeightsOptions(Group):
+    title = "sampling"
+
+    model_path: str = option(
+        "",
+        "weights, such as ema_0.9999_200000.pt; the config.json beside it holds the model's flags",
+        required="a file such as ema_0.9999_200000.pt",
+    )
+    batch_size: int = option(1, "images per batch on each rank", minimum=1, maximum=2**24)
+    clip_denoised: bool = option(True, "clamp the predicted x_start to [-1, 1]")
+
+
+@dataclass(frozen=True)
+class LikelihoodOptions(WeightsOptions):
+    num_samples: int = option(1000, "number of images to evaluate", minimum=1, maximum=2**31)
+
+
+@dataclass(frozen=True)
+class SamplingOptions(WeightsOptions):
+    batch_size: int = option(16, "images per batch on each rank", minimum=1, maximum=2**24)
+    num_samples: int = option(10000, "number of images to draw", minimum=1, maximum=2**31)
+    sampler: str = option("ancestral", "ancestral or ddim", choices=("ancestral", "ddim"))
+    use_ddim: bool = option(False, "the same as sampler ddim")
+
+    @property
+    def sampler_name(self) -> str:
+        return "ddim" if self.use_ddim else self.sampler
+
+
+@dataclass(frozen=True)
+class ClassSamplingOptions(SamplingOptions):
+    classes: str = option("", "classes to draw, in turn (3,7 or cat,dog), or with their counts (3:10,7:5)")
+
+
+@dataclass(frozen=True)
+class SuperResSamplingOptions(SamplingOptions):
+    base_samples: str = option(
+        "",
+        "npz file of small images, such as image_sample.py writes",
+        required="an npz file of images",
+    )
+
+
+@dataclass(frozen=True)
+class TrainOutputOptions(Group):
+    title = "output"
+
+    log_interval: int = option(10, "steps between rows of the log", minimum=1)
+    save_interval: int = option(10000, "steps between checkpoints", minimum=1)
+    keep_checkpoints: int = option(0, "number of checkpoints to keep; 0 = all", minimum=0)
+    preview_samples: int = option(16, "samples drawn at each checkpoint; 0 = none", minimum=0, maximum=2**16)
+
+
+@dataclass(frozen=True)
+class SampleOutputOptions(Group):
+    title = "output"
+
+    save_images: bool = option(False, "also write each sample as a PNG file")
+
+
+@dataclass(frozen=True)
+class ComputeOptions(Group):
+    title = "compute"
+
+    use_fp16: bool = option(False, "the torso of the network in float16")
+    use_bf16: bool = option(False, "the torso of the network under autocast to bfloat16")
+    compile: bool = option(False, "torch.compile the network")
+    seed: int | None = option(
+        None, "seed; makes runs on one CPU machine equal bit for bit", minimum=0, maximum=2**63 - 1
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.use_fp16 and self.use_bf16:
+            raise InputError("use_fp16 True and use_bf16 True: choose one of them")
+
+
+@dataclass(frozen=True)
+class GeneralOptions(Group):
+    """Options of one call of a script; config.json does not keep them."""
+
+    title = "general"
+
+    preset: str = option("", "flags of a published model, where they are not given: see docs/published_models.md")
+    log_dir: str = option("", "folder for all output; default: OPENAI_LOGDIR, else a new one in runs/")
+    dry_run: bool = option(False, "print the flags, the model's size and memory, and the timesteps, and stop")
+
+
+# ---------------------------------------------------------------- what each script takes
+
+
+@dataclass(frozen=True)
+class ScriptOptions:
+    """Base of the options of one script: a field per group."""
+
+    general: GeneralOptions = GeneralOptions()
+
+    def values(self) -> dict[str, Any]:
+        """All options of all groups, {name: value}."""
+        return {name: value for group in dataclasses.asdict(self).values() for name, value in group.items()}
+
+    def of_the_run(self) -> dict[str, Any]:
+        """The options that describe a run, whichever call of a script continues it."""
+        general = dataclasses.asdict(self.general)
+        return {name: value for name, value in self.values().items() if name not in general}
+
+    def call(self, function: Callable[..., T], **arguments) -> T:
+        """
+        function(**arguments), with the options that it takes as parameters of the same name.
+
+        :param arguments: take precedence over the options.
+        """
+        parameters = inspect.signature(function).parameters
+        return function(**{**{k: v for k, v in self.values().items() if k in parameters}, **arguments})
+
+    def replace(self: S, **values) -> S:
+        """
+        These options with other values.
+
+        :param values: {name: value}; names that are no options of this script are ignored.
+        :raises InputError: naming the option whose value is not valid.
+        """
+        values = {**self.values(), **values}
+        groups = {field.name: type(getattr(self, field.name)) for field in dataclasses.fields(self)}
+        return type(self)(
+            **{name: group(**{row.name: values[row.name] for row in rows(group)}) for name, group in groups.items()}
+        )
+
+
+@dataclass(frozen=True)
+class TrainOptions(ScriptOptions):
+    data: DataOptions = DataOptions()
+    model: ModelOptions = ModelOptions()
+    diffusion: DiffusionOptions = DiffusionOptions()
+    training: TrainingOptions = TrainingOptions()
+    output: TrainOutputOptions = TrainOutputOptions()
+    compute: ComputeOptions = ComputeOptions()
+
+
+@dataclass(frozen=True)
+class SuperResTrainOptions(ScriptOptions):
+    data: DataOptions = DataOptions()
+    model: SuperResModelOptions = SuperResModelOptions()
+    diffusion: DiffusionOptions = DiffusionOptions()
+    training: TrainingOptions = TrainingOptions()
+    output: TrainOutputOptions = TrainOutputOptions()
+    compute: ComputeOptions = ComputeOptions()
+
+
+@dataclass(frozen=True)
+class SampleOptions(ScriptOptions):
+    model: ModelOptions = ModelOptions()
+    diffusion: DiffusionOptions = DiffusionOptions()
+    sampling: ClassSamplingOptions = ClassSamplingOptions()
+    output: SampleOutputOptions = SampleOutputOptions()
+    compute: ComputeOptions = ComputeOptions()
+
+
+@dataclass(frozen=True)
+class SuperResSampleOptions(ScriptOptions):
+    model: SuperResModelOptions = SuperResModelOptions()
+    diffusion: DiffusionOptions = DiffusionOptions()
+    sampling: SuperResSamplingOptions = SuperResSamplingOptions()
+    output: SampleOutputOptions = SampleOutputOptions()
+    compute: ComputeOptions = ComputeOptions()
+
+
+@dataclass(frozen=True)
+class LikelihoodScriptOptions(ScriptOptions):
+    data: DataOptions = DataOptions()
+    model: ModelOptions = ModelOptions()
+    diffusion: DiffusionOptions = DiffusionOptions()
+    likelihood: LikelihoodOptions = LikelihoodOptions()
+    compute: ComputeOptions = ComputeOptions()

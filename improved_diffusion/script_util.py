@@ -1,16 +1,18 @@
 """
 Defaults and factories: how flags become a model and a diffusion.
 
-A flag is a key of a defaults dict; its type is that of its default. The dicts below hold the
-original's flags, extra_model_defaults() those that came later.
+The original's interface over options.py: defaults as dictionaries, and factories that take each option by its name.
 """
 
 import argparse
-import inspect
+import dataclasses
 import os
 import shutil
+from collections.abc import Iterable
+from typing import Any
 
 from . import gaussian_diffusion as gd
+from .options import DiffusionOptions, ModelOptions, SuperResModelOptions, rows
 from .respace import SpacedDiffusion, space_timesteps
 from .unet import SuperResModel, UNetModel
 from .utils.errors import InputError
@@ -27,68 +29,27 @@ CHANNEL_MULT = {  # by image size: channels of each level, as multiples of num_c
 }
 
 
+# options that the original does not have; the factories give them defaults
+EXTRA = ("num_classes", "image_channels", "channel_mult")
+
+
 # ---------------------------------------------------------------- defaults
 
 
-def model_and_diffusion_defaults():
-    """Flags of a model of images and its diffusion."""
-    return dict(image_size=64, sigma_small=False, **_shared_defaults())
+def model_and_diffusion_defaults() -> dict[str, Any]:
+    """Options of an image model and its diffusion, as in the original."""
+    return _defaults(ModelOptions, DiffusionOptions)
 
 
-def sr_model_and_diffusion_defaults():
-    """Flags of a super-resolution model and its diffusion."""
-    return dict(large_size=256, small_size=64, **_shared_defaults())
+def sr_model_and_diffusion_defaults() -> dict[str, Any]:
+    """Options of a super-resolution model and its diffusion, as in the original."""
+    defaults = _defaults(SuperResModelOptions, DiffusionOptions)
+    del defaults["sigma_small"]  # not an option of super-resolution in the original
+    return defaults
 
 
-def _shared_defaults():
-    return dict(
-        num_channels=128,
-        num_res_blocks=2,
-        num_heads=4,
-        num_heads_upsample=-1,
-        attention_resolutions="16,8",
-        dropout=0.0,
-        learn_sigma=False,
-        class_cond=False,
-        diffusion_steps=1000,
-        noise_schedule="linear",
-        timestep_respacing="",
-        use_kl=False,
-        predict_xstart=False,
-        rescale_timesteps=True,
-        rescale_learned_sigmas=True,
-        use_checkpoint=False,
-        use_scale_shift_norm=True,
-    )
-
-
-def extra_model_defaults():
-    """Flags that the factories take beyond the original's; these values change nothing."""
-    return dict(num_classes=NUM_CLASSES, image_channels=3, channel_mult="")
-
-
-def compute_defaults():
-    """Flags of how the network computes, see configure_compute()."""
-    return dict(use_fp16=False, use_bf16=False, compile=False)
-
-
-def train_loop_defaults():
-    """Flags that TrainLoop takes by the same names."""
-    return dict(
-        lr=1e-4,
-        weight_decay=0.0,
-        lr_anneal_steps=0,
-        max_steps=0,
-        batch_size=1,
-        microbatch=-1,
-        ema_rate="0.9999",
-        log_interval=10,
-        save_interval=10000,
-        keep_checkpoints=0,
-        resume_checkpoint="",
-        use_fp16=False,
-        fp16_scale_growth=1e-3,
-    )
+def _defaults(*groups):
+    return {row.name: row.default for group in groups for row in rows(group) if row.name not in EXTRA}
 
 
 # ---------------------------------------------------------------- factories
@@ -117,16 +78,23 @@ def create_model_and_diffusion(
     num_classes=None,
     image_channels=3,
     channel_mult="",
-):
+) -> tuple[UNetModel, SpacedDiffusion]:
     """
-    Build what the flags of model_and_diffusion_defaults() and extra_model_defaults() describe.
+    The model and the diffusion of the options in model_and_diffusion_defaults().
 
-    :return: (UNetModel, SpacedDiffusion).
-    :raises InputError: (a ValueError) naming the flag that cannot work.
+    :raises InputError: (a ValueError) naming the option that is not valid.
     """
-    flags = locals()
-    diffusion = create_diffusion(flags)  # first: its errors cost nothing
-    return _call(create_model, flags), diffusion
+    # the diffusion first: its errors cost nothing
+    diffusion = create_gaussian_diffusion(
+        steps=diffusion_steps, learn_sigma=learn_sigma, sigma_small=sigma_small, noise_schedule=noise_schedule,
+        use_kl=use_kl, predict_xstart=predict_xstart, rescale_timesteps=rescale_timesteps,
+        rescale_learned_sigmas=rescale_learned_sigmas, timestep_respacing=timestep_respacing,
+    )  # fmt: skip
+    model = create_model(
+        image_size, num_channels, num_res_blocks, learn_sigma, class_cond, use_checkpoint, attention_resolutions,
+        num_heads, num_heads_upsample, use_scale_shift_norm, dropout, num_classes, image_channels, channel_mult,
+    )  # fmt: skip
+    return model, diffusion
 
 
 def sr_create_model_and_diffusion(
@@ -152,21 +120,20 @@ def sr_create_model_and_diffusion(
     num_classes=None,
     image_channels=3,
     channel_mult="",
-):
-    """
-    As create_model_and_diffusion(), for the flags of sr_model_and_diffusion_defaults().
-
-    :return: (SuperResModel, SpacedDiffusion).
-    """
-    flags = locals()
-    diffusion = create_diffusion(flags)
-    return _call(sr_create_model, flags), diffusion
-
-
-def _call(factory, flags, **renamed):
-    """Call a factory with those of the flags that it takes."""
-    names = inspect.signature(factory).parameters
-    return factory(**{name: value for name, value in flags.items() if name in names}, **renamed)
+    sigma_small=False,
+) -> tuple[SuperResModel, SpacedDiffusion]:
+    """create_model_and_diffusion() for the options in sr_model_and_diffusion_defaults()."""
+    diffusion = create_gaussian_diffusion(
+        steps=diffusion_steps, learn_sigma=learn_sigma, sigma_small=sigma_small, noise_schedule=noise_schedule,
+        use_kl=use_kl, predict_xstart=predict_xstart, rescale_timesteps=rescale_timesteps,
+        rescale_learned_sigmas=rescale_learned_sigmas, timestep_respacing=timestep_respacing,
+    )  # fmt: skip
+    model = sr_create_model(
+        large_size, small_size, num_channels, num_res_blocks, learn_sigma, class_cond, use_checkpoint,
+        attention_resolutions, num_heads, num_heads_upsample, use_scale_shift_norm, dropout,
+        num_classes, image_channels, channel_mult,
+    )  # fmt: skip
+    return model, diffusion
 
 
 def create_model(
@@ -184,15 +151,18 @@ def create_model(
     num_classes=None,
     image_channels=3,
     channel_mult="",
-):
+) -> UNetModel:
     """
-    :param attention_resolutions: image sizes at which there is attention, a string with commas.
+    :param attention_resolutions: image sizes with attention, text separated by commas.
     :param num_classes: number of labels, if class_cond; NUM_CLASSES if None.
-    :param channel_mult: "" for the one that belongs to the size, or a string such as "1,2,2".
-    :return: a UNetModel.
-    :raises InputError: if sizes, channels and heads do not go together.
+    :param channel_mult: "" for the multipliers of the size, or text such as "1,2,2".
+    :raises InputError: if sizes, channels and heads do not fit together.
     """
-    return _create_unet(UNetModel, "image_size", locals())
+    return _create_unet(
+        UNetModel, "image_size", image_size, num_channels, num_res_blocks, learn_sigma, class_cond, use_checkpoint,
+        attention_resolutions, num_heads, num_heads_upsample, use_scale_shift_norm, dropout,
+        num_classes, image_channels, channel_mult,
+    )  # fmt: skip
 
 
 def sr_create_model(
@@ -211,92 +181,89 @@ def sr_create_model(
     num_classes=None,
     image_channels=3,
     channel_mult="",
-):
-    """
-    As create_model(), at large_size; the network takes low-resolution images of any size.
+) -> SuperResModel:
+    """create_model() at large_size; the network takes low-resolution images of any size."""
+    return _create_unet(
+        SuperResModel, "large_size", large_size, num_channels, num_res_blocks, learn_sigma, class_cond, use_checkpoint,
+        attention_resolutions, num_heads, num_heads_upsample, use_scale_shift_norm, dropout,
+        num_classes, image_channels, channel_mult,
+    )  # fmt: skip
 
-    :return: a SuperResModel.
-    """
-    return _create_unet(SuperResModel, "large_size", locals())
 
-
-def _create_unet(cls, size_flag, flags):
-    mult = _channel_mult(size_flag, flags[size_flag], flags["channel_mult"])
-    resolutions = _numbers("attention_resolutions", flags["attention_resolutions"], int)
-    _check_shapes(size_flag, mult, resolutions, flags)
+def _create_unet(
+    cls, size_name, size, num_channels, num_res_blocks, learn_sigma, class_cond, use_checkpoint,
+    attention_resolutions, num_heads, num_heads_upsample, use_scale_shift_norm, dropout,
+    num_classes, image_channels, channel_mult,
+):  # fmt: skip
+    mult = _channel_mult(size_name, size, channel_mult)
+    resolutions = _numbers("attention_resolutions", attention_resolutions, int)
+    levels = {level for level in range(len(mult)) if 2**level in [size // r for r in resolutions]}
+    _check_shapes(size_name, size, num_channels, mult)
+    # the middle block has attention too, at the last level
+    _check_heads("num_heads", num_heads, [num_channels * mult[level] for level in {*levels, len(mult) - 1}])
+    if num_heads_upsample != -1:
+        _check_heads("num_heads_upsample", num_heads_upsample, [num_channels * mult[level] for level in levels])
+    if num_classes is None:
+        num_classes = NUM_CLASSES  # read late: scripts for the original assign to it
     return cls(
-        in_channels=flags["image_channels"],
-        model_channels=flags["num_channels"],
-        out_channels=flags["image_channels"] * (2 if flags["learn_sigma"] else 1),
-        num_res_blocks=flags["num_res_blocks"],
-        attention_resolutions=tuple(flags[size_flag] // r for r in resolutions),
-        dropout=flags["dropout"],
+        in_channels=image_channels,
+        model_channels=num_channels,
+        out_channels=image_channels * (2 if learn_sigma else 1),
+        num_res_blocks=num_res_blocks,
+        attention_resolutions=tuple(size // r for r in resolutions),
+        dropout=dropout,
         channel_mult=mult,
-        num_classes=_num_classes(flags["num_classes"]) if flags["class_cond"] else None,
-        use_checkpoint=flags["use_checkpoint"],
-        num_heads=flags["num_heads"],
-        num_heads_upsample=flags["num_heads_upsample"],
-        use_scale_shift_norm=flags["use_scale_shift_norm"],
+        num_classes=num_classes if class_cond else None,
+        use_checkpoint=use_checkpoint,
+        num_heads=num_heads,
+        num_heads_upsample=num_heads_upsample,
+        use_scale_shift_norm=use_scale_shift_norm,
     )
 
 
-def _num_classes(num_classes):
-    return NUM_CLASSES if num_classes is None else num_classes  # read late: scripts for the original assign to it
-
-
-def _channel_mult(size_flag, size, channel_mult):
+def _channel_mult(size_name, size, channel_mult):
     if channel_mult:
         return _numbers("channel_mult", channel_mult, float)
     if size not in CHANNEL_MULT:
         raise InputError(
-            f"{size_flag} {size} has no channel multipliers of its own (the sizes {', '.join(map(str, CHANNEL_MULT))} "
-            "have); give channel_mult, one for each level, such as 1,2,2"
+            f"{size_name} {size} has no default channel_mult (the sizes {', '.join(map(str, CHANNEL_MULT))} have one); "
+            "give channel_mult, one multiplier per level, such as 1,2,2"
         )
     return CHANNEL_MULT[size]
 
 
-def _numbers(flag, text, number):
-    """A string with commas, or a sequence, as a tuple of positive numbers."""
+def _numbers(name, text, number):
+    """Text separated by commas, or a sequence, as a tuple of positive numbers."""
     try:
         values = tuple(number(v) for v in (text.split(",") if isinstance(text, str) else text))
     except ValueError:
         values = ()
     if not values or not all(v > 0 for v in values):
-        raise InputError(f"{flag} {text!r}: give positive numbers with commas between them, such as 1,2,2")
+        raise InputError(f"{name} {text!r}: give positive numbers separated by commas, such as 1,2,2")
     return values
 
 
-def _check_shapes(size_flag, mult, resolutions, flags):
+def _check_shapes(size_name, size, num_channels, mult):
     """:raises InputError: for what would fail, or silently go wrong, inside the network."""
-    channels, size = flags["num_channels"], flags[size_flag]
-    widths = [channels * m for m in mult]
-    for width in [channels, *widths]:
+    text = ",".join(f"{m:g}" for m in mult)
+    for width in [num_channels, *(num_channels * m for m in mult)]:
         if width % 32:
             raise InputError(
-                f"num_channels {channels} with channel_mult {_join(mult)} gives a level {width:g} channels, which the "
+                f"num_channels {num_channels} with channel_mult {text} gives a level {width:g} channels, which the "
                 "32 groups of GroupNorm do not divide; choose multiples of 32"
             )
-    levels_with_attention = {level for level in range(len(mult)) if 2**level in [size // r for r in resolutions]}
-    on_the_way_up = flags["num_heads_upsample"]
-    for flag, levels in (
-        ("num_heads", {*levels_with_attention, len(mult) - 1}),  # the last for the middle block
-        ("num_heads" if on_the_way_up == -1 else "num_heads_upsample", levels_with_attention),
-    ):
-        for level in levels:
-            if flags[flag] < 1 or widths[level] % flags[flag]:
-                raise InputError(
-                    f"{flag} {flags[flag]} does not divide the {widths[level]:g} channels it shall share out"
-                )
     halvings = len(mult) - 1
     if size < 1 or size % 2**halvings:
         raise InputError(
-            f"{size_flag} {size} cannot be halved {halvings} times, once a level after the first of channel_mult "
-            f"{_join(mult)}; choose a multiple of {2**halvings}"
+            f"{size_name} {size} cannot be halved {halvings} times, once a level after the first of channel_mult "
+            f"{text}; choose a multiple of {2**halvings}"
         )
 
 
-def _join(values):
-    return ",".join(f"{v:g}" for v in values)
+def _check_heads(name, heads, widths):
+    for width in widths:
+        if heads < 1 or width % heads:
+            raise InputError(f"{name} {heads} does not divide the {width:g} channels of a level with attention")
 
 
 def create_gaussian_diffusion(
@@ -349,9 +316,14 @@ def create_gaussian_diffusion(
     )
 
 
-def create_diffusion(flags):
-    """The SpacedDiffusion of the flags of a model and its diffusion, a dict; it may hold others."""
-    return _call(create_gaussian_diffusion, flags, steps=flags["diffusion_steps"])
+def create_diffusion(options: DiffusionOptions, **changed) -> SpacedDiffusion:
+    """
+    The diffusion of its options.
+
+    :param changed: options with other values.
+    """
+    values = {**dataclasses.asdict(options), **changed}
+    return create_gaussian_diffusion(steps=values.pop("diffusion_steps"), **values)
 
 
 def configure_compute(model, *, use_fp16=False, use_bf16=False, compile=False):
@@ -378,19 +350,15 @@ def configure_compute(model, *, use_fp16=False, use_bf16=False, compile=False):
 # ---------------------------------------------------------------- flags
 
 
-def add_dict_to_argparser(parser, default_dict):
+def add_dict_to_argparser(parser, default_dict: dict[str, Any]) -> None:
     """Add a flag for each key, of its value's type; one whose value is None takes text."""
+    readers = {bool: str2bool, int: whole_number, type(None): str}
     for name, value in default_dict.items():
-        parser.add_argument(f"--{name}", default=value, type=flag_type(value))
+        parser.add_argument(f"--{name}", default=value, type=readers.get(type(value), type(value)))
 
 
-def flag_type(default):
-    """What reads the text of a flag with such a default."""
-    return {bool: str2bool, int: whole_number, type(None): str}.get(type(default), type(default))
-
-
-def args_to_dict(args, keys):
-    """The flags named by keys, as a dict."""
+def args_to_dict(args, keys: Iterable[str]) -> dict[str, Any]:
+    """The flags named by keys."""
     return {key: getattr(args, key) for key in keys}
 
 

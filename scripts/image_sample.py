@@ -1,40 +1,80 @@
 """
-Draw samples from a trained model and write them to samples_NxHxWxC.npz, with a picture of them beside it.
+Draw samples from a trained model. They go to samples_NxHxWxC.npz (arr_0: uint8 images, arr_1: labels), with a picture
+beside it.
+
+    python scripts/image_sample.py --model_path runs/a/ema_0.9999_200000.pt --num_samples 16 --timestep_respacing 100
 """
 
 import torch as th
 
-from improved_diffusion import dist_util
-from improved_diffusion.cli.parser import create_parser, parse_flags, run
-from improved_diffusion.inference.generate import draw_labels
-from improved_diffusion.runs import begin, create_trained, sample, sampling_defaults
-from improved_diffusion.script_util import (
-    create_model_and_diffusion,
-    extra_model_defaults,
-    model_and_diffusion_defaults,
+from improved_diffusion import dist_util, logger
+from improved_diffusion.cli.dry_run import print_dry_run
+from improved_diffusion.cli.parser import create_parser, logging_to, parse_flags, run
+from improved_diffusion.cli.run_config import of_weights
+from improved_diffusion.inference.generate import (
+    chosen_labels,
+    draw_labels,
+    for_inference,
+    generate,
+    refuse_old_images,
+    write_samples,
 )
-
-MODEL_FLAGS = {**model_and_diffusion_defaults(), **extra_model_defaults()}
+from improved_diffusion.inference.weights import load_weights, read_weights
+from improved_diffusion.options import SampleOptions
+from improved_diffusion.script_util import create_model_and_diffusion
+from improved_diffusion.training.describe import describe_classes
 
 
 def main():
-    args = parse_flags(create_argparser())
-    begin(args)
-    trained = create_trained(args, create_model_and_diffusion, MODEL_FLAGS)
-    num_classes = len(trained.class_names or ()) or args.num_classes  # it may have room for more than it was trained on
+    flags = parse_flags(create_argparser(), SampleOptions())
+    dist_util.setup_dist()
+    dist_util.seed_everything(flags.options.compute.seed)
+    weights = read_weights(flags.options.sampling.model_path)
+    this_run = of_weights(flags, weights)
+    options, class_names = this_run.options, this_run.class_names
+    if options.general.dry_run:
+        return print_dry_run(this_run, create_model_and_diffusion)
+
+    model, diffusion = options.call(create_model_and_diffusion)
+    load_weights(model, weights, options.sampling.model_path)
+    model = options.call(for_inference, model=model)
+    # the model may have room for more classes than it was trained on
+    num_classes = len(class_names or ()) or options.model.num_classes
+    labels = None
+    if options.sampling.classes:
+        count = options.sampling.num_samples if "num_samples" in flags.given else None
+        known = options.model.num_classes if options.model.class_cond else 0
+        labels = chosen_labels(options.sampling.classes, count, known, class_names)
 
     def conditions(numbers, noise_fn):
-        if not args.class_cond:
+        if not options.model.class_cond:
             return {}
-        if trained.labels is not None:
-            return {"y": th.from_numpy(trained.labels[numbers]).to(dist_util.dev())}
+        if labels is not None:
+            return {"y": th.from_numpy(labels[numbers]).to(dist_util.dev())}
         return {"y": draw_labels(num_classes, len(numbers), noise_fn)}
 
-    sample(args, trained, args.image_size, conditions, "sampling...")
+    with logging_to(options.general.log_dir, this_run.notes):
+        if options.model.class_cond and class_names:
+            logger.log(f"classes: {describe_classes(class_names, only=labels)}")
+        if options.output.save_images:
+            dist_util.from_rank_0(refuse_old_images)
+        logger.log("sampling...")
+        size = options.model.image_size
+        images, drawn = options.call(
+            generate,
+            diffusion=diffusion,
+            model=model,
+            shape=(options.model.image_channels, size, size),
+            conditions=conditions,
+            num_samples=options.sampling.num_samples if labels is None else len(labels),
+            sampler=options.sampling.sampler_name,
+        )
+        if dist_util.rank() == 0:
+            write_samples(images, drawn, class_names, options.output.save_images)
 
 
 def create_argparser():
-    return create_parser({**sampling_defaults(), "classes": "", **MODEL_FLAGS}, description=__doc__)
+    return create_parser(SampleOptions(), __doc__)
 
 
 if __name__ == "__main__":

@@ -1,29 +1,68 @@
 """
-Train a diffusion model on a folder of images.
+Train a diffusion model on images.
+
+    python scripts/image_train.py --data_dir photos --image_size 64 --log_dir runs/photos
+
+Training writes checkpoints, a log and previews to --log_dir, until --max_steps or a signal. The same command with
+--resume_checkpoint auto continues it.
 """
 
-from improved_diffusion.cli.parser import create_parser, parse_flags, run
-from improved_diffusion.image_datasets import load_data
-from improved_diffusion.runs import begin, create_for_training, data_flags, train, training_defaults
-from improved_diffusion.script_util import (
-    create_model_and_diffusion,
-    extra_model_defaults,
-    model_and_diffusion_defaults,
-)
+import torch as th
 
-MODEL_FLAGS = {**model_and_diffusion_defaults(), **extra_model_defaults()}
+from improved_diffusion import dist_util
+from improved_diffusion.cli.dry_run import print_dry_run
+from improved_diffusion.cli.parser import create_parser, logging_to, parse_flags, run
+from improved_diffusion.cli.run_config import resumed, save_config
+from improved_diffusion.image_datasets import load_data
+from improved_diffusion.inference.preview import STEPS, Preview
+from improved_diffusion.options import TrainOptions
+from improved_diffusion.resample import create_named_schedule_sampler
+from improved_diffusion.script_util import configure_compute, create_diffusion, create_model_and_diffusion
+from improved_diffusion.train_util import TrainLoop, get_blob_logdir
+from improved_diffusion.training.describe import log_start
 
 
 def main():
-    args = parse_flags(create_argparser())
-    begin(args)
-    begun = create_for_training(args, create_model_and_diffusion, MODEL_FLAGS)
-    data = load_data(image_size=args.image_size, class_names=begun.class_names, **data_flags(args))
-    train(args, begun, data)
+    flags = parse_flags(create_argparser(), TrainOptions())
+    dist_util.setup_dist()
+    dist_util.seed_everything(flags.options.compute.seed)
+    this_run = resumed(flags)
+    options = this_run.options
+    if options.general.dry_run:
+        return print_dry_run(this_run, create_model_and_diffusion)
+
+    model, diffusion = options.call(create_model_and_diffusion)
+    configure_compute(model, use_bf16=options.compute.use_bf16, compile=options.compute.compile)
+    data = options.call(load_data, class_names=this_run.class_names)
+
+    with logging_to(options.general.log_dir, this_run.notes, checkpoints=True):
+        loop = options.call(
+            TrainLoop,
+            model=model.to(dist_util.dev()),
+            diffusion=diffusion,
+            data=data,
+            schedule_sampler=create_named_schedule_sampler(options.training.schedule_sampler, diffusion),
+            flags=options.of_the_run(),
+            preview=create_preview(options, data.dataset.class_names),
+        )
+        save_config(get_blob_logdir(), "image_train", options, data.dataset.class_names)
+        log_start(loop, data.dataset)
+        loop.run_loop()
+
+
+def create_preview(options, class_names):
+    """Samples at each checkpoint, of each class in turn."""
+    count, size = options.output.preview_samples, options.model.image_size
+    if not count or dist_util.rank() > 0:
+        return None
+    steps = min(STEPS, options.diffusion.diffusion_steps)
+    diffusion = create_diffusion(options.diffusion, timestep_respacing=str(steps))
+    conditions = {"y": th.arange(count) % len(class_names)} if options.model.class_cond else {}
+    return Preview(diffusion, (options.model.image_channels, size, size), count, conditions)
 
 
 def create_argparser():
-    return create_parser({**training_defaults(), **MODEL_FLAGS}, description=__doc__)
+    return create_parser(TrainOptions(), __doc__)
 
 
 if __name__ == "__main__":

@@ -1,49 +1,75 @@
 """
-Enlarge the images of an npz file, such as image_sample.py writes, by a trained super-resolution model.
+Enlarge images with a trained super-resolution model. The input is an npz file such as image_sample.py writes.
 
-Sample i is made from image i; where there are more samples than images, the images are used again in order.
+Sample i is made from image i. With more samples than images, the images repeat in order.
+
+    python scripts/super_res_sample.py --model_path ema_0.9999_200000.pt --base_samples samples_16x64x64x3.npz
 """
 
 import torch as th
 
-from improved_diffusion import dist_util
-from improved_diffusion.cli.parser import create_parser, parse_flags, run
-from improved_diffusion.inference.generate import load_base_samples
-from improved_diffusion.runs import begin, create_trained, sample, sampling_defaults
-from improved_diffusion.script_util import (
-    extra_model_defaults,
-    sr_create_model_and_diffusion,
-    sr_model_and_diffusion_defaults,
+from improved_diffusion import dist_util, logger
+from improved_diffusion.cli.dry_run import print_dry_run
+from improved_diffusion.cli.parser import create_parser, logging_to, parse_flags, run
+from improved_diffusion.cli.run_config import of_weights
+from improved_diffusion.inference.generate import (
+    for_inference,
+    generate,
+    load_base_samples,
+    refuse_old_images,
+    write_samples,
 )
-
-MODEL_FLAGS = {**sr_model_and_diffusion_defaults(), **extra_model_defaults()}
+from improved_diffusion.inference.weights import load_weights, read_weights
+from improved_diffusion.options import SuperResSampleOptions
+from improved_diffusion.script_util import sr_create_model_and_diffusion
 
 
 def main():
-    args = parse_flags(create_argparser())
-    begin(args)
-    trained = create_trained(args, sr_create_model_and_diffusion, MODEL_FLAGS)
+    flags = parse_flags(create_argparser(), SuperResSampleOptions())
+    dist_util.setup_dist()
+    dist_util.seed_everything(flags.options.compute.seed)
+    weights = read_weights(flags.options.sampling.model_path)
+    this_run = of_weights(flags, weights)
+    options = this_run.options
+    if options.general.dry_run:
+        return print_dry_run(this_run, sr_create_model_and_diffusion)
+
+    model, diffusion = options.call(sr_create_model_and_diffusion)
+    load_weights(model, weights, options.sampling.model_path)
+    model = options.call(for_inference, model=model)
     base_images, base_labels = load_base_samples(
-        args.base_samples,
-        size=args.small_size,
-        channels=args.image_channels,
-        num_classes=args.num_classes if args.class_cond else None,
+        options.sampling.base_samples,
+        size=options.model.small_size,
+        channels=options.model.image_channels,
+        num_classes=options.model.num_classes if options.model.class_cond else None,
     )
 
     def conditions(numbers, _):
         chosen = [i % len(base_images) for i in numbers]
         low_res = th.from_numpy(base_images[chosen]).float().permute(0, 3, 1, 2) / 127.5 - 1
-        kwargs = {"low_res": low_res.to(dist_util.dev())}
-        if args.class_cond:
-            kwargs["y"] = th.from_numpy(base_labels[chosen]).to(dist_util.dev())
-        return kwargs
+        if base_labels is None:
+            return {"low_res": low_res.to(dist_util.dev())}
+        return {"low_res": low_res.to(dist_util.dev()), "y": th.from_numpy(base_labels[chosen]).to(dist_util.dev())}
 
-    said = f"creating {args.num_samples} samples from {len(base_images)} images..."
-    sample(args, trained, args.large_size, conditions, said)
+    with logging_to(options.general.log_dir, this_run.notes):
+        if options.output.save_images:
+            dist_util.from_rank_0(refuse_old_images)
+        logger.log(f"creating {options.sampling.num_samples} samples from {len(base_images)} images...")
+        size = options.model.large_size
+        images, labels = options.call(
+            generate,
+            diffusion=diffusion,
+            model=model,
+            shape=(options.model.image_channels, size, size),
+            conditions=conditions,
+            sampler=options.sampling.sampler_name,
+        )
+        if dist_util.rank() == 0:
+            write_samples(images, labels, this_run.class_names, options.output.save_images)
 
 
 def create_argparser():
-    return create_parser({**sampling_defaults(), "base_samples": "", **MODEL_FLAGS}, description=__doc__)
+    return create_parser(SuperResSampleOptions(), __doc__)
 
 
 if __name__ == "__main__":

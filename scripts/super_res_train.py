@@ -1,31 +1,64 @@
 """
-Train a super-resolution model on a folder of images.
+Train a super-resolution model on images: it enlarges them from --small_size to --large_size.
+
+    python scripts/super_res_train.py --data_dir photos --large_size 256 --small_size 64 --log_dir runs/large
 """
 
-from improved_diffusion.cli.parser import create_parser, parse_flags, run
+from improved_diffusion import dist_util
+from improved_diffusion.cli.dry_run import print_dry_run
+from improved_diffusion.cli.parser import create_parser, logging_to, parse_flags, run
+from improved_diffusion.cli.run_config import resumed, save_config
 from improved_diffusion.image_datasets import load_superres_data
-from improved_diffusion.runs import begin, create_for_training, data_flags, train, training_defaults
-from improved_diffusion.script_util import (
-    extra_model_defaults,
-    sr_create_model_and_diffusion,
-    sr_model_and_diffusion_defaults,
-)
-
-MODEL_FLAGS = {**sr_model_and_diffusion_defaults(), **extra_model_defaults()}
+from improved_diffusion.inference.preview import STEPS, Preview
+from improved_diffusion.options import SuperResTrainOptions
+from improved_diffusion.resample import create_named_schedule_sampler
+from improved_diffusion.script_util import configure_compute, create_diffusion, sr_create_model_and_diffusion
+from improved_diffusion.train_util import TrainLoop, get_blob_logdir
+from improved_diffusion.training.describe import log_start
 
 
 def main():
-    args = parse_flags(create_argparser())
-    begin(args)
-    begun = create_for_training(args, sr_create_model_and_diffusion, MODEL_FLAGS)
-    data = load_superres_data(
-        large_size=args.large_size, small_size=args.small_size, class_names=begun.class_names, **data_flags(args)
-    )
-    train(args, begun, data)
+    flags = parse_flags(create_argparser(), SuperResTrainOptions())
+    dist_util.setup_dist()
+    dist_util.seed_everything(flags.options.compute.seed)
+    this_run = resumed(flags)
+    options = this_run.options
+    if options.general.dry_run:
+        return print_dry_run(this_run, sr_create_model_and_diffusion)
+
+    model, diffusion = options.call(sr_create_model_and_diffusion)
+    configure_compute(model, use_bf16=options.compute.use_bf16, compile=options.compute.compile)
+    data = options.call(load_superres_data, class_names=this_run.class_names)
+    sampler = create_named_schedule_sampler(options.training.schedule_sampler, diffusion)
+
+    with logging_to(options.general.log_dir, this_run.notes, checkpoints=True):
+        loop = options.call(
+            TrainLoop,
+            model=model.to(dist_util.dev()),
+            diffusion=diffusion,
+            data=data,
+            schedule_sampler=sampler,
+            flags=options.of_the_run(),
+            preview=create_preview(options, data),
+        )
+        save_config(get_blob_logdir(), "super_res_train", options, data.dataset.class_names)
+        log_start(loop, data.dataset)
+        loop.run_loop()
+
+
+def create_preview(options, data):
+    """The first images of the data, enlarged at each checkpoint."""
+    size = options.model.large_size
+    if not options.output.preview_samples or dist_util.rank() > 0:
+        return None
+    _, conditions = data.first(options.output.preview_samples)
+    steps = min(STEPS, options.diffusion.diffusion_steps)
+    diffusion = create_diffusion(options.diffusion, timestep_respacing=str(steps))
+    return Preview(diffusion, (options.model.image_channels, size, size), len(conditions["low_res"]), conditions)
 
 
 def create_argparser():
-    return create_parser({**training_defaults(), **MODEL_FLAGS}, description=__doc__)
+    return create_parser(SuperResTrainOptions(), __doc__)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """What a command line amounts to: its flags, the model's size and memory, the timesteps. Nothing is computed."""
 
+import dataclasses
 import weakref
 
 import torch as th
@@ -7,78 +8,72 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .. import dist_util
-from ..options import FLAGS, GROUPS
-from ..script_util import args_to_dict
+from ..options import ScriptOptions, TrainingOptions
+from .run_config import Run
 
 MIB = 2**20
 
 
-def print_dry_run(args, create, model_flags, notes):
+def print_dry_run(run: Run, create) -> None:
     """
     Print it, on rank 0.
 
-    :param args: of parse_flags().
-    :param create: a factory of (model, diffusion).
-    :param model_flags: the names of the flags that it takes.
-    :param notes: lines to print first.
+    :param create: factory of (model, diffusion).
     """
+    options = run.options
     with th.device("meta"):
-        model, diffusion = create(**args_to_dict(args, model_flags))
+        model, diffusion = options.call(create)
     if dist_util.rank() != 0:
         return
-    for note in notes:
+    for note in run.notes:
         print(note)
-    for group in GROUPS:
-        values = {name: getattr(args, name) for name in FLAGS if FLAGS[name].group == group and hasattr(args, name)}
-        if values:
-            print(f"{group}:")
-        for name, value in values.items():
+    for field in dataclasses.fields(options):
+        group = getattr(options, field.name)
+        print(f"{group.title}:")
+        for name, value in dataclasses.asdict(group).items():
             print(f"  --{name} {value!r}" if value in ("", None) else f"  --{name} {value}")
-    parameters = sum(p.numel() for p in model.parameters())
-    print(f"parameters: {parameters:,}")
-    training = hasattr(args, "lr")
-    fixed, peak = estimate_memory(model, args, training)
-    held, work = ("weights, moments and averages", "training step") if training else ("the weights", "step")
+    print(f"parameters: {sum(p.numel() for p in model.parameters()):,}")
+    training = hasattr(options, "training")
+    held, peak = estimate_memory(model, options)
     print(
-        f"memory of a rank, estimated: {fixed / MIB:,.0f} MiB for {held}, "
-        f"{peak / MIB:,.0f} MiB more at the peak of a {work}, libraries not counted"
+        f"memory of a rank, estimated: {held / MIB:,.0f} MiB for "
+        f"{'weights, moments and averages' if training else 'the weights'}, "
+        f"{peak / MIB:,.0f} MiB more at the peak of a {'training ' * training}step, libraries not counted"
     )
-    steps = getattr(diffusion, "timestep_map", range(diffusion.num_timesteps))
-    print(f"timesteps: {len(steps)} of {args.diffusion_steps}: {_shown(list(steps))}")
+    steps = diffusion.timestep_map
+    shown = steps if len(steps) <= 12 else [*steps[:6], "...", *steps[-3:]]
+    print(f"timesteps: {len(steps)} of {diffusion.original_num_steps}: {', '.join(map(str, shown))}")
 
 
-def _shown(steps):
-    if len(steps) <= 12:
-        return ", ".join(map(str, steps))
-    return f"{', '.join(map(str, steps[:6]))}, ..., {', '.join(map(str, steps[-3:]))}"
-
-
-def estimate_memory(model, args, training):
+def estimate_memory(model: th.nn.Module, options: ScriptOptions) -> tuple[int, int]:
     """
     :param model: on the device "meta".
     :return: bytes (held all the time, more at the peak of a step).
     """
+    values = options.values()
+    training: TrainingOptions | None = getattr(options, "training", None)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    half = args.use_fp16 * weights // 2
-    averages = len(str(args.ema_rate).split(",")) if training else 0
-    fixed = weights * (3 + averages) + half if training else (half or weights)
-    if args.use_fp16 or args.use_bf16:  # autocast has no such device; what it makes has the same sizes
+    half = values["use_fp16"] * weights // 2
+    batch_size = values["batch_size"]
+    if training is not None:
+        held = weights * (3 + len(training.ema_rate.split(","))) + half  # weights, two moments, averages
+        batch_size = training.microbatch if training.microbatch > 0 else batch_size
+    else:
+        held = half or weights
+    if values["use_fp16"] or values["use_bf16"]:  # autocast has no meta device; its tensors have the same sizes
         model.convert_to_fp16()
-    batch_size = args.batch_size
-    if training and args.microbatch > 0:
-        batch_size = args.microbatch
-    size = getattr(args, "image_size", None) or args.large_size
-    shape = (batch_size, args.image_channels, size, size)
-    with th.device("meta"), _LiveBytes() as live, th.set_grad_enabled(training):
+    size = values.get("image_size") or values["large_size"]
+    shape = (batch_size, values["image_channels"], size, size)
+    with th.device("meta"), _LiveBytes() as live, th.set_grad_enabled(training is not None):
         kwargs = {}
-        if hasattr(args, "small_size"):
-            kwargs["low_res"] = th.zeros(*shape[:2], args.small_size, args.small_size)
-        if args.class_cond:
+        if "small_size" in values:
+            kwargs["low_res"] = th.zeros(*shape[:2], values["small_size"], values["small_size"])
+        if values["class_cond"]:
             kwargs["y"] = th.zeros(batch_size, dtype=th.long)
-        out = model.train(training)(th.zeros(shape), th.zeros(batch_size), **kwargs)
-        if training:
+        out = model.train(training is not None)(th.zeros(shape), th.zeros(batch_size), **kwargs)
+        if training is not None:
             out.sum().backward()
-    return fixed, live.peak
+    return held, live.peak
 
 
 class _LiveBytes(TorchDispatchMode):

@@ -1,22 +1,34 @@
-"""How a script reads its command line, and how it leaves."""
+"""How a script reads its command line, where it logs, and how it exits."""
 
 import argparse
+import contextlib
+import dataclasses
+import datetime
 import difflib
+import itertools
 import os
 import signal
 import sys
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
-from .. import dist_util
-from ..options import FLAGS, GROUPS
-from ..script_util import add_dict_to_argparser, flag_type, str2bool, whole_number
+from .. import dist_util, logger
+from ..options import Option, ScriptOptions, check, rows
+from ..script_util import str2bool, whole_number
 from ..utils.errors import InputError, TrainingError, first_line, is_loss_of_a_worker, is_out_of_memory
+from ..utils.files import is_remote
 from .presets import PRESETS
 
-LOG_DIRECTORIES = ("OPENAI_LOGDIR", "DIFFUSION_BLOB_LOGDIR")
+Opts = TypeVar("Opts", bound=ScriptOptions)
+
+READERS = {bool: (str2bool, "True|False"), int: (whole_number, "N"), float: (float, "X"), str: (str, "TEXT")}
+
+
+# ---------------------------------------------------------------- flags
 
 
 class FlagParser(argparse.ArgumentParser):
-    """A parser of flags spelled out in full; whatever is wrong with them ends in one line and status 2."""
+    """A parser without abbreviations; a bad flag ends in one line and status 2."""
 
     def __init__(self, **kwargs):
         super().__init__(allow_abbrev=False, **kwargs)
@@ -37,88 +49,139 @@ class FlagParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")  # one line, without the list of all flags
 
 
-def create_parser(defaults, description):
+def create_parser(options: ScriptOptions, description: str | None) -> FlagParser:
     """
-    A FlagParser of the flags in `defaults`, and of those that all scripts have, as FLAGS describes them.
+    A parser with a flag for each option.
 
-    :param defaults: {flag: value}; a flag has its value's type.
+    :param options: whose values are the flags' defaults.
     """
-    epilog = "Counts may be written as 1e6. In brackets: what a flag is if it is not given."
+    epilog = "Counts may be written as 1e6. The default is in brackets."
     parser = FlagParser(description=description, epilog=epilog)
-    defaults = {**defaults, "preset": "", "log_dir": "", "dry_run": False, "seed": None}
-    for group in GROUPS:
-        names = [name for name in FLAGS if name in defaults and FLAGS[name].group == group]
-        add_flags(parser.add_argument_group(group), {name: defaults[name] for name in names})
-    add_dict_to_argparser(parser, {name: value for name, value in defaults.items() if name not in FLAGS})
+    general, *others = dataclasses.fields(options)
+    for field in [*others, general]:
+        group = parser.add_argument_group(getattr(options, field.name).title)
+        for row in rows(type(getattr(options, field.name))):
+            add_flag(group, row, getattr(getattr(options, field.name), row.name))
     return parser
 
 
-def add_flags(parser, defaults):
+def add_flag(parser, row: Option, default: Any) -> None:
+    """Add an option's flag to a parser or a group of one."""
+    read, metavar = READERS[row.type]
+    shown = f" [{default}]" if default not in ("", None) else ""
+    parser.add_argument(f"--{row.name}", default=default, type=read, metavar=metavar, help=row.help + shown)
+
+
+@dataclass(frozen=True)
+class Flags(Generic[Opts]):
+    """A command line: the options, and the names of those that it gives (itself or by its preset)."""
+
+    options: Opts
+    given: frozenset[str]
+
+
+def parse_flags(parser: FlagParser, options: Opts) -> Flags[Opts]:
     """
-    Add flags as FLAGS describes them.
+    Parse the command line. Each value is checked by itself and against the others before anything else happens.
 
-    :param parser: or a group of one.
-    :param defaults: {flag: value}.
+    :param options: of create_parser().
+    :raises SystemExit: (status 2, after one line) for a bad flag.
     """
-    for name, value in defaults.items():
-        kind = whole_number if name == "seed" else flag_type(value)
-        shown = f" [{value}]" if value not in ("", None) else ""
-        metavar = {str2bool: "True|False", whole_number: "N", float: "X"}.get(kind, "TEXT")
-        parser.add_argument(f"--{name}", default=value, type=kind, metavar=metavar, help=FLAGS[name].help + shown)
-
-
-def parse_flags(parser):
-    """
-    The command line's flags, each checked by itself and against the others; those of --preset where none is given.
-
-    Bad ones end the process with status 2 and one line; nothing has been written by then.
-
-    :return: a Namespace of all flags, and of `given`, the list of those that the command line or its preset names.
-    """
-    args = parser.parse_args()
+    args = vars(parser.parse_args())
     absent = object()
-    parser.set_defaults(**dict.fromkeys(vars(args), absent))
-    args.given = [name for name, value in vars(parser.parse_args()).items() if value is not absent]
-    if getattr(args, "preset", ""):
-        _take_preset(args, parser)
-    for flag, (_, _, works, right) in FLAGS.items():
-        if works is not None and hasattr(args, flag) and not works(getattr(args, flag)):
-            parser.error(f"--{flag} {getattr(args, flag)}: give {right}")
-    if hasattr(args, "microbatch") and not (args.microbatch == -1 or 1 <= args.microbatch <= args.batch_size):
-        parser.error(f"--microbatch {args.microbatch}: give 1 to batch_size ({args.batch_size}), or -1 for all of it")
-    if getattr(args, "use_fp16", False) and getattr(args, "use_bf16", False):
-        parser.error("--use_fp16 True and --use_bf16 True: choose one of them")
-    log_directories = [getattr(args, "log_dir", ""), *map(os.environ.get, LOG_DIRECTORIES)]
-    if getattr(args, "resume_checkpoint", "") == "auto" and not any(log_directories):
-        parser.error("--resume_checkpoint auto: give --log_dir, the folder that the run's files are in")
-    if hasattr(args, "small_size") and not 1 <= args.small_size <= args.large_size:
-        parser.error(f"--small_size {args.small_size}: give 1 to large_size ({args.large_size})")
-    return args
+    parser.set_defaults(**dict.fromkeys(args, absent))
+    given = {name for name, value in vars(parser.parse_args()).items() if value is not absent}
+    try:
+        preset = _preset(args["preset"], options, given)
+        args.update(preset)
+        for row in rows(type(options)):
+            check(row, args[row.name])
+        options = options.replace(**args)
+    except InputError as e:
+        parser.error(f"--{e}")
+    missing = [row for row in rows(type(options)) if row.valid is not None and not row.valid.accepts(args[row.name])]
+    if missing:
+        parser.error(f"--{missing[0].name} is not given: name {missing[0].valid}")
+    return Flags(options, frozenset(given | preset.keys()))
 
 
-def _take_preset(args, parser):
-    if args.preset not in PRESETS:
-        parser.error(f"--preset {args.preset}: give one of {', '.join(PRESETS)}")
-    preset = PRESETS[args.preset]
-    if "large_size" in preset and not hasattr(args, "large_size"):
-        parser.error(f"--preset {args.preset}: it is for super_res_train and super_res_sample")
-    if "image_size" in preset and not hasattr(args, "image_size"):
-        parser.error(f"--preset {args.preset}: it is not for super-resolution")
-    training = hasattr(args, "lr")
-    for name, value in preset.items():
-        if not hasattr(args, name) or name in args.given or (name == "batch_size" and not training):
-            continue
-        if name == "batch_size":
-            ranks = dist_util.world_size()
-            if value % ranks:
-                parser.error(
-                    f"--preset {args.preset}: {ranks} ranks cannot share its batch of {value}; give --batch_size"
-                )
-            value //= ranks
-        setattr(args, name, value)
-        args.given.append(name)
+def _preset(name, options, given):
+    """The values of a preset that the command line leaves open."""
+    if not name:
+        return {}
+    if name not in PRESETS:
+        raise InputError(f"preset {name}: give one of {', '.join(PRESETS)}")
+    names = {row.name for row in rows(type(options))}
+    for size in ("image_size", "large_size"):
+        if size in PRESETS[name] and size not in names:
+            raise InputError(f"preset {name}: is {'not ' * (size == 'image_size')}for super-resolution")
+    values = {k: v for k, v in PRESETS[name].items() if k in names and k not in given}
+    if "batch_size" in values:
+        ranks = dist_util.world_size()
+        if "lr" not in names:
+            del values["batch_size"]  # the training's
+        elif values["batch_size"] % ranks:
+            raise InputError(
+                f"preset {name}: {ranks} ranks cannot share its batch of {values['batch_size']}; give batch_size"
+            )
+        else:
+            values["batch_size"] //= ranks
+    return values
 
 
+# ---------------------------------------------------------------- log directory
+
+
+@contextlib.contextmanager
+def logging_to(log_dir: str, notes=(), checkpoints: bool = False):
+    """
+    Within a with block, log to a folder: log_dir, else OPENAI_LOGDIR, else a new runs/SCRIPT-DATE-TIME.
+
+    :param notes: first lines of the log.
+    :param checkpoints: the block writes checkpoints, which may go elsewhere.
+    """
+    logger.configure(log_directory(log_dir) or dist_util.from_rank_0(_new_directory))
+    for note in [dist_util.describe(), *notes]:
+        logger.log(note)
+    try:
+        yield
+    finally:
+        elsewhere = checkpoints and os.environ.get("DIFFUSION_BLOB_LOGDIR")
+        logger.log(f"all files are in {logger.get_dir()}{f', checkpoints in {elsewhere}' if elsewhere else ''}")
+
+
+def log_directory(log_dir: str) -> str:
+    """
+    The folder that the user names by flag or environment, "" for none.
+
+    :raises InputError: if it is a URL.
+    """
+    directory = os.path.expanduser(log_dir or os.environ.get("OPENAI_LOGDIR", ""))
+    if is_remote(directory):
+        raise InputError(
+            f"log_dir {directory}: give a local folder; DIFFUSION_BLOB_LOGDIR may name a URL for checkpoints"
+        )
+    return directory
+
+
+def _new_directory():
+    name = os.path.join("runs", f"{script_name()}-{datetime.datetime.now():%Y-%m-%d-%H%M%S}")
+    for suffix in itertools.chain([""], (f"-{i}" for i in itertools.count(2))):  # other runs may start this second
+        try:
+            os.makedirs(name + suffix)
+            return name + suffix
+        except FileExistsError:
+            pass
+        except OSError as e:
+            raise InputError(f"{name}: cannot create the folder ({e.strerror}); give --log_dir") from None
+
+
+def script_name() -> str:
+    """Name of the running script, without its ending."""
+    return os.path.splitext(os.path.basename(sys.argv[0]))[0]
+
+
+# ---------------------------------------------------------------- exit
 def run(main):
     """
     Call a script's main(), and leave as a good process does: errors that a user can mend, an interruption
@@ -159,4 +222,14 @@ def _exit(status, message):
 
 
 def _print_error(message):
+    message = _with_flag(str(message))
     print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr)
+
+
+def _with_flag(message):
+    """Name the flag in front of a library's error message, which starts with an option's name or with its value."""
+    words = [part for word in sys.argv[1:] for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    for flag, value in itertools.pairwise(words):
+        if flag.startswith("--") and message.startswith((f"{flag[2:]} ", f"{value} ", f"{value}:", f"{value}/")):
+            return f"--{message}" if message.startswith(flag[2:]) else f"{flag} {message}"
+    return message

@@ -1,41 +1,70 @@
 """
-Which flags a file of weights belongs to: from the config.json that training leaves beside it, or from its shapes.
+config.json: the flags of a run, kept beside its weights. Flags that a later command line leaves open are the run's.
 
     {"script": "image_train", "flags": {"image_size": 64, ...}, "class_names": ["cat", "dog"] or null}
+
+Weights without a config.json, such as the original's, leave only what the shapes of their tensors tell.
 """
 
+import dataclasses
 import json
 import math
+import os
 import re
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 import blobfile as bf
 
 from .. import dist_util
-from ..inference.weights import infer_flags
-from ..options import FLAGS
+from ..inference.weights import infer_architecture
+from ..options import Option, ScriptOptions, rows
 from ..script_util import CHANNEL_MULT
+from ..training.checkpoints import is_of_a_run
 from ..utils.errors import InputError
 from ..utils.files import write_files
+from .parser import Flags, log_directory
 from .presets import PRESETS
+
+Opts = TypeVar("Opts", bound=ScriptOptions)
 
 CONFIG = "config.json"
 
-# of training alone, or chosen anew for each use of a model: another value than the run's is nothing to warn of
-_FREE = {"timestep_respacing", "dropout", "use_checkpoint", "use_kl", "rescale_learned_sigmas"}
-# what no shape tells: the first two differ from model to model, the others seldom from their defaults
-_ASKED_FOR = ("diffusion_steps", "noise_schedule")
-_TAKEN_FOR_GRANTED = ("num_heads", "rescale_timesteps", "predict_xstart", "sigma_small")
+# differ from the run's without harm: they belong to training alone, or to each use of a model
+FREE = {"timestep_respacing", "dropout", "use_checkpoint", "use_kl", "rescale_learned_sigmas"}
+# no shape tells these; the first two differ from model to model, the others are mostly at their defaults
+ASKED_FOR = ("diffusion_steps", "noise_schedule")
+ASSUMED = ("num_heads", "rescale_timesteps", "predict_xstart", "sigma_small")
 
 
-def save_config(directory, script, flags, class_names):
-    """Write config.json; on rank 0 alone."""
-    text = json.dumps({"script": script, "flags": flags, "class_names": class_names}, indent=1)
-    write_files(directory, {CONFIG: lambda f: f.write(text.encode())})
-
-
-def read_config(directory):
+@dataclass(frozen=True)
+class Run(Generic[Opts]):
     """
-    :return: the config.json of a folder as a dict, None if there is none.
+    What a script runs with.
+
+    :param class_names: of the run that it continues or whose weights it uses; None if unknown.
+    :param notes: lines for the beginning of the log.
+    """
+
+    options: Opts
+    class_names: list[str] | None = None
+    notes: tuple[str, ...] = ()
+
+
+# ---------------------------------------------------------------- the file
+
+
+def save_config(directory: str, script: str, options: ScriptOptions, class_names: list[str] | None) -> None:
+    """Write config.json. All ranks call it, rank 0 writes."""
+    config = {"script": script, "flags": options.of_the_run(), "class_names": class_names}
+    text = json.dumps(config, indent=1).encode()
+    dist_util.from_rank_0(write_files, directory, {CONFIG: lambda f: f.write(text)})
+
+
+def read_config(directory: str) -> dict[str, Any] | None:
+    """
+    The config.json of a folder, None if there is none. On this rank alone.
+
     :raises InputError: if it is damaged.
     """
     path = bf.join(directory, CONFIG)
@@ -44,10 +73,10 @@ def read_config(directory):
     try:
         with bf.BlobFile(path, "rb") as f:
             config = json.loads(f.read())
-        names = config["class_names"]
-        if not isinstance(config["flags"], dict) or not (names is None or isinstance(names, list)):
+        flags, names = config["flags"], config["class_names"]
+        if not isinstance(flags, dict) or not (names is None or isinstance(names, list)):
             raise ValueError("no flags in it")
-        if not all(isinstance(name, str) for name in names or []) or len(names or []) > config["flags"].get(
+        if not all(isinstance(name, str) for name in names or []) or len(names or []) > flags.get(
             "num_classes", math.inf
         ):
             raise ValueError("class_names are no names, or more than num_classes")
@@ -58,99 +87,116 @@ def read_config(directory):
     return config
 
 
-def settle_flags(args, model_flags, weights):
-    """
-    Set the flags of a model that the command line leaves open to those of the run that its weights come from.
+# ---------------------------------------------------------------- flags that the command line leaves open
 
-    :param args: of parse_flags(), with model_path; changed in place.
-    :param model_flags: the names of the flags of this kind of model.
-    :param weights: the state dict.
-    :return: (names of the run's classes or None, list of lines to log).
-    :raises InputError: if neither the run nor the shapes tell what has to be known.
-    """
-    directory = bf.dirname(args.model_path)
+
+def resumed(flags: Flags[Opts]) -> Run[Opts]:
+    """What a training script runs with; all ranks call it. Flags of the model are those of the run that it resumes."""
+    checkpoint = flags.options.values()["resume_checkpoint"]
+    if not checkpoint:
+        return Run(flags.options)
+    directory = bf.dirname(checkpoint)
+    if checkpoint == "auto":
+        directory = os.environ.get("DIFFUSION_BLOB_LOGDIR") or log_directory(flags.options.general.log_dir)
+        if not directory:
+            raise InputError("resume_checkpoint auto: give log_dir, the folder that the run's files are in")
     config = dist_util.from_rank_0(read_config, directory)
     if config is None:
-        shapes = {name: tuple(value.shape) for name, value in weights.items()}
-        return None, [*_flags_by_shapes(args, model_flags, infer_flags(shapes)), *_doubts(args.model_path)]
-    notes = take_flags(args, model_flags, config, directory)
-    return config["class_names"], [*notes, *_doubts(args.model_path)]
+        return Run(flags.options)
+    run = _take(flags, config, directory)
+    # weights that start a new run, such as an average, leave its classes open
+    keeps_classes = (checkpoint == "auto" or is_of_a_run(checkpoint)) and run.options.values()["class_cond"]
+    return run if keeps_classes else dataclasses.replace(run, class_names=None)
 
 
-def take_flags(args, model_flags, config, directory):
+def of_weights(flags: Flags[Opts], weights: dict[str, Any]) -> Run[Opts]:
     """
-    Set the model flags that the command line leaves open to those of a run.
+    What a script runs with that uses a trained model; all ranks call it.
 
-    :param config: of read_config(directory).
-    :return: lines for the log: where they come from, and each that was given and contradicts.
-    :raises InputError: naming a flag in config.json whose value cannot be.
+    :param weights: the state dict in model_path.
+    :raises InputError: if neither config.json nor the shapes tell what has to be known.
     """
-    path = bf.join(directory, CONFIG)
-    notes = [f"flags of the model: {path}"]
-    for name in sorted(config["flags"].keys() & set(model_flags)):
-        there, here = config["flags"][name], getattr(args, name)
-        works = FLAGS[name].works or (lambda _: True)
-        if type(there) is not type(here) or not works(there):
-            raise InputError(f"{path}: {name} cannot be {there!r}; delete the file, and give the flags instead")
-        if name not in args.given:
-            setattr(args, name, there)
-        elif there != here and name not in _FREE:
-            notes.append(f"WARNING: --{name} {here} is what you gave; the model was trained with {there}")
-    return notes
-
-
-def _flags_by_shapes(args, model_flags, told):
-    """Weights without config.json, such as the original's."""
-    size_flag = "large_size" if "large_size" in model_flags else "image_size"
-    if told is None or told["super_resolution"] != (size_flag == "large_size"):
-        return []  # which loading them says
-    size = getattr(args, size_flag)
-    found = {name: told[name] for name in told.keys() & set(model_flags) if told[name] is not None}
-    if size in CHANNEL_MULT and CHANNEL_MULT[size] == told["channel_mult"]:
-        found["channel_mult"] = ""
+    path = flags.options.values()["model_path"]
+    config = dist_util.from_rank_0(read_config, bf.dirname(path))
+    if config is not None:
+        run = _take(flags, config, bf.dirname(path))
     else:
-        found["channel_mult"] = ",".join(f"{m:g}" for m in told["channel_mult"])
-    if {size // r for r in _sizes(args.attention_resolutions)} & {2**i for i in range(len(told["channel_mult"]))} != {
-        2**level for level in told["attention_levels"]
-    }:
-        levels = told["attention_levels"] or {len(told["channel_mult"])}  # one that is not there: none has attention
-        found["attention_resolutions"] = ",".join(str(size // 2**level) for level in sorted(levels, reverse=True))
-    missing = {name: value for name, value in found.items() if value != getattr(args, name)}
-    for name in missing.keys() & set(args.given):
-        del missing[name]  # loading the weights says what is wrong
-    left_open = [name for name in model_flags if name not in args.given]
-    open_ = [name for name in (size_flag, "small_size", *_ASKED_FOR) if name in left_open]
-    granted = [*open_, *(name for name in _TAKEN_FOR_GRANTED if name in left_open)]
-    if told["learn_sigma"] and "sigma_small" in granted:
-        granted.remove("sigma_small")  # it is about variances that are not learned
-    if missing and open_:
-        if size_flag in open_:
-            missing.pop("attention_resolutions", None)  # fractions of a size that nobody knows
+        run = _by_shapes(flags, path, {name: tuple(value.shape) for name, value in weights.items()})
+    return dataclasses.replace(run, notes=(*run.notes, *_doubts(path)))
+
+
+def _model_rows(options: ScriptOptions) -> dict[str, Option]:
+    groups = (options.model, options.diffusion)  # type: ignore[attr-defined]
+    return {row.name: row for group in groups for row in rows(type(group))}
+
+
+def _take(flags, config, directory):
+    path = bf.join(directory, CONFIG)
+    notes, taken = [f"flags of the model: {path}"], {}
+    here = flags.options.values()
+    for name, row in sorted(_model_rows(flags.options).items()):
+        if name not in config["flags"]:
+            continue
+        there = config["flags"][name]
+        if type(there) is not type(here[name]) or (row.valid is not None and not row.valid.accepts(there)):
+            raise InputError(f"{path}: {name} cannot be {there!r}; delete the file, and give the flags instead")
+        if name not in flags.given:
+            taken[name] = there
+        elif there != here[name] and name not in FREE:
+            notes.append(f"WARNING: --{name} {here[name]} is given; the model was trained with {there}")
+    return Run(flags.options.replace(**taken), config["class_names"], tuple(notes))
+
+
+def _by_shapes(flags, path, shapes):
+    """The options of weights without config.json: those of the command line, overridden by what the shapes tell."""
+    size_flag = "large_size" if "large_size" in _model_rows(flags.options) else "image_size"
+    here = flags.options.values()
+    told = infer_architecture(shapes)
+    if told is None or told["super_resolution"] != (size_flag == "large_size"):
+        return Run(flags.options)  # loading the weights says what is wrong
+    found = _as_options(told, here[size_flag], here["attention_resolutions"])
+    overridden = {k: v for k, v in found.items() if k not in flags.given and v != here[k]}
+    unknown = [k for k in (size_flag, "small_size", *ASKED_FOR) if k in here and k not in flags.given]
+    if overridden and unknown:
+        if size_flag in unknown:
+            overridden.pop("attention_resolutions", None)  # fractions of a size that nobody knows
         raise InputError(
-            f"model_path {args.model_path} has no {CONFIG} beside it. Its shapes say "
-            f"{', '.join(f'{name} {value}' for name, value in sorted(missing.items()))}; give what they do not tell, "
-            f"as in training: {', '.join(f'--{name}' for name in open_)}, or --preset, one of {', '.join(PRESETS)}"
+            f"{path} has no {CONFIG} beside it. Its shapes say {_listed(overridden)}; give what they do not tell, "
+            f"as in training: {', '.join(f'--{k}' for k in unknown)}, or --preset, one of {', '.join(PRESETS)}"
         )
-    for name, value in missing.items():
-        setattr(args, name, value)
-    notes = []
-    if missing:
-        notes.append(f"from the shapes of the weights: {', '.join(f'{k} {v}' for k, v in sorted(missing.items()))}")
-    if granted:
-        taken = ", ".join(f"{name} {getattr(args, name)}" for name in granted)
+    assumed = [k for k in ASSUMED if k not in flags.given and not (k == "sigma_small" and told["learn_sigma"])]
+    notes = [f"from the shapes of the weights: {_listed(overridden)}"] if overridden else []
+    if unknown or assumed:
         notes.append(
-            f"no {CONFIG} beside the weights: {taken} are taken for granted; samples are noise if they are wrong"
+            f"no {CONFIG} beside the weights: {_listed({k: here[k] for k in [*unknown, *assumed]})} are assumed; "
+            "samples are noise if they are wrong"
         )
-    return notes
+    return Run(flags.options.replace(**overridden), None, tuple(notes))
 
 
-def _sizes(text):
-    """The attention_resolutions, leaving a text that is none to the factories."""
-    return [int(word) for word in str(text).split(",") if word.strip().isdecimal() and int(word)]
+def _as_options(told, size, attention_resolutions):
+    """The options that an architecture tells, for images of a size."""
+    names = ("num_channels", "image_channels", "class_cond", "learn_sigma", "num_res_blocks", "use_scale_shift_norm")
+    found = {name: told[name] for name in names}
+    if told["class_cond"]:
+        found["num_classes"] = told["num_classes"]
+    mult = told["channel_mult"]
+    found["channel_mult"] = "" if CHANNEL_MULT.get(size) == mult else ",".join(f"{m:g}" for m in mult)
+    sizes = {int(word) for word in attention_resolutions.split(",") if word.strip().isdecimal()}
+    levels = {level for level in range(len(mult)) if size // 2**level in sizes}
+    if levels != told["attention_levels"]:
+        # without attention: the size of a level that does not exist
+        levels = told["attention_levels"] or {len(mult)}
+        found["attention_resolutions"] = ",".join(str(size // 2**level) for level in sorted(levels))
+    return found
+
+
+def _listed(values):
+    return ", ".join(f"{name} {value}" for name, value in sorted(values.items()))
 
 
 def _doubts(path):
-    """What speaks against sampling from a file, by its name."""
+    """Warnings that the name of a file of weights gives rise to."""
     name = bf.basename(path)
     if re.fullmatch(r"model\d+\.pt", name):
         return [f"WARNING: {name} has the raw weights; an ema_ file of the same step gives better samples"]

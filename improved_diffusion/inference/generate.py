@@ -78,7 +78,7 @@ def in_full_batches(model, batch_size):
 
 @th.inference_mode()
 def generate(
-    diffusion, model, *, shape, num_samples, batch_size, conditions, use_ddim=False, clip_denoised=True, seed=None
+    diffusion, model, *, shape, num_samples, batch_size, conditions, sampler="ancestral", clip_denoised=True, seed=None
 ):
     """
     Draw samples batch by batch, the ranks side by side; all ranks call it. Under inference mode: a model
@@ -93,7 +93,7 @@ def generate(
     :return: (uint8 array [num_samples, H, W, C], int64 array [num_samples] or None) in the order of
              the sample numbers on rank 0, (None, None) on the others.
     """
-    sample_fn = diffusion.ddim_sample_loop if use_ddim else diffusion.p_sample_loop
+    sample_fn = diffusion.ddim_sample_loop if sampler == "ddim" else diffusion.p_sample_loop
     images, labels = [], []
     world = dist_util.world_size()
     rounds = range(0, num_samples, batch_size * world)
@@ -137,19 +137,22 @@ def draw_labels(num_classes, count, noise_fn=None):
 
 def chosen_labels(classes, num_samples, num_classes, class_names=None):
     """
-    The labels that --classes asks for: "3,7" in turn, "3:10,7:5" ten and five; names do where they are known, and
-    have to where a name is a number too.
+    Labels by text: "3,7" in turn, "3:10,7:5" ten and five of them. Names stand for numbers where they are known, and
+    are required where a name is a number too.
 
-    :param num_samples: None for as many as the counts add up to.
+    :param num_samples: None for the sum of the counts, or one of each.
+    :param num_classes: 0 if the model is not class-conditional.
     :param class_names: the names of the labels, if known.
     :return: int64 array [number of samples].
     :raises InputError: naming what is wrong with it.
     """
+    if not num_classes:
+        raise InputError(f"classes {classes}: the model is not class-conditional")
     parts = [part.strip().partition(":") for part in classes.split(",")]
     labels = np.array([_label_of(name, num_classes, class_names) for name, _, _ in parts], dtype=np.int64)
     counts = [count for _, _, count in parts]
     if not any(counts):
-        return np.resize(labels, num_samples)
+        return labels if num_samples is None else np.resize(labels, num_samples)
     if not all(count.isdecimal() and int(count) for count in counts):
         raise InputError(f"classes {classes}: give each class a number of samples, such as 3:10,7:5, or none of them")
     drawn = np.repeat(labels, [int(count) for count in counts])

@@ -1,6 +1,7 @@
-"""Weights from a file into a model that flags describe, and what their shapes tell of the flags."""
+"""A file of weights into a model, and what the shapes of weights tell of their model."""
 
 import itertools
+from typing import Any
 
 import torch as th
 
@@ -8,32 +9,25 @@ from .. import dist_util
 from ..utils.errors import InputError
 
 
-def load_weights(model, path, flag="model_path"):
+def read_weights(path: str) -> dict[str, th.Tensor]:
     """
-    Load a state dict strictly.
+    Read a state dict, to the CPU. All ranks call it.
 
-    :param flag: what the path was given as, for messages.
-    :raises InputError: if there is no such checkpoint or it does not fit; it names at most three
-                        tensors and the flag that is the likely cause.
+    :raises InputError: if the file is not one.
     """
-    fit_weights(model, read_weights(path, flag), path, flag)
-
-
-def read_weights(path, flag="model_path"):
-    """
-    :return: the state dict in a file, on the CPU.
-    :raises InputError: if there is no such checkpoint.
-    """
-    if not path:
-        raise InputError(f"{flag} is not given: name a file such as ema_0.9999_200000.pt")
     state_dict = dist_util.load_state_dict(path, map_location="cpu")
     if not isinstance(state_dict, dict) or not all(isinstance(v, th.Tensor) for v in state_dict.values()):
-        raise InputError(f"{flag} {path}: not the weights of a model; give a model*.pt or ema_*.pt file")
+        raise InputError(f"{path}: not the weights of a model; give a model*.pt or ema_*.pt file")
     return state_dict
 
 
-def fit_weights(model, state_dict, path, flag="model_path"):
-    """As load_weights(), for what read_weights() gave."""
+def load_weights(model: th.nn.Module, state_dict: dict[str, th.Tensor], path: str) -> None:
+    """
+    Load a state dict strictly.
+
+    :param path: of its file, for messages.
+    :raises InputError: if it does not fit; it names at most three tensors and the option that is the likely cause.
+    """
     there = {name: tuple(v.shape) for name, v in state_dict.items()}
     here = {name: tuple(v.shape) for name, v in model.state_dict().items()}
     wrong = [name for name in {**here, **there} if there.get(name) != here.get(name)]
@@ -42,8 +36,8 @@ def fit_weights(model, state_dict, path, flag="model_path"):
             f"{name} ({_shape(there, name)} in the file, {_shape(here, name)} by the flags)" for name in wrong[:3]
         )
         raise InputError(
-            f"{flag} {path} does not fit the flags: {tensors}{', ...' if len(wrong) > 3 else ''}; "
-            f"the likely cause is {_likely_cause(infer_flags(there), infer_flags(here))}"
+            f"{path} does not fit the flags: {tensors}{', ...' if len(wrong) > 3 else ''}; "
+            f"the likely cause is {_likely_cause(infer_architecture(there), infer_architecture(here))}"
         )
     model.load_state_dict(state_dict)
 
@@ -60,23 +54,22 @@ def _likely_cause(there, here):
         return "the script: one of the two is a model for super-resolution"
     for name in ("num_channels", "image_channels", "class_cond", "num_classes", "learn_sigma"):
         if there[name] != here[name]:
-            return f"--{name}, {there[name]} in the file"
+            return f"{name}, {there[name]} in the file"
     if (there["num_res_blocks"], there["channel_mult"]) != (here["num_res_blocks"], here["channel_mult"]):
-        return "--num_res_blocks or --channel_mult (or the image size, which chooses it)"
+        return "num_res_blocks or channel_mult (or the image size, which chooses it)"
     if there["attention_levels"] != here["attention_levels"]:
-        return "--attention_resolutions, or the image size that they are fractions of"
-    return f"--use_scale_shift_norm, {there['use_scale_shift_norm']} in the file"
+        return "attention_resolutions, or the image size that they are fractions of"
+    return f"use_scale_shift_norm, {there['use_scale_shift_norm']} in the file"
 
 
-def infer_flags(shapes):
+def infer_architecture(shapes: dict[str, tuple]) -> dict[str, Any] | None:
     """
     What the shapes of a model's weights tell.
 
-    :param shapes: {name: tuple} of a state dict.
-    :return: a dict of the flags num_channels, image_channels, class_cond, num_classes (None without labels),
-             learn_sigma, num_res_blocks, channel_mult (a tuple) and use_scale_shift_norm, of whether it is for
-             super_resolution, and of attention_levels, the levels with attention (0 is the finest); None if it is no
-             model of this library.
+    :param shapes: {name: shape} of a state dict.
+    :return: num_channels, image_channels, class_cond, num_classes (None without labels), learn_sigma, num_res_blocks,
+             channel_mult (a tuple), use_scale_shift_norm; super_resolution, whether it is such a model;
+             attention_levels, the levels with attention (0 is the finest). None for another kind of model.
     """
     try:
         num_channels, inputs = shapes["input_blocks.0.0.weight"][:2]

@@ -1,0 +1,48 @@
+"""The variational bound on the negative log-likelihood of images, in bits per dimension."""
+
+from typing import Any
+
+import torch as th
+
+from .. import dist_util, logger
+from ..inference.generate import SampleNoise
+from ..utils.progress import Progress, counting_calls
+
+TERMS = ("vb", "mse", "xstart_mse")
+
+
+@th.inference_mode()
+def evaluate_bpd(
+    model, diffusion, data, clip_denoised: bool = True, seed: int | None = None
+) -> tuple[dict[str, Any], int]:
+    """
+    Evaluate the whole bound. All ranks call it, each with every world_size()-th image.
+
+    :param data: of load_data_once().
+    :param seed: makes each image's noise depend on its number alone.
+    :return: ({"total_bpd": tensor [], "vb", "mse", "xstart_mse": tensors [T], noisiest timestep first}, number of
+             images): float64 means over all images, on the CPU.
+    """
+    device = dist_util.dev()
+    # tensors from the start: a rank may have no image at all
+    sums = {name: th.zeros(diffusion.num_timesteps, dtype=th.float64, device=device) for name in TERMS}
+    sums["total_bpd"] = th.zeros((), dtype=th.float64, device=device)
+    count = 0
+    with Progress("evaluating", len(data) * diffusion.num_timesteps, "steps") as progress:
+        model = counting_calls(model, progress)
+        for batch, cond in data:
+            batch = batch.to(device)
+            cond = {k: v.to(device) for k, v in cond.items()}
+            noise_fn = th.randn_like
+            if seed is not None:
+                numbers = range(count, count + len(batch))
+                noise_fn = SampleNoise(seed, [dist_util.rank() + dist_util.world_size() * n for n in numbers])
+            metrics = diffusion.calc_bpd_loop(
+                model, batch, clip_denoised=clip_denoised, model_kwargs=cond, noise_fn=noise_fn
+            )
+            for name in sums:
+                sums[name] += metrics[name].double().sum(dim=0)
+            count += len(batch)
+            logger.log(f"done {count} samples: bpd={sums['total_bpd'].item() / count}")
+    total = dist_util.all_reduce_sum(th.tensor(count, device=device)).item()
+    return {name: (dist_util.all_reduce_sum(value) / total).cpu() for name, value in sums.items()}, total

@@ -1,0 +1,45 @@
+"""A run in a few lines, for the beginning of its log."""
+
+from collections.abc import Sequence
+
+from .. import dist_util, logger
+
+
+def log_start(loop, dataset) -> None:
+    """
+    Log what a run trains and when it saves.
+
+    :param loop: a TrainLoop.
+    :param dataset: with num_images and class_names.
+    """
+    names = dataset.class_names
+    if names is not None:
+        logger.log(f"classes: {describe_classes(names)}")
+    ends = [steps for steps in (loop.lr_anneal_steps, loop.max_steps) if steps]
+    step = loop.step + loop.resume_step
+    if ends and step >= min(ends):
+        logger.log(f"the run is at step {step} already: nothing is left to train")
+    ranks = dist_util.world_size()
+    parameters = sum(p.numel() for p in loop.model.parameters())
+    classes = f" of {counted(len(names), 'class', 'classes')}" if names else ""
+    logger.log(
+        f"{counted(dataset.num_images, 'image')}{classes}, "
+        f"{parameters:,} parameters, {counted(ranks, 'rank')} of {counted(loop.batch_size, 'image')} a step; training "
+        f"{f'to step {min(ends)}' if ends else 'until it is stopped'}; "
+        f"next checkpoint: step {loop.next_save()}, then every {loop.save_interval}"
+    )
+
+
+def counted(n: int, singular: str, plural: str = "") -> str:
+    """A number and its noun: 1 image, 2,000 images."""
+    return f"{n:,} {singular if n == 1 else plural or singular + 's'}"
+
+
+def describe_classes(names: Sequence[str], only=None) -> str:
+    """
+    The classes with their numbers, in a line: 0 cat, 1 dog.
+
+    :param only: the numbers of those to name.
+    """
+    shown = [f"{i} {name}" for i, name in enumerate(names) if only is None or i in only]
+    return ", ".join(shown if len(shown) <= 20 else [*shown[:10], "...", shown[-1]])
