@@ -293,7 +293,7 @@ def _read(path):
     except FileNotFoundError:
         raise InputError(f"{path}: there is no such file") from None
     except IsADirectoryError:
-        raise InputError(f"{path} is a directory; give the .pt file in it") from None
+        raise InputError(f"{path}: is a directory; give the .pt file in it") from None
     except PermissionError:
         raise InputError(f"{path}: no permission to read it") from None
 

@@ -336,14 +336,18 @@ class ScriptOptions:
         general = dataclasses.asdict(self.general)
         return {name: value for name, value in self.values().items() if name not in general}
 
+    def arguments_of(self, function: Callable) -> dict[str, Any]:
+        """The options that a function takes as parameters of the same name."""
+        parameters = inspect.signature(function).parameters
+        return {name: value for name, value in self.values().items() if name in parameters}
+
     def call(self, function: Callable[..., T], **arguments) -> T:
         """
-        function(**arguments), with the options that it takes as parameters of the same name.
+        Call a function with the options that it takes.
 
-        :param arguments: take precedence over the options.
+        :param arguments: further ones; they take precedence over the options.
         """
-        parameters = inspect.signature(function).parameters
-        return function(**{**{k: v for k, v in self.values().items() if k in parameters}, **arguments})
+        return function(**{**self.arguments_of(function), **arguments})
 
     def replace(self: S, **values) -> S:
         """

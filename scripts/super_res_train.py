@@ -8,7 +8,7 @@ from improved_diffusion import dist_util
 from improved_diffusion.cli.dry_run import print_dry_run
 from improved_diffusion.cli.parser import create_parser, logging_to, parse_flags, run
 from improved_diffusion.cli.run_config import resumed, save_config
-from improved_diffusion.image_datasets import load_superres_data
+from improved_diffusion.image_datasets import load_data, load_superres_data
 from improved_diffusion.inference.preview import STEPS, Preview
 from improved_diffusion.options import SuperResTrainOptions
 from improved_diffusion.resample import create_named_schedule_sampler
@@ -28,7 +28,12 @@ def main():
 
     model, diffusion = options.call(sr_create_model_and_diffusion)
     configure_compute(model, use_bf16=options.compute.use_bf16, compile=options.compute.compile)
-    data = options.call(load_superres_data, class_names=this_run.class_names)
+    data = load_superres_data(
+        large_size=options.model.large_size,
+        small_size=options.model.small_size,
+        class_names=this_run.class_names,
+        **options.arguments_of(load_data),
+    )
     sampler = create_named_schedule_sampler(options.training.schedule_sampler, diffusion)
 
     with logging_to(options.general.log_dir, this_run.notes, checkpoints=True):

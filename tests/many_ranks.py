@@ -165,7 +165,7 @@ def run_scripts(folder, files):
             num_samples=SAMPLES,
             model_path=files / "sr_model.pt",
             base_samples=files / "base.npz",
-            use_ddim=True,
+            sampler="ddim",
         ),
         "image_nll": dict(
             common, num_samples=SAMPLES, model_path=files / "model.pt", data_dir=files / "images", num_workers=0

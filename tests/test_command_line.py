@@ -7,115 +7,126 @@ import pytest
 import torch as th
 
 from improved_diffusion import dist_util
-from improved_diffusion.cli import parser
 from improved_diffusion.cli.parser import create_parser, parse_flags, run
+from improved_diffusion.options import SampleOptions, SuperResTrainOptions, TrainOptions
 from improved_diffusion.utils.errors import InputError, TrainingError
 
 
-def parse(monkeypatch, words, **defaults):
+def parse(monkeypatch, words, options=None):
+    """The Flags of a command line of image_train, or of another script's options."""
     monkeypatch.setattr(sys, "argv", ["here/script.py", *words])
-    return parse_flags(create_parser(defaults, description="something"))
+    options = options or TrainOptions().replace(batch_size=4, data_dir="images")
+    return parse_flags(create_parser(options, description="something"), options)
 
 
-def test_seed_is_absent_or_a_number(monkeypatch):
-    assert parse(monkeypatch, []).seed is None
-    assert parse(monkeypatch, ["--seed", "12"]).seed == 12
+def values(monkeypatch, words, options=None):
+    return parse(monkeypatch, words, options).options.values()
+
+
+def refused(monkeypatch, capfd, words, options=None):
+    """The one line that a bad command line ends in, with status 2."""
+    with pytest.raises(SystemExit) as left:
+        parse(monkeypatch, words, options)
+    out, err = capfd.readouterr()
+    assert (left.value.code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith("script.py: error: ")
+    return err
 
 
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
-        (["--batch", "3"], ["there is no flag --batch; did you mean --batch_size?"]),  # no abbreviations
-        (["--bach_size=3"], ["there is no flag --bach_size; did you mean --batch_size?"]),
-        (["--quick", "3"], ["there is no flag --quick; --help lists them"]),
-        (["3"], ["unrecognized arguments: 3"]),
-        (["--batch_size", "x"], ["--batch_size", "'x' is not a whole number"]),
-        (["--batch_size", "0"], ["--batch_size 0", "give 1 or more"]),
-        (["--small", "perhaps"], ["--small", "'perhaps' is neither True nor False"]),
-        (["--small"], ["--small", "expected one argument"]),
-        (["--microbatch", "5"], ["--microbatch 5", "give 1 to batch_size (4), or -1"]),
-        (["--microbatch", "0"], ["--microbatch 0", "give 1 to batch_size (4), or -1"]),
-        (["--small_size", "9"], ["--small_size 9", "give 1 to large_size (8)"]),
-        (["--small_size", "0"], ["--small_size 0", "give 1 to large_size (8)"]),
+        (["--batch", "3"], ["--batch;", "--batch_size"]),  # no abbreviations
+        (["--bach_size=3"], ["--bach_size;", "--batch_size"]),
+        (["--quick", "3"], ["--quick;", "--help"]),
+        (["3"], ["arguments: 3"]),
+        (["--batch_size", "x"], ["--batch_size", "'x'"]),
+        (["--batch_size", "0"], ["--batch_size 0", "1 to"]),
+        (["--use_kl", "perhaps"], ["--use_kl", "'perhaps'"]),
+        (["--use_kl"], ["--use_kl", "one argument"]),
+        (["--microbatch", "5"], ["--microbatch 5", "batch_size (4)", "-1"]),
+        (["--microbatch", "0"], ["--microbatch 0", "batch_size (4)", "-1"]),
         (["--ema_rate", "0.9,1"], ["--ema_rate 0.9,1", "below 1"]),
         (["--ema_rate", "0.9;0.99"], ["--ema_rate 0.9;0.99", "commas"]),
-        (["--seed", "-1"], ["--seed -1", "give 0 or more, at most 9223372036854775807"]),
+        (["--seed", "-1"], ["--seed -1", "0 to 9223372036854775807"]),
         (["--keep_checkpoints", "-1"], ["--keep_checkpoints -1", "0 or more"]),
-        (["--keep_checkpoints", "all"], ["--keep_checkpoints", "'all' is not a whole number"]),
+        (["--data_dir", ""], ["--data_dir", "folder"]),
+        (["--preset", "imagenet"], ["--preset imagenet", "imagenet64"]),
+        (["--preset", "upsample256"], ["--preset upsample256", "super-resolution"]),
     ],
     ids=" ".join,
 )
 def test_bad_flags_are_one_line_and_status_2(monkeypatch, capfd, words, parts):
-    defaults = dict(
-        batch_size=4, microbatch=-1, small=True, ema_rate="0.9", large_size=8, small_size=4, keep_checkpoints=0
-    )
-    with pytest.raises(SystemExit) as left:
-        parse(monkeypatch, words, **defaults)
-    assert left.value.code == 2
-    out, err = capfd.readouterr()
-    assert (out, err.count("\n")) == ("", 1)
-    assert err.startswith("script.py: error: ")
-    assert [part for part in parts if part not in err] == []
+    err = refused(monkeypatch, capfd, words)
+    assert [part for part in parts if part not in err] == [], err
+
+
+@pytest.mark.parametrize("small_size", ["9", "0"])
+def test_small_images_are_not_larger_than_large_ones(monkeypatch, capfd, small_size):
+    options = SuperResTrainOptions().replace(data_dir="images", large_size=8, small_size=4)
+    err = refused(monkeypatch, capfd, ["--small_size", small_size], options)
+    assert f"--small_size {small_size}: give 1 to" in err
+    assert "--preset cifar10" in refused(monkeypatch, capfd, ["--preset", "cifar10"], options)
 
 
 def test_flags_at_their_limits_are_taken(monkeypatch):
-    defaults = dict(batch_size=4, microbatch=-1, ema_rate="0.9", large_size=8, small_size=4)
-    words = ["--batch_size", "1", "--microbatch", "1", "--ema_rate", "0,0.5", "--small_size", "8", "--seed", "0"]
-    args = parse(monkeypatch, words, **defaults)
-    assert sorted(args.given) == ["batch_size", "ema_rate", "microbatch", "seed", "small_size"]
-    del args.given
-    of_all_scripts = dict(seed=0, preset="", log_dir="", dry_run=False)
-    assert vars(args) == dict(of_all_scripts, batch_size=1, microbatch=1, ema_rate="0,0.5", large_size=8, small_size=8)
+    words = ["--batch_size", "1", "--microbatch", "1", "--ema_rate", "0,0.5", "--seed", "0"]
+    flags = parse(monkeypatch, words)
+    assert flags.given == {"batch_size", "ema_rate", "microbatch", "seed"}
+    want = dict(seed=0, batch_size=1, microbatch=1, ema_rate="0,0.5", data_dir="images")
+    assert flags.options == TrainOptions().replace(**want)
+
+
+def test_a_dry_run_needs_no_data_but_weights(monkeypatch, capfd):
+    assert parse(monkeypatch, ["--dry_run", "True"], TrainOptions()).options.general.dry_run
+    assert "--model_path" in refused(monkeypatch, capfd, ["--dry_run", "True"], SampleOptions())
 
 
 @pytest.mark.parametrize(
     ("text", "value"), [("1e6", 10**6), ("2.5e3", 2500), ("7", 7), ("1e0", 1), ("10000000000000001", 10**16 + 1)]
 )
 def test_counts_may_be_written_with_an_exponent(monkeypatch, text, value):
-    assert parse(monkeypatch, ["--max_steps", text], max_steps=4).max_steps == value
+    assert parse(monkeypatch, ["--max_steps", text]).options.training.max_steps == value
 
 
 @pytest.mark.parametrize("text", ["1.5", "1e-3", "inf", "nan", "1e", ""])
 def test_what_is_no_whole_number(monkeypatch, capfd, text):
-    with pytest.raises(SystemExit):
-        parse(monkeypatch, ["--batch_size", text], batch_size=4)
-    assert f"--batch_size: {text!r} is not a whole number" in capfd.readouterr().err
+    assert f"--batch_size: {text!r} " in refused(monkeypatch, capfd, ["--batch_size", text])
 
 
 def test_a_preset_sets_what_is_not_given(monkeypatch, capfd):
-    defaults = dict(image_size=64, num_channels=1, dropout=0.0, lr=0.1, batch_size=4, microbatch=-1, use_kl=False)
-    args = parse(monkeypatch, ["--preset", "cifar10_vlb", "--num_channels", "64"], **defaults)
-    assert (args.image_size, args.num_channels, args.dropout, args.lr, args.use_kl) == (32, 64, 0.3, 1e-4, True)
-    assert {"image_size", "num_channels", "lr"} <= set(args.given)
-    assert args.batch_size == 128
+    flags = parse(monkeypatch, ["--preset", "cifar10_vlb", "--num_channels", "64"])
+    got = flags.options.values()
+    assert [got[name] for name in ("image_size", "num_channels", "dropout", "lr")] == [32, 64, 0.3, 1e-4]
+    assert got["use_kl"] and got["batch_size"] == 128
+    assert {"image_size", "num_channels", "lr"} <= flags.given
     monkeypatch.setattr(dist_util, "world_size", lambda: 8)
-    assert parse(monkeypatch, ["--preset", "cifar10"], **defaults).batch_size == 16  # of all ranks together
+    assert values(monkeypatch, ["--preset", "cifar10"])["batch_size"] == 16  # of all ranks together
     monkeypatch.setattr(dist_util, "world_size", lambda: 3)
+    err = refused(monkeypatch, capfd, ["--preset", "cifar10"])
+    assert [part for part in ("--preset cifar10", "3 ranks", "128", "batch_size") if part not in err] == []
+    assert values(monkeypatch, ["--preset", "cifar10", "--batch_size", "5"])["batch_size"] == 5
+    sampling = SampleOptions().replace(model_path="ema.pt")
+    assert values(monkeypatch, ["--preset", "cifar10"], sampling)["batch_size"] == 16  # the training's does not count
+
+
+@pytest.mark.parametrize(
+    ("argv", "message", "line"),
+    [
+        (["--data_dir", "photos"], "photos: there is no such folder", "--data_dir photos: there is"),
+        (["--data_dir=photos"], "photos: there is no such folder", "--data_dir photos: there is"),
+        (["--data_dir", "photos"], "photos/a.png: not an image", "--data_dir photos/a.png: not an image"),
+        (["--num_channels", "48"], "num_channels 48 gives", "--num_channels 48 gives"),
+        (["--data_dir", "photos"], "photosphere: lost", "photosphere: lost"),
+        (["--batch_size", "4"], "4 ranks are too many", "4 ranks are too many"),
+        ([], "num_channels 48 gives", "num_channels 48 gives"),
+    ],
+)
+def test_the_flag_is_named_where_the_library_names_its_value(monkeypatch, capfd, argv, message, line):
+    monkeypatch.setattr(sys, "argv", ["here/script.py", *argv])
     with pytest.raises(SystemExit):
-        parse(monkeypatch, ["--preset", "cifar10"], **defaults)
-    assert "--preset cifar10: 3 ranks cannot share its batch of 128; give --batch_size" in capfd.readouterr().err
-    assert parse(monkeypatch, ["--preset", "cifar10", "--batch_size", "5"], **defaults).batch_size == 5
-    del defaults["lr"], defaults["microbatch"]  # where nothing is trained
-    assert parse(monkeypatch, ["--preset", "cifar10"], **defaults).batch_size == 4
-
-
-@pytest.mark.parametrize("variable", ["OPENAI_LOGDIR", "DIFFUSION_BLOB_LOGDIR"])
-def test_resuming_by_itself_needs_a_folder_to_look_in(monkeypatch, capfd, variable):
-    """Without one, each run has a new folder, with nothing in it."""
-    for name in parser.LOG_DIRECTORIES:
-        monkeypatch.setenv(name, "")
-    words = ["--resume_checkpoint", "auto"]
-    with pytest.raises(SystemExit) as left:
-        parse(monkeypatch, words, resume_checkpoint="")
-    assert left.value.code == 2
-    out, err = capfd.readouterr()
-    assert (out, err.count("\n")) == ("", 1) and err.startswith(
-        "script.py: error: --resume_checkpoint auto: give --log_dir"
-    )
-    assert parse(monkeypatch, ["--resume_checkpoint", "auto.pt"], resume_checkpoint="").resume_checkpoint == "auto.pt"
-    assert parse(monkeypatch, [*words, "--log_dir", "x"], resume_checkpoint="").log_dir == "x"
-    monkeypatch.setenv(variable, "runs/1")
-    assert parse(monkeypatch, words, resume_checkpoint="").resume_checkpoint == "auto"
+        run(lambda: raise_(InputError(message)))
+    assert capfd.readouterr().err.startswith(f"script.py: error: {line}")
 
 
 def raise_(error):

@@ -1,6 +1,5 @@
 """What a command line amounts to, without doing it."""
 
-import argparse
 import re
 
 import pytest
@@ -8,6 +7,7 @@ import torch as th
 from harness import TINY, build, flags, run_script, save_weights
 
 from improved_diffusion.cli.dry_run import estimate_memory
+from improved_diffusion.options import SampleOptions, TrainOptions
 
 
 def printed(tmp_path, capfd, script, **values):
@@ -63,10 +63,9 @@ def estimate(training, **changed):
     model_flags = {**TINY, "image_size": 8, **{k: v for k, v in changed.items() if k == "use_checkpoint"}}
     with th.device("meta"):
         model, _ = build(**model_flags)
-    settings = dict(image_size=8, image_channels=3, class_cond=False, use_fp16=False, use_bf16=False, batch_size=4)
-    settings.update(microbatch=-1, ema_rate="0.9")
-    args = argparse.Namespace(**{**settings, **changed})
-    return sum(p.numel() for p in model.parameters()) * 4, *estimate_memory(model, args, training)
+    options = TrainOptions() if training else SampleOptions()
+    options = options.replace(**{"image_size": 8, "batch_size": 4, "ema_rate": "0.9", **changed})
+    return sum(p.numel() for p in model.parameters()) * 4, *estimate_memory(model, options)
 
 
 def test_what_is_held_all_the_time():

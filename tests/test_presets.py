@@ -4,14 +4,11 @@ import re
 
 import pytest
 import torch as th
-from harness import ROOT, load_script
+from harness import ROOT
 
 from improved_diffusion.cli.presets import PRESETS
-from improved_diffusion.script_util import (
-    args_to_dict,
-    create_model_and_diffusion,
-    sr_create_model_and_diffusion,
-)
+from improved_diffusion.options import SuperResTrainOptions, TrainOptions
+from improved_diffusion.script_util import create_model_and_diffusion, sr_create_model_and_diffusion
 
 PUBLISHED = {  # parameters of the published checkpoints, and what the diffusion minimises
     "imagenet64": (121_063_942, "RESCALED_MSE", True),
@@ -31,15 +28,13 @@ def test_every_preset_is_counted():
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_builds_the_published_model(name):
     large = "large_size" in PRESETS[name]
-    script = load_script("super_res_train" if large else "image_train")
-    args = script.create_argparser().parse_args([])
-    assert PRESETS[name].keys() <= vars(args).keys()
-    for flag, value in PRESETS[name].items():
-        assert type(value) is type(getattr(args, flag)), flag
-        setattr(args, flag, value)
+    defaults = SuperResTrainOptions() if large else TrainOptions()
+    assert {flag: type(value) for flag, value in PRESETS[name].items()} == {
+        flag: type(defaults.values()[flag]) for flag in PRESETS[name]
+    }
     with th.device("meta"):
-        create = sr_create_model_and_diffusion if large else create_model_and_diffusion
-        model, diffusion = create(**args_to_dict(args, script.MODEL_FLAGS))
+        options = defaults.replace(**PRESETS[name])
+        model, diffusion = options.call(sr_create_model_and_diffusion if large else create_model_and_diffusion)
     parameters, loss_type, rescale_timesteps = PUBLISHED[name]
     assert sum(p.numel() for p in model.parameters()) == parameters
     assert diffusion.num_timesteps == PRESETS[name]["diffusion_steps"]

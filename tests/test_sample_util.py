@@ -84,7 +84,7 @@ def test_exactly_num_samples_in_order_with_a_smaller_last_batch(num_samples, bat
 
 def test_ddim_and_clipping_are_passed_on():
     diffusion = StubDiffusion()
-    images, _ = draw(diffusion, use_ddim=True, clip_denoised=False)
+    images, _ = draw(diffusion, sampler="ddim", clip_denoised=False)
     assert images[:, 0, 0, 0].tolist() == list(range(10, 17))
     assert all(kwargs == dict(clip_denoised=False, device=dist_util.dev()) for _, kwargs in diffusion.calls)
 
@@ -184,7 +184,7 @@ def test_labels_without_a_seed_are_those_of_the_global_generator():
     assert th.equal(draw_labels(10, 6), want[0]) and th.equal(th.rand(1), want[1])
 
 
-def by_seed(seed, batch_size, num_samples=7, use_ddim=False, labelled=True):
+def by_seed(seed, batch_size, num_samples=7, sampler="ancestral", labelled=True):
     def conditions(numbers, noise_fn):
         return {"y": draw_labels(10, len(numbers), noise_fn)} if labelled else {}
 
@@ -195,25 +195,25 @@ def by_seed(seed, batch_size, num_samples=7, use_ddim=False, labelled=True):
         num_samples=num_samples,
         batch_size=batch_size,
         conditions=conditions,
-        use_ddim=use_ddim,
+        sampler=sampler,
         seed=seed,
     )
 
 
-@pytest.mark.parametrize("use_ddim", [False, True])
+@pytest.mark.parametrize("sampler", ["ancestral", "ddim"])
 @pytest.mark.parametrize("labelled", [False, True])
-def test_with_a_seed_the_batch_size_changes_nothing(use_ddim, labelled):
+def test_with_a_seed_the_batch_size_changes_nothing(sampler, labelled):
     """Nor how many samples come behind, nor what was drawn before."""
-    images, labels = by_seed(3, 7, use_ddim=use_ddim, labelled=labelled)
+    images, labels = by_seed(3, 7, sampler=sampler, labelled=labelled)
     assert len({image.tobytes() for image in images}) == 7
     for batch_size in (1, 2, 3, 100):
         th.rand(batch_size)
-        same_images, same_labels = by_seed(3, batch_size, use_ddim=use_ddim, labelled=labelled)
+        same_images, same_labels = by_seed(3, batch_size, sampler=sampler, labelled=labelled)
         np.testing.assert_array_equal(same_images, images)
         np.testing.assert_array_equal(same_labels, labels)
-    more, _ = by_seed(3, 4, num_samples=11, use_ddim=use_ddim, labelled=labelled)
+    more, _ = by_seed(3, 4, num_samples=11, sampler=sampler, labelled=labelled)
     np.testing.assert_array_equal(more[:7], images)
-    other, _ = by_seed(4, 7, use_ddim=use_ddim, labelled=labelled)
+    other, _ = by_seed(4, 7, sampler=sampler, labelled=labelled)
     assert (other != images).any(axis=(1, 2, 3)).all()
 
 

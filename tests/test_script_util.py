@@ -13,12 +13,10 @@ from improved_diffusion.script_util import (
     args_to_dict,
     create_gaussian_diffusion,
     create_model,
-    extra_model_defaults,
     model_and_diffusion_defaults,
     sr_create_model,
     sr_model_and_diffusion_defaults,
     str2bool,
-    train_loop_defaults,
 )
 from improved_diffusion.unet import SuperResModel, UNetModel
 from improved_diffusion.utils.errors import InputError
@@ -86,17 +84,16 @@ NEW_TRAINING_FLAGS = dict(
 )
 NEW_BY_SCRIPT = {
     "image_train": NEW_TRAINING_FLAGS,
-    "super_res_train": NEW_TRAINING_FLAGS,
+    "super_res_train": dict(NEW_TRAINING_FLAGS, sigma_small=False),
     "image_nll": dict(NEW_FLAGS, num_workers=-1, pin_memory=True),
-    "image_sample": dict(NEW_FLAGS, classes="", save_images=False),
-    "super_res_sample": dict(NEW_FLAGS, save_images=False),
+    "image_sample": dict(NEW_FLAGS, classes="", save_images=False, sampler="ancestral"),
+    "super_res_sample": dict(NEW_FLAGS, save_images=False, sampler="ancestral", sigma_small=False),
 }
 
 
 def test_defaults_are_the_originals():
     assert model_and_diffusion_defaults() == IMAGES
     assert sr_model_and_diffusion_defaults() == SUPER_RESOLUTION
-    assert extra_model_defaults() == dict(num_classes=1000, image_channels=3, channel_mult="")
 
 
 @pytest.mark.parametrize("script", ORIGINAL_FLAGS)
@@ -108,7 +105,7 @@ def test_each_script_has_the_originals_flags_and_defaults_and_the_new_ones(scrip
     }
 
 
-@pytest.mark.parametrize("defaults", [model_and_diffusion_defaults, train_loop_defaults, extra_model_defaults])
+@pytest.mark.parametrize("defaults", [model_and_diffusion_defaults, sr_model_and_diffusion_defaults])
 def test_defaults_are_a_new_dict_each_time(defaults):
     defaults().clear()
     assert defaults()
@@ -124,7 +121,7 @@ def shapes(model):
 def test_the_factories_work_without_the_new_flags_and_with_their_defaults_give_the_same():
     with th.device("meta"):
         without, diffusion = build(image_size=32, class_cond=True)
-        with_defaults, same = build(image_size=32, class_cond=True, **extra_model_defaults())
+        with_defaults, same = build(image_size=32, class_cond=True, num_classes=1000, image_channels=3, channel_mult="")
     assert type(without) is UNetModel
     assert shapes(without) == shapes(with_defaults)
     assert without.num_classes == 1000

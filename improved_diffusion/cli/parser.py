@@ -97,11 +97,13 @@ def parse_flags(parser: FlagParser, options: Opts) -> Flags[Opts]:
         for row in rows(type(options)):
             check(row, args[row.name])
         options = options.replace(**args)
+        log_directory(options.general.log_dir)
     except InputError as e:
         parser.error(f"--{e}")
-    missing = [row for row in rows(type(options)) if row.valid is not None and not row.valid.accepts(args[row.name])]
-    if missing:
-        parser.error(f"--{missing[0].name} is not given: name {missing[0].valid}")
+    for row in rows(type(options)):
+        needed = row.name == "model_path" or not options.general.dry_run
+        if needed and row.valid is not None and not row.valid.accepts(args[row.name]):
+            parser.error(f"--{row.name} is not given: name {row.valid}")
     return Flags(options, frozenset(given | preset.keys()))
 
 
@@ -227,9 +229,10 @@ def _print_error(message):
 
 
 def _with_flag(message):
-    """Name the flag in front of a library's error message, which starts with an option's name or with its value."""
+    """Put the flag before a library's message, which starts with an option ("lr 0: ") or its value ("a.pt: ")."""
     words = [part for word in sys.argv[1:] for part in (word.split("=", 1) if word.startswith("--") else [word])]
-    for flag, value in itertools.pairwise(words):
-        if flag.startswith("--") and message.startswith((f"{flag[2:]} ", f"{value} ", f"{value}:", f"{value}/")):
-            return f"--{message}" if message.startswith(flag[2:]) else f"{flag} {message}"
-    return message
+    flags = [(flag, value) for flag, value in itertools.pairwise(words) if flag.startswith("--")]
+    if any(message.startswith(f"{flag[2:]} ") for flag, _ in flags):
+        return f"--{message}"
+    named = [flag for flag, value in flags if message.startswith((f"{value}:", f"{value}/"))]
+    return f"{named[0]} {message}" if len(named) == 1 else message

@@ -36,7 +36,7 @@ def load_weights(model: th.nn.Module, state_dict: dict[str, th.Tensor], path: st
             f"{name} ({_shape(there, name)} in the file, {_shape(here, name)} by the flags)" for name in wrong[:3]
         )
         raise InputError(
-            f"{path} does not fit the flags: {tensors}{', ...' if len(wrong) > 3 else ''}; "
+            f"{path}: does not fit the flags: {tensors}{', ...' if len(wrong) > 3 else ''}; "
             f"the likely cause is {_likely_cause(infer_architecture(there), infer_architecture(here))}"
         )
     model.load_state_dict(state_dict)
