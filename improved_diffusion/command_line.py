@@ -129,7 +129,7 @@ def run(main):
             main()
         except SystemExit as e:
             if e.code:
-                raise
+                dist_util.end(e.code)
         dist_util.leave()
     except InputError as e:
         _exit(2, e)
@@ -155,7 +155,7 @@ def run(main):
 
 def _exit(status, message):
     _print_error(message)
-    sys.exit(status)
+    dist_util.end(status)
 
 
 def _print_error(message):

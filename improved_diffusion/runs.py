@@ -76,7 +76,9 @@ def logging_to(args, notes=()):
 
     :param notes: lines for its beginning.
     """
-    logger.configure(_named_directory(args) or dist_util.from_rank_0(_new_directory))
+    named = _named_directory(args)
+    common = dist_util.from_rank_0(lambda: named or _new_directory())  # of the ranks that none is named to
+    logger.configure(named or common)
     logger.log(dist_util.describe())
     for note in notes:
         logger.log(note)

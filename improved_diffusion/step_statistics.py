@@ -63,8 +63,7 @@ class StepStatistics:
     def ranks_not_finite(self, key):
         """The ranks whose own mean of a key is not finite, or that have none; all of them call it."""
         mean, _ = self.read(over_ranks=False).get(key, (math.nan, 0))
-        finite = dist_util.all_gather_object(math.isfinite(mean))
-        return [rank for rank, is_finite in enumerate(finite) if not is_finite]
+        return dist_util.ranks_where(not math.isfinite(mean))
 
     def state_dict(self):
         """What has been taken in, for load_state_dict(); tensors only."""

@@ -133,7 +133,8 @@ class TrainLoop(Resumable):
 
         self.model_params = list(self.model.parameters())
         self.master_params = self.model_params
-        main_checkpoint = find_resume_checkpoint() or find_checkpoint(resume_checkpoint, get_blob_logdir())
+        found = find_resume_checkpoint()  # by each rank, as in the original; what rank 0 finds counts
+        main_checkpoint = dist_util.from_rank_0(lambda: found) or find_checkpoint(resume_checkpoint, get_blob_logdir())
         warn_of_other_checkpoints(main_checkpoint, get_blob_logdir())
         if main_checkpoint:
             load_model(self.model, main_checkpoint)
@@ -294,7 +295,7 @@ class TrainLoop(Resumable):
         """
         model_grads_to_master_grads(self.model_params, self.master_params)
         grad = self.master_params[0].grad
-        if not grad.isfinite().all():
+        if dist_util.any_rank(not grad.isfinite().all()):
             self._overflow()
             return
         self._overflows_in_a_row = 0
@@ -356,9 +357,13 @@ class TrainLoop(Resumable):
             if key in means and not math.isfinite(means[key][0]):
                 raise self._diverged(f"{key} is {means[key][0]}")
 
-    def _diverged(self, what):
-        """The error to raise. All ranks come here together, and learn which of them have a loss that is not finite."""
-        bad = self._statistics.ranks_not_finite("loss") or range(dist_util.world_size())
+    def _diverged(self, what, bad=None):
+        """
+        The error to raise, on all ranks together.
+
+        :param bad: the ranks to name; those whose loss is not finite if None.
+        """
+        bad = bad or self._statistics.ranks_not_finite("loss") or range(dist_util.world_size())
         return TrainingError(
             f"{what} at step {self._total_step} on rank {', '.join(map(str, bad))}; "
             f"the last good checkpoint is {self._last_checkpoint or 'none'}. A lower lr helps, or a look at the data"
@@ -374,8 +379,8 @@ class TrainLoop(Resumable):
         """
         self._check_finite(self._statistics.read())
         norms = th.stack(th._foreach_norm([p.detach() for p in self.master_params]))
-        if not norms.isfinite().all():
-            raise self._diverged("a parameter is not finite")
+        if bad := dist_util.ranks_where(not norms.isfinite().all()):
+            raise self._diverged("a parameter is not finite", bad)
         path = dist_util.from_rank_0(self._write_checkpoint, self._total_step, self._state())
         if self._progress is not None:
             self._progress.rate()  # from here on, without the time that saving took

@@ -358,7 +358,7 @@ def test_flags_do_not_wait_for_gpus(monkeypatch):
     monkeypatch.setattr(dist_util, "_groups", {})
     monkeypatch.setattr(dist_util, "world_size", lambda: 2)
     monkeypatch.setattr(dist, "get_backend", lambda: "nccl")
-    monkeypatch.setattr(dist, "new_group", lambda backend: made.append(backend) or f"group {len(made)}")
+    monkeypatch.setattr(dist, "new_group", lambda backend, timeout: made.append(backend) or f"group {len(made)}")
     monkeypatch.setattr(dist, "all_reduce", lambda tensor, group: used.append((tensor.device.type, group)))
     assert dist_util.any_rank(True) is True and dist_util.any_rank(False) is False
     assert made == ["gloo"] and used == [("cpu", "group 1")] * 2
