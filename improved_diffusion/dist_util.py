@@ -63,7 +63,6 @@ def setup_dist():
         with _loopback_only():
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=GROUP_TIMEOUT)
     else:
-        _end_at_uncaught_exceptions()
         try:
             _join(backend, world)
         except InputError:
@@ -73,6 +72,8 @@ def setup_dist():
                 f"{world.launcher} promises {world.size} ranks, but rank {world.rank} did not find the others: "
                 f"{first_line(e)}"
             ) from None
+        finally:
+            _end_at_uncaught_exceptions()  # after torch has replaced sys.excepthook by one that holds stderr back
     atexit.register(_leave_group)  # a gloo group left to the interpreter's end can abort it
 
 

@@ -184,7 +184,7 @@ class TrainLoop(Resumable):
                     logger.dumpkvs()
                 if self.step % self.save_interval == 0 and not self._is_resumed_from_here():
                     self._save_once()
-                    if os.environ.get("DIFFUSION_TRAINING_TEST", "") and self.step > 0:
+                    if self.step > 0 and dist_util.any_rank(bool(os.environ.get("DIFFUSION_TRAINING_TEST"))):
                         return
                 if dist_util.any_rank(stop.received is not None):
                     self._stop(stop.received or "a signal to another rank")
