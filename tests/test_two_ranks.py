@@ -1,6 +1,7 @@
 """Real runs on two ranks, by torchrun and by mpiexec."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -93,5 +94,4 @@ def test_divergence_of_one_rank_ends_all(two_ranks):
 
 def test_a_rank_that_does_not_come_is_named(two_ranks):
     for found in two_ranks[1:]:
-        assert found["waiting"].startswith("rank 0 has waited 0 s for rank 1 on ")
-        assert found["waiting"].count("\n") == 1
+        assert re.fullmatch(r"rank 0 has waited \d+ s for rank 1 on .+\n", found["waiting"])
