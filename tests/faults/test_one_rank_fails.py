@@ -75,3 +75,23 @@ def test_image_that_breaks_ends_all_under_mpiexec(images, tmp_path):
     assert process.returncode in (1, 2)
     assert str(broken) in errors and "Traceback" not in errors
     assert all((folder / name).exists() for name in names_of(steps_with(folder)[-1]))
+
+
+EARLY = """
+import os, sys
+from improved_diffusion import attendance, command_line, dist_util
+attendance.MEETING_NOTICE, attendance.MEETING_LIMIT, attendance.PERIOD = 0.2, 2.0, 0.1
+if os.environ["PMI_RANK"] == "1":
+    sys.exit(2)
+command_line.run(dist_util.setup_dist)
+"""
+
+
+@needs_mpiexec
+def test_rank_that_ends_before_mpi_is_there(tmp_path):
+    """MPI has the others wait for ever."""
+    with under_mpiexec(["-c", EARLY], tmp_path) as process:
+        _, errors = process.communicate(timeout=PATIENCE)
+    print(errors)
+    assert process.returncode == 2 and "Traceback" not in errors
+    assert "error: rank 0 has waited 2 s for the other ranks in MPI: mpiexec promises 2 ranks (PMI_SIZE is 2)" in errors
