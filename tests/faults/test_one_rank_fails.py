@@ -3,6 +3,7 @@
 import contextlib
 import os
 import random
+import socket
 import subprocess
 import sys
 import time
@@ -18,11 +19,11 @@ needs_mpiexec = pytest.mark.skipif(not MPIEXEC.exists(), reason="no mpiexec besi
 
 
 @contextlib.contextmanager
-def under_mpiexec(words, folder):
+def under_mpiexec(words, folder, **variables):
     """Two ranks; killed in the end. :return: the launcher's process."""
     process = subprocess.Popen(
         [MPIEXEC, "-n", "2", sys.executable, *words],
-        env=environment(OPENAI_LOGDIR=str(folder), PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "tests")])),
+        env=environment(OPENAI_LOGDIR=str(folder), PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT / 'tests'}", **variables),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -77,21 +78,23 @@ def test_image_that_breaks_ends_all_under_mpiexec(images, tmp_path):
     assert all((folder / name).exists() for name in names_of(steps_with(folder)[-1]))
 
 
-EARLY = """
-import os, sys
+MEET = """
 from improved_diffusion import attendance, command_line, dist_util
 attendance.MEETING_NOTICE, attendance.MEETING_LIMIT, attendance.PERIOD = 0.2, 2.0, 0.1
-if os.environ["PMI_RANK"] == "1":
-    sys.exit(2)
 command_line.run(dist_util.setup_dist)
 """
 
 
 @needs_mpiexec
-def test_rank_that_ends_before_mpi_is_there(tmp_path):
-    """MPI has the others wait for ever."""
-    with under_mpiexec(["-c", EARLY], tmp_path) as process:
-        _, errors = process.communicate(timeout=PATIENCE)
+def test_port_of_the_user_that_is_another_programs(tmp_path):
+    """Rank 0 cannot have it, and rank 1 is accepted there and never gets an answer."""
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        port = str(silent.getsockname()[1])
+        with under_mpiexec(["-c", MEET], tmp_path, MASTER_ADDR="127.0.0.1", MASTER_PORT=port) as process:
+            _, errors = process.communicate(timeout=PATIENCE)
     print(errors)
     assert process.returncode == 2 and "Traceback" not in errors
-    assert "error: rank 0 has waited 2 s for the other ranks in MPI: mpiexec promises 2 ranks (PMI_SIZE is 2)" in errors
+    assert "mpiexec promises 2 ranks, but rank 0 did not find the others: " in errors
+    assert f"s for rank 0 at 127.0.0.1 port {port}: mpiexec promises 2 ranks (PMI_SIZE is 2)" in errors
