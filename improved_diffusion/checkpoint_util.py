@@ -24,6 +24,7 @@ import numpy as np
 import torch as th
 
 from . import dist_util, logger
+from .checkpoint_contents import files_in
 from .errors import InputError, first_line
 from .files import TEMPORARY, list_folder, write_files
 
@@ -117,7 +118,8 @@ def _check_set(directory, step, names):
     state = state_filename(step)
     expected = {name for name in names if not name.endswith(TEMPORARY)}
     if state in expected:
-        expected.update(dist_util.read_state_dict(bf.join(directory, state)).get("files", ()))
+        path = bf.join(directory, state)
+        expected.update(files_in(dist_util.read_state_dict(path), step, path))
     for name in expected - {state}:
         dist_util.read_state_dict(bf.join(directory, name), map_location="meta")
 

@@ -81,6 +81,7 @@ class Logger:
         if row and self.level != DISABLED:
             for fmt in self._kv_writers():
                 fmt.writekvs(row)
+        self.tell_damage()
         self.name2val.clear()
         self.name2cnt.clear()
         return row
@@ -89,6 +90,14 @@ class Logger:
         """KVWriter.drop_from() of every output."""
         for fmt in self._kv_writers():
             fmt.drop_from(key, value, unless_above)
+        self.tell_damage()
+
+    def tell_damage(self):
+        """Warn of what was wrong with the outputs' existing files."""
+        for fmt in self._kv_writers():
+            if fmt.damage:
+                message, fmt.damage = fmt.damage, None
+                self.log(f"WARNING: {message}", level=WARN)
 
     def log(self, *args, level=INFO):
         if self.level <= level:
@@ -174,6 +183,7 @@ def configure(dir=None, format_strs=None, comm=None, log_suffix=""):
 
     Logger.CURRENT = Logger(dir, outputs, comm)
     log(f"Logging to {dir}")
+    Logger.CURRENT.tell_damage()
 
 
 @contextlib.contextmanager

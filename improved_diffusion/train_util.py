@@ -309,7 +309,7 @@ class TrainLoop(Resumable):
 
     def _overflow(self):
         self._overflows_in_a_row += 1
-        if self._overflows_in_a_row == MAX_OVERFLOWS_IN_A_ROW:
+        if self._overflows_in_a_row >= MAX_OVERFLOWS_IN_A_ROW:
             raise self._diverged(f"float16 gradients overflowed {MAX_OVERFLOWS_IN_A_ROW} times in a row")
         self.lg_loss_scale -= 1
         logger.log(f"Found NaN, decreased lg_loss_scale to {self.lg_loss_scale}")

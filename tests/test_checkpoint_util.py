@@ -266,6 +266,25 @@ def test_a_state_that_does_not_name_files(tmp_path, lines):
     assert find_newest_checkpoint(str(tmp_path)) == str(tmp_path / "model000010.pt")
 
 
+@pytest.mark.parametrize(
+    "state",
+    [
+        *([1, 2], "x", th.zeros(2), None),
+        *({"files": files} for files in ("model000010.pt", None, [10], ["model000005.pt"], ["state000010.pt"])),
+        *({"files": [name]} for name in ("../model000010.pt", "/etc/passwd", "ema_/dev/zero_000010.pt")),
+    ],
+    ids=str,
+)
+def test_a_state_that_names_files_of_no_set_of_its_own(tmp_path, lines, state):
+    """Nothing outside the set is opened."""
+    write_set(tmp_path, 5)
+    write_set(tmp_path, 10)
+    th.save(state, tmp_path / "state000010.pt")
+    assert find_newest_checkpoint(str(tmp_path)) == str(tmp_path / "model000005.pt")
+    (line,) = lines()
+    assert line.startswith(f"the checkpoint of step 10 is left out: {tmp_path / 'state000010.pt'}: ")
+
+
 def test_code_in_a_checkpoint_is_not_run_in_the_search(tmp_path, lines):
     write_set(tmp_path, 5)
     write_set(tmp_path, 10)

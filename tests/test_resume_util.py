@@ -90,10 +90,8 @@ def test_optimizer_of_another_precision(tmp_path, before):
     with pytest.raises(InputError) as info:
         resume(tmp_path, use_fp16=not before)
     path = tmp_path / "opt000003.pt"
-    assert (
-        str(info.value)
-        == f"{path} does not fit the model's optimizer; a run with use_fp16 {before} would have written it so"
-    )
+    assert str(info.value).startswith(f"{path} does not fit the model's optimizer: ")
+    assert str(info.value).endswith(f"; a run with use_fp16 {before} would have written it so")
 
 
 @pytest.mark.parametrize(
@@ -510,7 +508,7 @@ def test_moments_lie_in_memory_as_their_parameters(tmp_path):
             i: {"step": th.tensor(3.0), "exp_avg": moments[2 * i], "exp_avg_sq": moments[2 * i + 1]} for i in range(2)
         }
         th.save({**opt.state_dict(), "state": state}, tmp_path / "opt.pt")
-        resume_util.load_optimizer(opt, str(tmp_path / "opt.pt"), use_fp16=False)
+        resume_util.load_optimizer(opt, resume_util.read_optimizer(opt, str(tmp_path / "opt.pt")))
         for p in model.parameters():
             p.data.zero_()
             p.grad = th.ones_like(p)
