@@ -6,7 +6,7 @@ import signal
 import time
 
 import pytest
-import soak
+from killing import Campaign
 from processes import (
     PATIENCE,
     SCRIPT,
@@ -24,6 +24,7 @@ from processes import (
     wait_for,
     where_it_began,
 )
+from soak import SETTINGS
 from training import read_rows
 
 KILLS = 8  # soak.py has more, in more settings
@@ -32,8 +33,8 @@ KILLS = 8  # soak.py has more, in more settings
 @pytest.mark.parametrize("name", ["one-rank", "two-ranks"])
 def test_killed_at_random_moments(server, images, tmp_path, name):
     """Each resumed run begins at the newest set that is complete, and all together equal one that was left alone."""
-    (setting,) = (setting for setting in soak.SETTINGS if setting.name == name)
-    campaign = soak.Campaign(setting, server, images, tmp_path, random.Random(name))
+    (setting,) = (setting for setting in SETTINGS if setting.name == name)
+    campaign = Campaign(setting, server, images, tmp_path, random.Random(name))
     campaign.go(KILLS)
     print(f"{campaign.kills} kills in {campaign.runs} run(s): {campaign.met}; the runs began at {campaign.began_at}")
     assert campaign.lost == []
