@@ -86,20 +86,20 @@ def become(command):
 
 def main():
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-    train = ROOT / "scripts" / "image_train.py"
-    train_main = load(train).main
+    load(ROOT / "scripts" / "image_train.py")
     warm_up()
     gc.freeze()  # what is here at the fork, a child need not look through at its end
     command = serve(sys.stdin)
     if command is None:
         return
     become(command)
-    if command["start"] == str(train):
+    script = load(command["start"])
+    if Path(command["start"]).parent == ROOT / "scripts":
         from improved_diffusion import command_line
 
-        command_line.run(train_main)
+        command_line.run(script.main)
     else:
-        load(command["start"]).main()
+        script.main()
 
 
 if __name__ == "__main__":

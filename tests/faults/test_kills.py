@@ -1,14 +1,13 @@
 """SIGKILL at any moment: what is on disk is a checkpoint, and the run goes on from it as if nothing had been."""
 
-import collections
 import os
 import random
 import signal
 import time
 
 import pytest
+from killing import Campaign
 from processes import (
-    LONG,
     PATIENCE,
     SCRIPT,
     SHORT,
@@ -25,62 +24,22 @@ from processes import (
     wait_for,
     where_it_began,
 )
+from soak import SETTINGS
 from training import read_rows
 
-KILLS = 30
+KILLS = 8  # soak.py has more, in more settings
 
 
-def times_of(folder):
-    """Seconds that a run took to its first checkpoint and from one to the next."""
-    steps = steps_with(folder)
-    born = (folder / "born").stat().st_mtime
-    first, last = ((folder / f"state{step:06d}.pt").stat().st_mtime for step in (steps[0], steps[-2]))
-    return first - born, (last - first) / (len(steps) - 2)
-
-
-def what_it_did(folder, lines):
-    """Where a kill met the run, by what is on disk and in the log."""
-    if where_it_began(lines) == "unsaid":
-        return "while starting"
-    if list(folder.glob("*.tmp")):
-        return "while writing files"
-    return "while saving" if lines[-1] == "saving model..." else "between saves"
-
-
-@pytest.mark.parametrize("ranks, workers", [(1, 1), (2, 0)], ids=["one rank", "two ranks"])
-def test_killed_at_random_moments(server, images, uninterrupted, tmp_path, ranks, workers):
+@pytest.mark.parametrize("name", ["one-rank", "two-ranks"])
+def test_killed_at_random_moments(server, images, tmp_path, name):
     """Each resumed run begins at the newest set that is complete, and all together equal one that was left alone."""
-    whole = uninterrupted(ranks, LONG)
-    start_up, save = times_of(whole)
-    moments = random.Random(ranks)
-    met, begun, kills = collections.Counter(), [], 0
-    flags = dict(max_steps=LONG, resume_checkpoint="auto", num_workers=workers)
-    while kills < KILLS:
-        expected, lines_before = newest_set(tmp_path), len(lines_of(tmp_path))
-        processes = start(server, images, tmp_path, ranks, **flags)
-        time.sleep(moments.uniform(0, 1.5 * (start_up + 2 * save)))
-        ended = [process.wait(0) for process in processes]
-        if any(status is not None for status in ended):  # too late
-            assert set(ended) <= {0, None}, processes[0].stderr
-            finish([process for process, status in zip(processes, ended, strict=True) if status is None])
-            continue
-        for process in moments.sample(processes, ranks):
-            process.kill()
-        ended = [process.wait() for process in processes]
-        if ended[0] == 0:
-            continue
-        lines = lines_of(tmp_path)[lines_before:]
-        assert where_it_began(lines) in (expected, "unsaid"), lines
-        begun.append(where_it_began(lines))
-        met[what_it_did(tmp_path, lines)] += 1
-        kills += 1
-
-    expected, lines_before = newest_set(tmp_path), len(lines_of(tmp_path))
-    finish(start(server, images, tmp_path, ranks, **flags))
-    assert where_it_began(lines_of(tmp_path)[lines_before:]) == expected
-    print(f"{kills} kills of {ranks} rank(s): {dict(met)}; the runs began at {[*begun, expected]}")
-    assert_equals_uninterrupted(tmp_path, whole)
-    assert len(met) >= 2 and {*begun} - {"unsaid", None}
+    (setting,) = (setting for setting in SETTINGS if setting.name == name)
+    campaign = Campaign(setting, server, images, tmp_path, random.Random(name))
+    campaign.go(KILLS)
+    print(f"{campaign.kills} kills in {campaign.runs} run(s): {campaign.met}; the runs began at {campaign.began_at}")
+    assert campaign.lost == []
+    assert campaign.kills == KILLS
+    assert len(campaign.met) >= 2 and {*campaign.began_at} - {"unsaid", None}
 
 
 @pytest.mark.parametrize("victim", [0, 1])
