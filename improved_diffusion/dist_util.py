@@ -31,6 +31,7 @@ import numpy as np
 import torch as th
 import torch.distributed as dist
 
+from . import streams
 from .errors import InputError, first_line
 
 LAUNCHERS = (
@@ -211,8 +212,7 @@ def leave():
 
 def end_at_once(status):
     """End this process without waiting for anything: for when another rank is gone, and a GPU may wait for it."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    streams.flush()
     os._exit(status)
 
 
