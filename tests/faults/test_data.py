@@ -38,9 +38,8 @@ def stopped_at(folder, ranks):
     return step
 
 
-@pytest.mark.parametrize("damage", ["junk", "gone"])
-@pytest.mark.parametrize("ranks, workers", [(1, 0), (1, 1), (2, 0), (2, 1)])
-def test_an_image_breaks(server, images, uninterrupted, tmp_path, ranks, workers, damage):
+@pytest.mark.parametrize("ranks, workers, damage", [(1, 0, "gone"), (1, 1, "junk"), (2, 0, "junk"), (2, 1, "gone")])
+def test_an_image_breaks(server, images, tmp_path, ranks, workers, damage):
     """On one of the ranks. All of them save the same step, and with the image mended nothing was lost."""
     own, folder = tmp_path / "images", tmp_path / "run"
     shutil.copytree(images, own)
@@ -55,8 +54,6 @@ def test_an_image_breaks(server, images, uninterrupted, tmp_path, ranks, workers
         assert line.startswith(f"image_train.py: error: {broken}: cannot be read as an image (")
     broken.write_bytes(whole)
     step = stopped_at(folder, ranks)
-    for path in folder.glob("*000000.pt"):
-        path.unlink()
     before = len(lines_of(folder))
     finish(start(server, own, folder, ranks, max_steps=step + 6, resume_checkpoint="auto", save_interval=5))
     assert where_it_began(lines_of(folder)[before:]) == step
