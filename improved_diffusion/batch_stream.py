@@ -150,10 +150,11 @@ def _loader(dataset, num_workers, collate_fn, pin_memory, **kwargs):
 
 def _leave_signals_to_the_parent(parent, worker):
     """
-    A terminal or a scheduler sends SIGINT and SIGTERM to all processes of a run, and training
+    A terminal or a scheduler sends SIGINT, SIGHUP and SIGTERM to all processes of a run, and training
     answers them by going on until it has saved: its workers end when it says so, or is gone itself.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     if not hasattr(signal, "sigtimedwait"):
         return
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})

@@ -1,12 +1,13 @@
 """How a script reads its command line, and how it leaves."""
 
 import argparse
+import contextlib
 import difflib
 import os
 import signal
 import sys
 
-from . import dist_util
+from . import dist_util, streams
 from .errors import InputError, TrainingError, first_line, is_loss_of_a_worker, is_out_of_memory
 from .flags import FLAGS, GROUPS
 from .presets import PRESETS
@@ -151,6 +152,8 @@ def run(main):
             raise
         _print_error(f"rank {dist_util.rank()}: another rank, or the connection to it, is gone: {first_line(e)}")
         dist_util.end_at_once(1)
+    finally:
+        streams.flush()  # what fails only at the interpreter's end changes the exit status
 
 
 def _exit(status, message):
@@ -159,4 +162,5 @@ def _exit(status, message):
 
 
 def _print_error(message):
-    print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr)
+    with contextlib.suppress(OSError, ValueError):  # nobody may be there to read it
+        print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr)

@@ -18,7 +18,7 @@ import numpy as np
 import torch as th
 import torch.distributed as dist
 
-from . import attendance
+from . import attendance, streams
 from .errors import InputError, first_line
 from .launchers import LAUNCHERS, find_world, shared_store
 
@@ -143,9 +143,7 @@ def end(status):
 
 def end_at_once(status):
     """End this process without waiting for anything: for when another rank is gone, and a GPU may wait for it."""
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError, AttributeError):  # its reader is gone; it is closed; it is None
-            stream.flush()
+    streams.flush()
     os._exit(status)
 
 

@@ -14,8 +14,13 @@ import math
 import os
 import sys
 
-from .errors import InputError
+from .errors import InputError, first_line
 from .files import write_files
+from .streams import silence
+
+
+class StreamEnded(InputError):
+    """An open stream, such as stdout, takes no more text. The run can do without it; Logger drops it."""
 
 
 class KVWriter:
@@ -51,6 +56,7 @@ class HumanOutputFormat(KVWriter, SeqWriter):
     Boxed tables and lines of text, for reading.
 
     :param filename_or_file: a path, appended to, or an open text file, which close() leaves open.
+    :raises StreamEnded: from writes, if the open file takes no more; InputError if the path does not.
     """
 
     def __init__(self, filename_or_file):
@@ -69,11 +75,18 @@ class HumanOutputFormat(KVWriter, SeqWriter):
         self.writeseq(["\n".join([rule, *lines, rule])])
 
     def writeseq(self, seq):
-        with _one_line_error(getattr(self.file, "name", "the log")), self._beside_a_bar():
-            encoding = getattr(self.file, "encoding", None) or "utf-8"
-            # names of files may be no text; what cannot be shown is escaped
-            self.file.write((" ".join(seq) + "\n").encode(encoding, "backslashreplace").decode(encoding))
-            self.file.flush()
+        encoding = getattr(self.file, "encoding", None) or "utf-8"
+        # names of files may be no text; what cannot be shown is escaped
+        text = (" ".join(seq) + "\n").encode(encoding, "backslashreplace").decode(encoding)
+        try:
+            with self._beside_a_bar():
+                self.file.write(text)
+                self.file.flush()
+        except (OSError, ValueError) as e:  # the second for a file that is closed
+            if self.file in (sys.stdout, sys.stderr):
+                silence(self.file)
+            kind = InputError if self.own_file else StreamEnded
+            raise kind(f"{getattr(self.file, 'name', 'the log')}: cannot be written ({first_line(e)})") from None
 
     def _beside_a_bar(self):
         """A progress bar on the same terminal makes room for the text."""
@@ -212,7 +225,7 @@ def make_output_format(format, ev_dir, log_suffix=""):
     check_format(format)
     os.makedirs(ev_dir, exist_ok=True)
     if format == "stdout":
-        return HumanOutputFormat(sys.stdout)
+        return HumanOutputFormat(sys.stdout or io.StringIO())  # None if it was closed before Python began
     writer, name = FILE_FORMATS[format]
     return writer(os.path.join(ev_dir, name.format(log_suffix)))
 

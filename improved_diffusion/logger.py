@@ -29,6 +29,7 @@ from .log_formats import (
     JSONOutputFormat,  # noqa: F401
     KVWriter,
     SeqWriter,
+    StreamEnded,
     TensorBoardOutputFormat,  # noqa: F401
     check_format,
     make_output_format,
@@ -79,8 +80,7 @@ class Logger:
         if self.comm is not None:
             row = mpi_weighted_mean(self.comm, {k: (v, self.name2cnt.get(k, 1)) for k, v in row.items()})
         if row and self.level != DISABLED:
-            for fmt in self._kv_writers():
-                fmt.writekvs(row)
+            self._write(KVWriter, lambda fmt: fmt.writekvs(row))
         self.tell_damage()
         self.name2val.clear()
         self.name2cnt.clear()
@@ -101,9 +101,7 @@ class Logger:
 
     def log(self, *args, level=INFO):
         if self.level <= level:
-            for fmt in self.output_formats:
-                if isinstance(fmt, SeqWriter):
-                    fmt.writeseq([str(arg) for arg in args])
+            self._write(SeqWriter, lambda fmt: fmt.writeseq([str(arg) for arg in args]))
 
     def writeimage(self, key, pixels, step):
         """A picture, uint8 [h, w, 1 or 3], to the outputs that can show one."""
@@ -122,6 +120,18 @@ class Logger:
     def close(self):
         for fmt in self.output_formats:
             fmt.close()
+
+    def _write(self, kind, write):
+        """Call write() with each output of a kind. A stream that has ended is dropped, with a line in the others."""
+        errors = []
+        for fmt in [fmt for fmt in self.output_formats if isinstance(fmt, kind)]:
+            try:
+                write(fmt)
+            except StreamEnded as e:
+                self.output_formats = [other for other in self.output_formats if other is not fmt]
+                errors.append(e)
+        for e in errors:
+            self.log(f"{e}: nothing more is written there", level=WARN)
 
     def _kv_writers(self):
         return [fmt for fmt in self.output_formats if isinstance(fmt, KVWriter)]

@@ -175,6 +175,19 @@ def load_parts(state, step, *, schedule_sampler, data, statistics):
         statistics.load_state_dicts(state["statistics"])
 
 
+def position(data):
+    """Where data and random numbers are on this rank, for return_to()."""
+    return _state_of(data), rng_state()
+
+
+def return_to(position, data):
+    """Undo what has been taken from data, and drawn, since position() gave `position`."""
+    state, rng = position
+    if state is not None and hasattr(data, "load_state_dict"):
+        data.load_state_dict(state)
+    set_rng_state(rng)
+
+
 def _state_of(part):
     """state_dict() of a data iterator or sampler that has one, else None."""
     return part.state_dict() if hasattr(part, "state_dict") else None

@@ -38,6 +38,7 @@ from .resample import LossAwareSampler, UniformSampler
 from .resume_util import Resumable, find_checkpoint, load_model, warn_of_other_checkpoints
 from .step_statistics import StepStatistics, log_loss_dict  # noqa: F401 (the second is part of this module)
 from .stop_signals import StopSignals
+from .stopping import Stoppable
 
 # In float16 the loss is multiplied by 2^lg_loss_scale, lest small gradients vanish. The scale grows
 # slowly, is halved whenever a gradient overflows, and begins high enough to find its place quickly.
@@ -46,12 +47,12 @@ INITIAL_LOG_LOSS_SCALE = 20.0
 MAX_OVERFLOWS_IN_A_ROW = 20
 
 
-class TrainLoop(Resumable):
+class TrainLoop(Resumable, Stoppable):
     """
     :param model: the network, on dist_util.dev().
     :param diffusion: the GaussianDiffusion to train it for.
-    :param data: an iterator of (x_start [N, C, ...], dict of conditions); one with state_dict() and
-                 load_state_dict() is continued where it was when a run resumes.
+    :param data: an iterator of (x_start [N, C, ...], dict of conditions); one with state_dict(), which is
+                 called before each batch, and load_state_dict() is continued where it was when a run resumes.
     :param batch_size: samples a step, on each rank.
     :param microbatch: samples that go through the network at once; -1 for all. Changes memory only.
     :param lr: learning rate of AdamW; it falls to 0 over lr_anneal_steps, if set.
@@ -167,18 +168,18 @@ class TrainLoop(Resumable):
         """
         Train until lr_anneal_steps or max_steps is reached; for ever if neither is set.
 
-        SIGTERM or SIGINT, on any rank, ends the run after a step and a save.
+        SIGTERM, SIGINT or SIGHUP, on any rank, ends the run after a step and a save. So does an error of the data.
 
         :raises SystemExit: (with status 0) after such a signal.
-        :raises TrainingError: if the loss or the gradients are no longer finite.
+        :raises TrainingError: if the loss or the gradients are no longer finite, or another rank's data failed.
         """
         with (
             StopSignals() as stop,
             Progress("training", self._last_step, "steps", self._total_step, lines=False) as self._progress,
         ):
-            while not self._finished():
-                batch, cond = next(self.data)
-                self.run_step(batch, cond)
+            batch = self._next_batch(self._total_step, stop)
+            while batch is not None:
+                self._run_step(*batch)
                 self._step_done()  # again, for a run_step() of one's own
                 if self.step % self.log_interval == 0:
                     logger.dumpkvs()
@@ -186,8 +187,7 @@ class TrainLoop(Resumable):
                     self._save_once()
                     if self.step > 0 and dist_util.any_rank(bool(os.environ.get("DIFFUSION_TRAINING_TEST"))):
                         return
-                if dist_util.any_rank(stop.received is not None):
-                    self._stop(stop.received or "a signal to another rank")
+                batch = self._next_batch(self._total_step + 1, stop)
                 self.step += 1
             last_was_regular = (self.step - 1) % self.save_interval == 0
             if not last_was_regular or self._saved != (self._total_step - 1, self._updates):
@@ -197,12 +197,6 @@ class TrainLoop(Resumable):
     def _total_step(self):
         """Steps before this one since the run's very beginning; a checkpoint written now has it in its name."""
         return self.step + self.resume_step
-
-    def _stop(self, reason):
-        if not self._is_resumed_from_here():
-            self._save_once()
-        logger.log(f"stopped by {reason} at step {self._total_step}: {self._last_checkpoint}")
-        raise SystemExit(0)
 
     def _save_once(self):
         """save(), unless it would write what was written last, or resumed from."""
@@ -214,8 +208,8 @@ class TrainLoop(Resumable):
     def _last_step(self):
         return min((limit for limit in (self.lr_anneal_steps, self.max_steps) if limit), default=None)
 
-    def _finished(self):
-        return self._last_step is not None and self._total_step >= self._last_step
+    def _ends_before(self, step):
+        return self._last_step is not None and step >= self._last_step
 
     def next_save(self):
         """The step of the next checkpoint, if nothing stops the run before."""
@@ -251,6 +245,8 @@ class TrainLoop(Resumable):
 
     def forward_backward(self, batch, cond):
         """Set the gradients to those of the batch's mean weighted loss (times the loss scale in float16)."""
+        # True until something but gradients and random numbers changes, within a step's first passes
+        self._computing = self._computing is None
         zero_grad(self.model_params)
         device = dist_util.dev()
         batch = batch.to(device, non_blocking=True)
@@ -275,6 +271,7 @@ class TrainLoop(Resumable):
             terms.append({k: v.detach() for k, v in losses.items()})
 
         losses = {k: th.cat([term[k] for term in terms]) for k in terms[0]}
+        self._computing = False
         if isinstance(self.schedule_sampler, LossAwareSampler):
             self.schedule_sampler.update_with_local_losses(t, losses["loss"])
         self._statistics.add_losses(self.diffusion, t, {k: v * weights for k, v in losses.items()})

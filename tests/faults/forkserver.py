@@ -75,8 +75,12 @@ def become(command):
         opened = os.open(path, mode, 0o644)
         os.dup2(opened, descriptor)
         os.close(opened)
-    for number in (signal.SIGTERM, signal.SIGXFSZ):
-        signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN)
+    for number, handler in (
+        (signal.SIGTERM, signal.SIG_DFL),
+        (signal.SIGHUP, signal.SIG_DFL),
+        (signal.SIGXFSZ, signal.SIG_IGN),
+    ):
+        signal.signal(number, handler)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if command["limit"]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (command["limit"], command["limit"]))
