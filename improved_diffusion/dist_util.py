@@ -22,6 +22,8 @@ import platform
 import random
 import re
 import sys
+import threading
+import time
 import warnings
 import zipfile
 from typing import NamedTuple
@@ -31,7 +33,7 @@ import numpy as np
 import torch as th
 import torch.distributed as dist
 
-from .errors import InputError, first_line
+from .errors import FileAccessError, InputError, first_line
 
 LAUNCHERS = (
     # launcher, and its variables for rank, world size and rank within the node
@@ -107,6 +109,7 @@ def setup_dist():
     if dist.is_initialized():
         return
     world = _world()
+    _end_with_the_launcher(world)
     if th.cuda.is_available():
         th.cuda.set_device(dev())
     backend = "nccl" if th.cuda.is_available() else "gloo"
@@ -126,6 +129,27 @@ def setup_dist():
                 f"{first_line(e)}"
             ) from None
     atexit.register(_leave_group)  # a gloo group left to the interpreter's end can abort it
+
+
+def _end_with_the_launcher(world):
+    """
+    From here on, end this process when the launcher's process that started it is gone, as SIGKILL leaves it: the run
+    that is started in its place would find this one in its folder.
+
+    Variables alone, set by hand, are no launcher: a shell may end before the run.
+    """
+    if not ("TORCHELASTIC_RUN_ID" in os.environ if world.launcher == "torchrun" else world.size > 1):
+        return
+    launcher = os.getppid()
+
+    def watch():
+        while os.getppid() == launcher:
+            time.sleep(1)
+        with contextlib.suppress(OSError):  # stderr may be a pipe to the launcher
+            os.write(2, f"error: rank {world.rank} ends, since its {world.launcher} is gone\n".encode())
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 @contextlib.contextmanager
@@ -295,7 +319,7 @@ def _read(path):
     except IsADirectoryError:
         raise InputError(f"{path} is a directory; give the .pt file in it") from None
     except PermissionError:
-        raise InputError(f"{path}: no permission to read it") from None
+        raise FileAccessError(f"{path}: no permission to read it") from None
 
 
 def _decode(path, data, **kwargs):

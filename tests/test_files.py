@@ -111,8 +111,8 @@ def test_order(tmp_path, monkeypatch, replaced):
     write_files(str(tmp_path), writers)
     flushes = [("flush", f"{name}.tmp") for name in writers]
     renames = [("rename", name) for name in writers]
-    removal = [("remove", "state")] if replaced else []
     folder = ("flush", tmp_path.name)
+    removal = [folder, ("remove", "state")] if replaced else []
     assert events == [*flushes, *removal, *renames[:-1], folder, renames[-1], folder]
 
 
