@@ -108,7 +108,7 @@ def find_newest_checkpoint(directory, list_again=True):
     first_of_ours = _first_of_ours(sets)
     for step, names in sorted(sets.items(), reverse=True):
         if _is_cut_off(step, names) and _complete(directory, step, names):
-            names = names | {state_filename(step)}
+            names = _sets_in(directory)[step]
         if not _is_complete(step, names, first_of_ours):
             continue  # it was being written, or deleted, when the run ended
         try:
