@@ -3,16 +3,16 @@
 import os
 import re
 import signal
-import sys
 import time
 from pathlib import Path
 
 import pytest
 from processes import (
+    LAUNCHERS,
+    MPIEXEC,
     PATIENCE,
     SCRIPT,
     SHORT,
-    TORCHRUN,
     assert_equals_uninterrupted,
     finish,
     launched,
@@ -24,12 +24,6 @@ from processes import (
     wait_for,
     where_it_began,
 )
-
-MPIEXEC = Path(sys.executable).parent / "mpiexec"
-LAUNCHERS = {
-    "torchrun": [*TORCHRUN, "--standalone", "--nproc_per_node", "2"],
-    "mpiexec": [MPIEXEC, "-n", "2", sys.executable],
-}
 
 
 def assert_stopped(folder, by, ranks=1):
