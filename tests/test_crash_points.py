@@ -238,6 +238,33 @@ def test_killed_in_two_saves_of_one_step(tmp_path, steps, first):
         assert found(folder) in {(4, 1), (8, 1), (8, 2), (8, 3)}
 
 
+def test_killed_while_a_failed_save_is_cleaned_up(tmp_path):
+    """Its whole temporary files are never mixed with those of an older set of the step that has no state."""
+
+    def before(folder):
+        write(folder, 4, 1)
+        write(folder, 8, 1)
+        os.remove(folder / state_filename(8))
+
+    def failing(folder):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(files, "_flush_directory", None)  # not reached
+            flush, flushed = os.fsync, []
+
+            def fail_at_last(fd):
+                flush(fd)
+                flushed.append(fd)
+                if len(flushed) == len(KINDS):
+                    raise OSError(5, "Input/output error")
+
+            patch.setattr(os, "fsync", fail_at_last)
+            with pytest.raises(InputError, match="Input/output"):
+                write(folder, 8, 2)
+
+    for folder in crashes(tmp_path, before, failing):
+        assert found(folder) in {(4, 1), (8, 2)}
+
+
 @pytest.mark.parametrize("missing", ["model", "state", "opt"])
 def test_files_of_sets_without_a_complete_one_are_not_overwritten(tmp_path, missing):
     """Auto does not begin anew among them."""
