@@ -9,6 +9,8 @@ import pickle
 import platform
 import random
 import sys
+import threading
+import time
 import warnings
 import zipfile
 from datetime import timedelta
@@ -19,7 +21,7 @@ import torch as th
 import torch.distributed as dist
 
 from . import attendance, streams
-from .errors import InputError, first_line
+from .errors import FileAccessError, InputError, first_line
 from .launchers import LAUNCHERS, find_world, shared_store
 
 # A rank may save to a slow URL, or have larger images than the others: minutes are no sign of an error
@@ -56,6 +58,7 @@ def setup_dist():
     if dist.is_initialized():
         return
     world = find_world()
+    _end_with_the_launcher(world)
     if th.cuda.is_available():
         th.cuda.set_device(dev())
     backend = "nccl" if th.cuda.is_available() else "gloo"
@@ -99,6 +102,27 @@ def _meeting_place():
     if {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
         return f"at {os.environ['MASTER_ADDR']} port {os.environ['MASTER_PORT']}"
     return "in MPI"
+
+
+def _end_with_the_launcher(world):
+    """
+    From here on, end this process when the launcher's process that started it is gone, as SIGKILL leaves it: the run
+    that is started in its place would find this one in its folder.
+
+    Variables alone, set by hand, are no launcher: a shell may end before the run.
+    """
+    if not ("TORCHELASTIC_RUN_ID" in os.environ if world.launcher == "torchrun" else world.size > 1):
+        return
+    launcher = os.getppid()
+
+    def watch():
+        while os.getppid() == launcher:
+            time.sleep(1)
+        with contextlib.suppress(OSError):  # stderr may be a pipe to the launcher
+            os.write(2, f"error: rank {world.rank} ends, since its {world.launcher} is gone\n".encode())
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 @contextlib.contextmanager
@@ -241,7 +265,7 @@ def _read(path):
     except IsADirectoryError:
         raise InputError(f"{path} is a directory; give the .pt file in it") from None
     except PermissionError:
-        raise InputError(f"{path}: no permission to read it") from None
+        raise FileAccessError(f"{path}: no permission to read it") from None
 
 
 def _decode(path, data, **kwargs):

@@ -10,6 +10,10 @@ class InputError(ValueError):
     """
 
 
+class FileAccessError(InputError):
+    """The system does not let this process read a file, of whose content nothing is known then."""
+
+
 class TrainingError(RuntimeError):
     """
     Training cannot go on (the network yields NaN). str() is one line that says at which step, on which

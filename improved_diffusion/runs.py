@@ -16,7 +16,7 @@ from . import dist_util, logger
 from .checkpoint_util import is_of_a_run
 from .dry_run import print_dry_run
 from .errors import InputError
-from .files import is_remote
+from .files import FolderLock, is_remote
 from .model_config import read_config, save_config, settle_flags, take_flags
 from .preview import STEPS, Preview
 from .resample import create_named_schedule_sampler
@@ -174,9 +174,10 @@ def train(args, begun, data):
 
     :param begun: of create_for_training().
     :param data: of load_data().
+    :raises InputError: if another run has the folder for checkpoints, whose files both would overwrite.
     """
     model, diffusion, _, notes = begun
-    with logging_to(args, notes):
+    with _alone_in(os.environ.get("DIFFUSION_BLOB_LOGDIR") or _named_directory(args)), logging_to(args, notes):
         flags = {name: value for name, value in vars(args).items() if name not in _OF_THE_CALL}
         loop = TrainLoop(
             model=model,
@@ -190,7 +191,20 @@ def train(args, begun, data):
         names = data.dataset.class_names
         dist_util.from_rank_0(save_config, get_blob_logdir(), _script(), flags, names)
         _log_beginning(args, model, data.dataset, loop)
+        loop.draw_missing_preview()
         loop.run_loop()
+
+
+@contextlib.contextmanager
+def _alone_in(directory):
+    """A FolderLock of rank 0's for the length of a with block; none for "", a folder yet to be made."""
+    lock = FolderLock(directory)
+    if directory:
+        dist_util.from_rank_0(lock.acquire)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _log_beginning(args, model, dataset, loop):

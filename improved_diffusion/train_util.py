@@ -21,6 +21,8 @@ from . import dist_util, logger
 from .checkpoint_util import (
     delete_old_sets,
     find_ema_checkpoint,  # noqa: F401 (part of this module, as in the original)
+    is_in,
+    is_of_a_run,
     parse_resume_step_from_filename,
     save_set,
 )
@@ -402,6 +404,16 @@ class TrainLoop(Resumable, Stoppable):
         if self.keep_checkpoints and not self._overflows_in_a_row:
             delete_old_sets(get_blob_logdir(), label, self.keep_checkpoints)
         return path
+
+    def draw_missing_preview(self):
+        """Draw the preview of the checkpoint that the run goes on from, if a kill came before it was there."""
+        path, directory = self._last_checkpoint, get_blob_logdir()
+        if self.preview is None or not path or not is_of_a_run(path) or not is_in(path, directory):
+            return
+        step = parse_resume_step_from_filename(path)
+        if self.preview.is_missing(directory, step):
+            average = self._state_dict_of(self.ema_params[0])
+            self.preview(lambda: self._copy_with(average), directory, step)
 
     def _copy_with(self, state_dict):
         model = copy.deepcopy(self.model).eval()

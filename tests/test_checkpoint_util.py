@@ -355,9 +355,15 @@ def test_what_is_deleted(tmp_path_factory, sets, newest, keep):
     for step, kinds in left.items():  # whole as they were
         assert len([name for name in after if f"{step:06d}" in name]) == len(kinds)
     cut_off = {k for k, kinds in sets.items() if "state" not in kinds and kinds & {"model.tmp", "state.tmp"}}
-    usable = {k for k, kinds in sets.items() if "model" in kinds and k not in cut_off and k <= newest}
-    others = {k for k, kinds in sets.items() if "state" not in kinds and k not in cut_off | usable and k <= newest}
-    assert set(left) == set(sorted(usable)[-keep:]) | others and newest in left
+    first_of_ours = min(k for k, kinds in sets.items() if "state" in kinds)
+    complete = [
+        k
+        for k, kinds in sorted(sets.items())
+        if k <= newest and {"model", "state" if k >= first_of_ours else "opt"} <= kinds and k not in cut_off
+    ]
+    oldest_kept = complete[-keep] if len(complete) >= keep else 0
+    with_a_model = {k for k, kinds in sets.items() if oldest_kept <= k <= newest and "model" in kinds} - cut_off
+    assert set(left) == with_a_model and newest in left
 
 
 def test_the_model_goes_first(tmp_path, monkeypatch, lines):

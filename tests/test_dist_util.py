@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 from datetime import timedelta
+from unittest.mock import Mock
 
 import blobfile as bf
 import numpy as np
@@ -486,3 +487,29 @@ def test_leaving_what_was_never_joined(monkeypatch):
     started_by(monkeypatch, TORCHRUN, 0, 2, 0)
     dist_util.leave()
     assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize(
+    "variables, watched",
+    [
+        ({}, False),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, False),  # set by hand, say in a shell that a user will leave
+        ({"RANK": "0", "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "none"}, True),
+        ({"RANK": "0", "WORLD_SIZE": "1", "TORCHELASTIC_RUN_ID": "none"}, True),
+        ({"PMI_RANK": "1", "PMI_SIZE": "2"}, True),
+        ({"PMI_RANK": "0", "PMI_SIZE": "1"}, False),
+        ({"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2"}, True),
+        ({"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"}, True),
+        ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}, False),
+    ],
+)
+def test_whose_launcher_is_watched(monkeypatch, variables, watched):
+    """A process that was started by hand may outlive the shell that it came from."""
+    for name in ("TORCHELASTIC_RUN_ID", *(name for row in dist_util.LAUNCHERS for name in row[1:])):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    started = []
+    monkeypatch.setattr(dist_util.threading, "Thread", lambda **kwargs: started.append(kwargs) or Mock())
+    dist_util._end_with_the_launcher(dist_util._world())
+    assert len(started) == watched

@@ -46,7 +46,8 @@ def test_a_save_before_the_first_step(tmp_path, label, updates, with_state):
     """As many updates as the checkpoint; a run of the original counts by its label."""
     train(tmp_path, max_steps=4, save_interval=2)
     if not with_state:
-        os.remove(tmp_path / f"state{label:06d}.pt")
+        for path in tmp_path.glob("state*.pt"):
+            path.unlink()
         updates = label
     with logger.scoped_configure(dir=str(tmp_path / "new"), format_strs=[]):
         make_loop(resume_checkpoint=str(tmp_path / f"model{label:06d}.pt")).save()
@@ -358,6 +359,20 @@ def test_a_set_whose_writing_was_cut_off_is_refused(tmp_path):
     with pytest.raises(InputError, match="cut off; resume from the one before it") as info:
         train(tmp_path, resume_checkpoint=path)
     assert path in str(info.value)
+
+
+@pytest.mark.parametrize("older", [True, False])
+def test_a_set_without_a_state_behind_sets_that_have_one_is_refused(tmp_path, older):
+    """At a URL, writing that was cut off leaves nothing else to tell it by; a run of the original has none at all."""
+    train(tmp_path)
+    os.remove(tmp_path / "state000003.pt")
+    if not older:
+        os.remove(tmp_path / "state000000.pt")
+        assert resume(tmp_path)[0].step == 0
+        return
+    with pytest.raises(InputError) as info:
+        train(tmp_path, resume_checkpoint=str(tmp_path / "model000003.pt"))
+    assert str(tmp_path / "model000003.pt") in str(info.value) and "cut off" in str(info.value)
 
 
 @pytest.mark.parametrize("change", [lambda sd: sd.pop("conv.bias"), lambda sd: sd.update({"conv.bias": th.zeros(5)})])

@@ -19,6 +19,11 @@ SCRIPT = ROOT / "scripts" / "image_train.py"
 MARK = f"DIFFUSION_FAULT_TEST={uuid.uuid4()}"  # in the environment of all that these tests start
 KINDS = ("model", "ema_0.9_", "opt", "state")  # the files of a checkpoint in the order of writing
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+MPIEXEC = Path(sys.executable).parent / "mpiexec"
+LAUNCHERS = {
+    "torchrun": [*TORCHRUN, "--standalone", "--nproc_per_node", "2"],
+    "mpiexec": [MPIEXEC, "-n", "2", sys.executable],
+}
 SHORT, LONG = 20, 50  # steps of uninterrupted runs
 PATIENCE = 120  # seconds after which a process hangs
 

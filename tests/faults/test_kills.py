@@ -8,6 +8,8 @@ import time
 import pytest
 from killing import Campaign
 from processes import (
+    LAUNCHERS,
+    MPIEXEC,
     PATIENCE,
     SCRIPT,
     SHORT,
@@ -15,7 +17,9 @@ from processes import (
     assert_equals_uninterrupted,
     finish,
     launched,
+    left_behind,
     lines_of,
+    listening_sockets,
     marked_processes,
     newest_set,
     start,
@@ -83,3 +87,40 @@ def test_torchrun_starts_the_ranks_again(images, uninterrupted, tmp_path):
     print([line for line in lines if "loading model" in line or "no complete" in line])
     assert sum(line.startswith("Logging to") for line in lines) == 2
     assert_equals_uninterrupted(folder, uninterrupted(2))
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_a_launcher_killed(server, images, uninterrupted, tmp_path, launcher):
+    """Its ranks end, before the run that is started in its place finds them in its folder."""
+    if launcher == "mpiexec" and not MPIEXEC.exists():
+        pytest.skip("no mpiexec beside this Python: pip install mpich")
+    folder, said, sockets = tmp_path / "run", tmp_path / "said", listening_sockets()
+    command = [*LAUNCHERS[launcher], SCRIPT, *train_words(images, max_steps=10**6, save_interval=10, num_workers=1)]
+    with launched(command, folder, said, checkpoints=1) as process:
+        process.kill()
+        process.wait()
+        began = time.monotonic()
+        assert left_behind(sockets, allowed={server.process.pid}, seconds=60) == ""
+        print(f"{launcher} killed; all it started was gone after {time.monotonic() - began:.1f} s")
+    expected, lines_before = newest_set(folder), len(lines_of(folder))
+    finish(start(server, images, folder, 2, max_steps=expected + 2, resume_checkpoint="auto"))
+    assert where_it_began(lines_of(folder)[lines_before:]) == expected
+
+
+def test_a_run_waits_for_the_end_of_the_one_before(server, images, uninterrupted, tmp_path):
+    """As a job does that a scheduler starts anew while the old one is about to be killed."""
+    flags = dict(max_steps=SHORT, resume_checkpoint="auto")
+    (first,) = start(server, images, tmp_path, **flags, num_workers=1)
+    wait_for(lambda: steps_with(tmp_path)[2:], [first])
+    first.kill(signal.SIGSTOP)
+    expected, lines_before = newest_set(tmp_path), len(lines_of(tmp_path))
+    (second,) = start(server, images, tmp_path, **flags)
+    try:
+        wait_for(lambda: f"{tmp_path} is in use by another run" in second.out.read_text(), [second])
+        assert len(lines_of(tmp_path)) == lines_before
+    finally:
+        first.kill()
+    assert first.wait() == -9
+    finish([second])
+    assert where_it_began(lines_of(tmp_path)[lines_before:]) == expected
+    assert_equals_uninterrupted(tmp_path, uninterrupted(1))

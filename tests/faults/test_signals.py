@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 from processes import (
+    LAUNCHERS,
+    MPIEXEC,
     PATIENCE,
     SCRIPT,
     SHORT,
-    TORCHRUN,
     assert_equals_uninterrupted,
     environment,
     finish,
@@ -28,12 +29,6 @@ from processes import (
     wait_for,
     where_it_began,
 )
-
-MPIEXEC = Path(sys.executable).parent / "mpiexec"
-LAUNCHERS = {
-    "torchrun": [*TORCHRUN, "--standalone", "--nproc_per_node", "2"],
-    "mpiexec": [MPIEXEC, "-n", "2", sys.executable],
-}
 
 
 def assert_stopped(folder, by, ranks=1):
