@@ -23,7 +23,7 @@ from .script_util import args_to_dict, compute_defaults, configure_compute, crea
 from .train_util import TrainLoop, get_blob_logdir
 from .training.checkpoints import is_of_a_run
 from .utils.errors import InputError
-from .utils.files import is_remote
+from .utils.files import FolderLock, is_remote
 
 # flags that say nothing about the run itself
 _OF_THE_CALL = {"given", "log_dir", "preset", "dry_run"}
@@ -76,7 +76,9 @@ def logging_to(args, notes=()):
 
     :param notes: lines for its beginning.
     """
-    logger.configure(_named_directory(args) or dist_util.from_rank_0(_new_directory))
+    named = _named_directory(args)
+    common = dist_util.from_rank_0(lambda: named or _new_directory())  # of the ranks that none is named to
+    logger.configure(named or common)
     logger.log(dist_util.describe())
     for note in notes:
         logger.log(note)
@@ -172,9 +174,10 @@ def train(args, begun, data):
 
     :param begun: of create_for_training().
     :param data: of load_data().
+    :raises InputError: if another run has the folder for checkpoints, whose files both would overwrite.
     """
     model, diffusion, _, notes = begun
-    with logging_to(args, notes):
+    with _alone_in(os.environ.get("DIFFUSION_BLOB_LOGDIR") or _named_directory(args)), logging_to(args, notes):
         flags = {name: value for name, value in vars(args).items() if name not in _OF_THE_CALL}
         loop = TrainLoop(
             model=model,
@@ -188,7 +191,20 @@ def train(args, begun, data):
         names = data.dataset.class_names
         dist_util.from_rank_0(save_config, get_blob_logdir(), _script(), flags, names)
         _log_beginning(args, model, data.dataset, loop)
+        loop.draw_missing_preview()
         loop.run_loop()
+
+
+@contextlib.contextmanager
+def _alone_in(directory):
+    """A FolderLock of rank 0's for the length of a with block; none for "", a folder yet to be made."""
+    lock = FolderLock(directory)
+    if directory:
+        dist_util.from_rank_0(lock.acquire)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _log_beginning(args, model, dataset, loop):

@@ -61,6 +61,7 @@ def run_bpd_evaluation(model, diffusion, data, clip_denoised, seed=None):
         count += len(batch)
         logger.log(f"done {count} samples: bpd={sums['total_bpd'].item() / count}")
 
+    dist_util.barrier()  # on the CPU, where a rank says for whom it waits
     total = dist_util.all_reduce_sum(th.tensor(count, device=dist_util.dev())).item()
     means = {key: dist_util.all_reduce_sum(value) / total for key, value in sums.items()}
     if dist_util.rank() == 0:

@@ -1,6 +1,7 @@
 """How a script reads its command line, and how it leaves."""
 
 import argparse
+import contextlib
 import difflib
 import os
 import signal
@@ -9,6 +10,7 @@ import sys
 from .. import dist_util
 from ..options import FLAGS, GROUPS
 from ..script_util import add_dict_to_argparser, flag_type, str2bool, whole_number
+from ..utils import streams
 from ..utils.errors import InputError, TrainingError, first_line, is_loss_of_a_worker, is_out_of_memory
 from .presets import PRESETS
 
@@ -129,7 +131,7 @@ def run(main):
             main()
         except SystemExit as e:
             if e.code:
-                raise
+                dist_util.end(e.code)
         dist_util.leave()
     except InputError as e:
         _exit(2, e)
@@ -151,12 +153,15 @@ def run(main):
             raise
         _print_error(f"rank {dist_util.rank()}: another rank, or the connection to it, is gone: {first_line(e)}")
         dist_util.end_at_once(1)
+    finally:
+        streams.flush()  # what fails only at the interpreter's end changes the exit status
 
 
 def _exit(status, message):
     _print_error(message)
-    sys.exit(status)
+    dist_util.end(status)
 
 
 def _print_error(message):
-    print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr)
+    with contextlib.suppress(OSError, ValueError):  # nobody may be there to read it
+        print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr)

@@ -5,6 +5,7 @@ import itertools
 import torch as th
 
 from .. import dist_util
+from ..training.contents import check_weights
 from ..utils.errors import InputError
 
 
@@ -45,6 +46,7 @@ def fit_weights(model, state_dict, path, flag="model_path"):
             f"{flag} {path} does not fit the flags: {tensors}{', ...' if len(wrong) > 3 else ''}; "
             f"the likely cause is {_likely_cause(infer_flags(there), infer_flags(here))}"
         )
+    check_weights(state_dict, model, f"{flag} {path}")
     model.load_state_dict(state_dict)
 
 
