@@ -1,5 +1,6 @@
 # make demo    train on real handwritten digits and draw some (minutes, two cores)
 # make test    lint and the whole test suite
+# make soak    kill training runs 300 times at random moments (at most half an hour)
 # make benchmark    measure speed and memory (an hour or more; on a machine that does nothing else)
 # make clean   forget the demo's results; the environment in .venv stays
 
@@ -15,7 +16,7 @@ LAST_DIGIT := demo/digits/8_01796.png
 WEIGHTS := demo/run/ema_0.99_001000.pt
 SAMPLES := demo/samples/samples_500x16x16x1.npz
 
-.PHONY: demo test lint benchmark benchmark-digits clean
+.PHONY: demo test soak lint benchmark benchmark-digits clean
 
 demo: demo/progress.png $(SAMPLES)
 	@echo "How it learned: $(CURDIR)/demo/progress.png"
@@ -45,6 +46,9 @@ benchmark-digits: $(SAMPLES)
 test: lint
 	$(PY) -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --ignore tests/faults --cov --cov-report=term --cov-fail-under=90
 	$(PY) -m pytest tests/faults
+
+soak: .venv/test
+	$(PY) tests/faults/soak.py
 
 lint: .venv/test
 	$(PY) -m ruff check .

@@ -1,16 +1,4 @@
-"""
-Launchers, ranks and devices. No other file knows about them.
-
-The launcher is recognised by the environment it sets:
-
-    torchrun                 RANK, WORLD_SIZE, LOCAL_RANK
-    mpiexec (Open MPI)       OMPI_COMM_WORLD_RANK, ..._SIZE, ..._LOCAL_RANK
-    mpiexec (MPICH)          PMI_RANK, PMI_SIZE, MPI_LOCALRANKID
-    srun (Slurm)             SLURM_PROCID, SLURM_STEP_NUM_TASKS, SLURM_LOCALID
-    none                     one process, rank 0
-
-mpi4py is imported only when an mpiexec started several of us, to agree on an address.
-"""
+"""Ranks and devices, and what ranks do together."""
 
 import atexit
 import contextlib
@@ -20,78 +8,41 @@ import os
 import pickle
 import platform
 import random
-import re
 import sys
+import threading
+import time
 import warnings
 import zipfile
-from typing import NamedTuple
+from datetime import timedelta
 
 import blobfile as bf
 import numpy as np
 import torch as th
 import torch.distributed as dist
 
-from .utils.errors import InputError, first_line
+from .utils import attendance, streams
+from .utils.errors import FileAccessError, InputError, first_line
+from .utils.launchers import LAUNCHERS, find_world, shared_store
 
-LAUNCHERS = (
-    # launcher, and its variables for rank, world size and rank within the node
-    ("torchrun", "RANK", "WORLD_SIZE", "LOCAL_RANK"),
-    ("mpiexec", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
-    ("mpiexec", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
-    # of the job step: a batch script, which is one process, has the job's SLURM_NTASKS as well
-    ("srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
-)
-
-
-class World(NamedTuple):
-    """This process's place among those that a launcher started."""
-
-    launcher: str | None
-    rank: int
-    size: int
-    local_rank: int  # the rank within the node
-
-
-def _world():
-    """The World, by the environment alone."""
-    found = [row for row in LAUNCHERS if row[1] in os.environ and row[2] in os.environ]
-    if not found:
-        return World(None, 0, 1, 0)
-    if found[0][1] == "PMI_RANK" and found[-1][0] == "srun" and _values(found[0][1:3]) == _values(found[-1][1:3]):
-        found = found[-1:]  # srun sets MPICH's variables too, and it needs no MPI
-    launcher, rank_var, size_var, local_var = found[0]
-    rank, size = (_whole_number(name) for name in (rank_var, size_var))
-    if not 0 <= rank < size:
-        raise InputError(f"the environment variable {rank_var} is {rank}: give 0 to {size - 1}, below {size_var}")
-    return World(launcher, rank, size, _whole_number(local_var) if local_var in os.environ else rank)
-
-
-def _values(names):
-    return [os.environ[name] for name in names]
-
-
-def _whole_number(name, default=None):
-    try:
-        return int(os.environ.get(name, default))
-    except (ValueError, TypeError):
-        raise InputError(f"the environment variable {name} is {os.environ.get(name)!r}, not a whole number") from None
+# A rank may save to a slow URL, or have larger images than the others: minutes are no sign of an error
+GROUP_TIMEOUT = timedelta(hours=24)
 
 
 def rank():
     """This process's rank: in the process group, or, before there is one, by the launcher's environment."""
-    return dist.get_rank() if dist.is_initialized() else _world().rank
+    return dist.get_rank() if dist.is_initialized() else find_world().rank
 
 
 def world_size():
     """How many processes run together, found out as rank() is."""
-    return dist.get_world_size() if dist.is_initialized() else _world().size
+    return dist.get_world_size() if dist.is_initialized() else find_world().size
 
 
 def describe():
     """This process's place in one line, for the log."""
     return (
         f"rank {rank()} of {world_size()}, on {dev()} of {platform.node()}; "
-        f"started by {_world().launcher or 'no launcher'}"
+        f"started by {find_world().launcher or 'no launcher'}"
     )
 
 
@@ -106,18 +57,17 @@ def setup_dist():
     """
     if dist.is_initialized():
         return
-    world = _world()
+    world = find_world()
+    _end_with_the_launcher(world)
     if th.cuda.is_available():
         th.cuda.set_device(dev())
     backend = "nccl" if th.cuda.is_available() else "gloo"
     if world.size == 1:
         with _loopback_only():
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=GROUP_TIMEOUT)
     else:
         try:
-            dist.init_process_group(backend, store=_shared_store(world), rank=world.rank, world_size=world.size)
-            if backend == "nccl":
-                _cpu_group()  # now, so that ranks that cannot meet by it say so here
+            _join(backend, world)
         except InputError:
             raise
         except (RuntimeError, ValueError) as e:  # the first is torch's for all that goes wrong in a network
@@ -125,7 +75,54 @@ def setup_dist():
                 f"{world.launcher} promises {world.size} ranks, but rank {world.rank} did not find the others: "
                 f"{first_line(e)}"
             ) from None
+        finally:
+            _end_at_uncaught_exceptions()  # after torch has replaced sys.excepthook by one that holds stderr back
     atexit.register(_leave_group)  # a gloo group left to the interpreter's end can abort it
+
+
+_attendance = contextlib.nullcontext()  # within it, this rank takes part in a collective
+
+
+def _join(backend, world):
+    """Join the group of several ranks."""
+    global _attendance
+    size_var = next(row[2] for row in LAUNCHERS if row[0] == world.launcher and row[2] in os.environ)
+    promise = f"{world.launcher} promises {world.size} ranks ({size_var} is {os.environ[size_var]})"
+    with attendance.Meeting(promise, world.rank, world.size, _meeting_place, end_at_once) as meeting:
+        store = shared_store(world)
+        meeting.wait_for_all(store)
+        store.set_timeout(GROUP_TIMEOUT)  # by which NCCL's ranks wait for each other at their first collective
+        dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=GROUP_TIMEOUT)
+        if backend == "nccl":
+            _cpu_group()  # now, so that ranks that cannot meet by it say so here
+    _attendance = attendance.Attendance(store, world.rank, world.size)
+
+
+def _meeting_place():
+    if {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        return f"at {os.environ['MASTER_ADDR']} port {os.environ['MASTER_PORT']}"
+    return "in MPI"
+
+
+def _end_with_the_launcher(world):
+    """
+    From here on, end this process when the launcher's process that started it is gone, as SIGKILL leaves it: the run
+    that is started in its place would find this one in its folder.
+
+    Variables alone, set by hand, are no launcher: a shell may end before the run.
+    """
+    if not ("TORCHELASTIC_RUN_ID" in os.environ if world.launcher == "torchrun" else world.size > 1):
+        return
+    launcher = os.getppid()
+
+    def watch():
+        while os.getppid() == launcher:
+            time.sleep(1)
+        with contextlib.suppress(OSError):  # stderr may be a pipe to the launcher
+            os.write(2, f"error: rank {world.rank} ends, since its {world.launcher} is gone\n".encode())
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 @contextlib.contextmanager
@@ -142,66 +139,6 @@ def _loopback_only():
         del os.environ[name]
 
 
-def _shared_store(world):
-    """The store by which the ranks find each other."""
-    told_by_user = {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()  # or by torchrun
-    if world.launcher == "mpiexec" and not told_by_user:
-        return _store_by_mpi(world)
-    if world.launcher == "srun" and not told_by_user:
-        # the step's first node, and a port that other jobs on it will hardly have
-        first_node = re.sub(r"\[(\w+)[^]]*\]", r"\1", os.environ.get("SLURM_STEP_NODELIST", "localhost")).split(",")[0]
-        job, step = (_whole_number(name) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
-        os.environ.setdefault("MASTER_ADDR", first_node)
-        os.environ.setdefault("MASTER_PORT", str(15000 + (31 * job + step) % 15000))
-    store, _, _ = next(dist.rendezvous("env://", world.rank, world.size))
-    if os.environ.get("LOCAL_WORLD_SIZE") == str(world.size):
-        # a torchrun of one node that restarts its ranks gives them the store again, and ranks that are gone are in it
-        store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-    return store
-
-
-def _store_by_mpi(world):
-    """A store on rank 0, whose address MPI tells the others. The port is free, since the store has it already."""
-    another = (
-        f"mpiexec started {world.size} ranks, but %s: install the MPI of this mpiexec (mpich from PyPI brings its own "
-        "mpiexec), or use torchrun"
-    )
-    try:
-        import mpi4py
-
-        mpi4py.rc.initialize, mpi4py.rc.finalize = False, True  # another MPI's initialisation could end the process
-        from mpi4py import MPI
-    except (ImportError, RuntimeError) as e:  # the second if there is no MPI to load
-        raise InputError(another % f"mpi4py cannot be used ({first_line(e)})") from None
-    library = " ".join(MPI.Get_library_version().splitlines()[0].partition(",")[0].split())
-    if ("OMPI_COMM_WORLD_RANK" in os.environ) != library.startswith("Open MPI"):
-        raise InputError(another % f"mpi4py has loaded the library of another MPI ({library})")
-    if not MPI.Is_initialized():
-        MPI.Init()
-    comm = MPI.COMM_WORLD
-    if comm.Get_size() != world.size:
-        raise InputError(another % f"mpi4py sees {comm.Get_size()}")
-    on_one_node = comm.Split_type(MPI.COMM_TYPE_SHARED).Get_size() == world.size
-    port = _whole_number("MASTER_PORT", default=0)
-    address = problem = None
-    if world.rank == 0:
-        # on one node the host's name, which may resolve to anything, is not needed
-        host = os.environ.get("MASTER_ADDR", "localhost" if on_one_node else platform.node())
-        try:
-            store = dist.TCPStore(host, port, world.size, is_master=True, wait_for_workers=False)
-            address = host, store.port
-        except RuntimeError as e:
-            problem = f"rank 0 cannot use port {port} of {host} ({first_line(e)})"
-    address, problem = comm.bcast((address, problem))  # either of them: the other ranks wait for it
-    if problem:
-        raise InputError(problem)
-    host, port = address
-    if world.rank > 0:
-        store = dist.TCPStore(host, port, world.size, is_master=False)
-    os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = host, str(port)  # for whoever else wants to meet
-    return store
-
-
 def leave():
     """Wait for the other ranks and leave the process group: the last thing of a good run. Without one, nothing."""
     if dist.is_initialized():
@@ -209,14 +146,47 @@ def leave():
         _leave_group()
 
 
+def end(status):
+    """
+    End this process by an error. One of several ranks ends at once: the others learn of it as its sockets close,
+    while MPI would wait for them at the interpreter's end.
+
+    :param status: a number, or a text to print, as of sys.exit().
+    """
+    try:
+        alone = world_size() == 1
+    except InputError:  # this is what ends it
+        alone = True
+    if alone:
+        sys.exit(status)
+    if isinstance(status, str):
+        print(status, file=sys.stderr)
+        status = 1
+    end_at_once(status)
+
+
 def end_at_once(status):
     """End this process without waiting for anything: for when another rank is gone, and a GPU may wait for it."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    streams.flush()
     os._exit(status)
 
 
+def _end_at_uncaught_exceptions():
+    """Have an exception that nobody catches end this rank at once, in scripts of any kind, after its traceback."""
+    print_traceback = sys.excepthook
+
+    def hook(*error):
+        print_traceback(*error)
+        end_at_once(1)
+
+    sys.excepthook = hook
+
+
 def _leave_group():
+    global _attendance
+    if isinstance(_attendance, attendance.Attendance):
+        _attendance.leave()
+        _attendance = contextlib.nullcontext()
     if dist.is_initialized():
         gc.collect()  # what DistributedDataParallel leaves behind in reference cycles would keep the group alive
         dist.destroy_process_group()
@@ -230,7 +200,7 @@ def is_loss_of_a_rank(error):
 def dev():
     """The device this rank computes on: the GPU of its place in the node, or the CPU."""
     if th.cuda.is_available():
-        return th.device("cuda", _world().local_rank % th.cuda.device_count())
+        return th.device("cuda", find_world().local_rank % th.cuda.device_count())
     return th.device("cpu")
 
 
@@ -295,7 +265,7 @@ def _read(path):
     except IsADirectoryError:
         raise InputError(f"{path}: is a directory; give the .pt file in it") from None
     except PermissionError:
-        raise InputError(f"{path}: no permission to read it") from None
+        raise FileAccessError(f"{path}: no permission to read it") from None
 
 
 def _decode(path, data, **kwargs):
@@ -323,16 +293,17 @@ def _decode(path, data, **kwargs):
 
 def sync_params(params):
     """Give every rank rank 0's values of the tensors, in place."""
-    for p in params:
-        if world_size() > 1:
-            with th.no_grad():
+    if world_size() > 1:
+        with th.no_grad(), _attendance:
+            for p in params:
                 dist.broadcast(p, 0)
 
 
 def all_reduce_sum(tensor):
     """Sum `tensor` over the ranks, in place, and return it."""
     if world_size() > 1:
-        dist.all_reduce(tensor)
+        with _attendance:
+            dist.all_reduce(tensor)
     return tensor
 
 
@@ -344,8 +315,9 @@ def all_gather(tensor):
     """
     if world_size() == 1:
         return tensor
-    sizes = [th.zeros(1, dtype=th.long, device=tensor.device) for _ in range(world_size())]
-    dist.all_gather(sizes, th.tensor([len(tensor)], device=tensor.device))
+    sizes = [th.zeros(1, dtype=th.long) for _ in range(world_size())]
+    with _attendance:  # on the CPU, where the loss of a rank is seen
+        dist.all_gather(sizes, th.tensor([len(tensor)]), group=_cpu_group())
     sizes = th.cat(sizes).tolist()
     padded = tensor.new_zeros((max(sizes), *tensor.shape[1:]))
     padded[: len(tensor)] = tensor
@@ -359,8 +331,14 @@ def all_gather_object(obj):
     if world_size() == 1:
         return [obj]
     objects = [None] * world_size()
-    dist.all_gather_object(objects, obj)
+    with _attendance:
+        dist.all_gather_object(objects, obj, group=_cpu_group())
     return objects
+
+
+def ranks_where(flag):
+    """The ranks on which `flag` is true, known to all of them."""
+    return [rank for rank, is_true in enumerate(all_gather_object(bool(flag))) if is_true]
 
 
 def from_rank_0(function, *args):
@@ -376,7 +354,8 @@ def from_rank_0(function, *args):
         except Exception as e:  # whatever it is: the other ranks wait, and cannot unpickle every exception
             outcome[1] = RuntimeError(f"on rank 0: {type(e).__name__}: {e}")
             outcome[1].__cause__ = e
-    dist.broadcast_object_list(outcome, 0)
+    with _attendance:  # not before: the others wait for rank 0
+        dist.broadcast_object_list(outcome, 0, group=_cpu_group())
     result, error = outcome
     if error is not None:
         raise error
@@ -388,7 +367,8 @@ def any_rank(flag):
     if world_size() == 1:
         return flag
     flags = th.tensor([int(flag)])
-    dist.all_reduce(flags, group=_cpu_group())
+    with _attendance:
+        dist.all_reduce(flags, group=_cpu_group())
     return bool(flags)
 
 
@@ -399,7 +379,7 @@ def _cpu_group():
     if dist.get_backend() == "gloo":
         return dist.group.WORLD
     if dist.group.WORLD not in _groups:
-        _groups[dist.group.WORLD] = dist.new_group(backend="gloo")
+        _groups[dist.group.WORLD] = dist.new_group(backend="gloo", timeout=GROUP_TIMEOUT)
     return _groups[dist.group.WORLD]
 
 

@@ -1,6 +1,7 @@
 """Images, from a folder or packed in one file, as endless batches."""
 
 import functools
+import io
 import os
 import time
 
@@ -22,6 +23,8 @@ EXTENSIONS = ("jpg", "jpeg", "png", "gif")
 # finds does not end a run in the middle of the night
 CHECKED_IMAGES = 2000
 CHECK_SECONDS = 10
+# Seconds before a read that failed is tried again: file servers restart, and files are replaced
+RETRY_PAUSES = (0.1, 1, 3)
 
 
 def load_data(
@@ -269,9 +272,28 @@ def _check_images(paths):
             return
 
 
-def _decode(path):
-    # blobfile's way to a local file takes a tenth of the time of decoding it
-    return decode_image(lambda: bf.BlobFile(path, "rb") if is_remote(path) else open(path, "rb"), path)
+def _decode(path, pauses=()):
+    content = _read(path, pauses)
+    return decode_image(lambda: io.BytesIO(content), path)
+
+
+def _read(path, pauses):
+    """
+    A file's bytes, read again after each of `pauses` while that fails. What is wrong with the bytes is no such failure.
+
+    :raises InputError: if the last attempt fails too.
+    """
+    for pause in (*pauses, None):
+        try:
+            # blobfile's way to a local file takes a tenth of the time of decoding it
+            with bf.BlobFile(path, "rb") if is_remote(path) else open(path, "rb") as f:
+                return f.read()
+        except MemoryError:
+            raise
+        except Exception as e:  # clouds and networks have errors of all kinds
+            if pause is None:
+                raise InputError(f"{path}: cannot be read as an image ({first_line(e)})") from e
+            time.sleep(pause)
 
 
 def decode_image(opened, name):
@@ -285,6 +307,8 @@ def decode_image(opened, name):
         with opened() as f:
             image = Image.open(f)
             image.load()
+    except MemoryError:
+        raise  # the file is not to blame
     except Exception as e:  # decoders of damaged files raise anything from SyntaxError to struct.error
         raise InputError(f"{name}: cannot be read as an image ({e})") from e
     if image.mode in ("RGB", "L"):
@@ -347,7 +371,7 @@ class ImageDataset(_Samples):
         """
         :return: uint8 array [resolution, resolution, C].
         """
-        return scale_and_crop(_decode(self.local_images[idx]), self.resolution, self.image_channels)
+        return scale_and_crop(_decode(self.local_images[idx], RETRY_PAUSES), self.resolution, self.image_channels)
 
 
 def scale_and_crop(image, size, image_channels=3):

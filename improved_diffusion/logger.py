@@ -29,6 +29,7 @@ from .utils.log_formats import (
     JSONOutputFormat,  # noqa: F401
     KVWriter,
     SeqWriter,
+    StreamEnded,
     TensorBoardOutputFormat,  # noqa: F401
     check_format,
     make_output_format,
@@ -79,8 +80,8 @@ class Logger:
         if self.comm is not None:
             row = mpi_weighted_mean(self.comm, {k: (v, self.name2cnt.get(k, 1)) for k, v in row.items()})
         if row and self.level != DISABLED:
-            for fmt in self._kv_writers():
-                fmt.writekvs(row)
+            self._write(KVWriter, lambda fmt: fmt.writekvs(row))
+        self.tell_damage()
         self.name2val.clear()
         self.name2cnt.clear()
         return row
@@ -89,12 +90,18 @@ class Logger:
         """KVWriter.drop_from() of every output."""
         for fmt in self._kv_writers():
             fmt.drop_from(key, value, unless_above)
+        self.tell_damage()
+
+    def tell_damage(self):
+        """Warn of what was wrong with the outputs' existing files."""
+        for fmt in self._kv_writers():
+            if fmt.damage:
+                message, fmt.damage = fmt.damage, None
+                self.log(f"WARNING: {message}", level=WARN)
 
     def log(self, *args, level=INFO):
         if self.level <= level:
-            for fmt in self.output_formats:
-                if isinstance(fmt, SeqWriter):
-                    fmt.writeseq([str(arg) for arg in args])
+            self._write(SeqWriter, lambda fmt: fmt.writeseq([str(arg) for arg in args]))
 
     def writeimage(self, key, pixels, step):
         """A picture, uint8 [h, w, 1 or 3], to the outputs that can show one."""
@@ -113,6 +120,18 @@ class Logger:
     def close(self):
         for fmt in self.output_formats:
             fmt.close()
+
+    def _write(self, kind, write):
+        """Call write() with each output of a kind. A stream that has ended is dropped, with a line in the others."""
+        errors = []
+        for fmt in [fmt for fmt in self.output_formats if isinstance(fmt, kind)]:
+            try:
+                write(fmt)
+            except StreamEnded as e:
+                self.output_formats = [other for other in self.output_formats if other is not fmt]
+                errors.append(e)
+        for e in errors:
+            self.log(f"{e}: nothing more is written there", level=WARN)
 
     def _kv_writers(self):
         return [fmt for fmt in self.output_formats if isinstance(fmt, KVWriter)]
@@ -174,6 +193,7 @@ def configure(dir=None, format_strs=None, comm=None, log_suffix=""):
 
     Logger.CURRENT = Logger(dir, outputs, comm)
     log(f"Logging to {dir}")
+    Logger.CURRENT.tell_damage()
 
 
 @contextlib.contextmanager

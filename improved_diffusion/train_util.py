@@ -30,12 +30,15 @@ from .resample import LossAwareSampler, UniformSampler
 from .training.checkpoints import (
     delete_old_sets,
     find_ema_checkpoint,  # noqa: F401 (part of this module, as in the original)
+    is_in,
+    is_of_a_run,
     parse_resume_step_from_filename,
     save_set,
 )
 from .training.resume import Resumable, find_checkpoint, load_model, warn_of_other_checkpoints
 from .training.signals import StopSignals
 from .training.statistics import StepStatistics, log_loss_dict  # noqa: F401 (the second is part of this module)
+from .training.stopping import Stoppable
 from .utils.errors import TrainingError
 from .utils.progress import Progress
 
@@ -46,12 +49,12 @@ INITIAL_LOG_LOSS_SCALE = 20.0
 MAX_OVERFLOWS_IN_A_ROW = 20
 
 
-class TrainLoop(Resumable):
+class TrainLoop(Resumable, Stoppable):
     """
     :param model: the network, on dist_util.dev().
     :param diffusion: the GaussianDiffusion to train it for.
-    :param data: an iterator of (x_start [N, C, ...], dict of conditions); one with state_dict() and
-                 load_state_dict() is continued where it was when a run resumes.
+    :param data: an iterator of (x_start [N, C, ...], dict of conditions); one with state_dict(), which is
+                 called before each batch, and load_state_dict() is continued where it was when a run resumes.
     :param batch_size: samples a step, on each rank.
     :param microbatch: samples that go through the network at once; -1 for all. Changes memory only.
     :param lr: learning rate of AdamW; it falls to 0 over lr_anneal_steps, if set.
@@ -133,7 +136,8 @@ class TrainLoop(Resumable):
 
         self.model_params = list(self.model.parameters())
         self.master_params = self.model_params
-        main_checkpoint = find_resume_checkpoint() or find_checkpoint(resume_checkpoint, get_blob_logdir())
+        found = find_resume_checkpoint()  # by each rank, as in the original; what rank 0 finds counts
+        main_checkpoint = dist_util.from_rank_0(lambda: found) or find_checkpoint(resume_checkpoint, get_blob_logdir())
         warn_of_other_checkpoints(main_checkpoint, get_blob_logdir())
         if main_checkpoint:
             load_model(self.model, main_checkpoint)
@@ -166,27 +170,26 @@ class TrainLoop(Resumable):
         """
         Train until lr_anneal_steps or max_steps is reached; for ever if neither is set.
 
-        SIGTERM or SIGINT, on any rank, ends the run after a step and a save.
+        SIGTERM, SIGINT or SIGHUP, on any rank, ends the run after a step and a save. So does an error of the data.
 
         :raises SystemExit: (with status 0) after such a signal.
-        :raises TrainingError: if the loss or the gradients are no longer finite.
+        :raises TrainingError: if the loss or the gradients are no longer finite, or another rank's data failed.
         """
         with (
             StopSignals() as stop,
             Progress("training", self._last_step, "steps", self._total_step, lines=False) as self._progress,
         ):
-            while not self._finished():
-                batch, cond = next(self.data)
-                self.run_step(batch, cond)
+            batch = self._next_batch(self._total_step, stop)
+            while batch is not None:
+                self._run_step(*batch)
                 self._step_done()  # again, for a run_step() of one's own
                 if self.step % self.log_interval == 0:
                     logger.dumpkvs()
                 if self.step % self.save_interval == 0 and not self._is_resumed_from_here():
                     self._save_once()
-                    if os.environ.get("DIFFUSION_TRAINING_TEST", "") and self.step > 0:
+                    if self.step > 0 and dist_util.any_rank(bool(os.environ.get("DIFFUSION_TRAINING_TEST"))):
                         return
-                if dist_util.any_rank(stop.received is not None):
-                    self._stop(stop.received or "a signal to another rank")
+                batch = self._next_batch(self._total_step + 1, stop)
                 self.step += 1
             last_was_regular = (self.step - 1) % self.save_interval == 0
             if not last_was_regular or self._saved != (self._total_step - 1, self._updates):
@@ -196,12 +199,6 @@ class TrainLoop(Resumable):
     def _total_step(self):
         """Steps before this one since the run's very beginning; a checkpoint written now has it in its name."""
         return self.step + self.resume_step
-
-    def _stop(self, reason):
-        if not self._is_resumed_from_here():
-            self._save_once()
-        logger.log(f"stopped by {reason} at step {self._total_step}: {self._last_checkpoint}")
-        raise SystemExit(0)
 
     def _save_once(self):
         """save(), unless it would write what was written last, or resumed from."""
@@ -213,8 +210,8 @@ class TrainLoop(Resumable):
     def _last_step(self):
         return min((limit for limit in (self.lr_anneal_steps, self.max_steps) if limit), default=None)
 
-    def _finished(self):
-        return self._last_step is not None and self._total_step >= self._last_step
+    def _ends_before(self, step):
+        return self._last_step is not None and step >= self._last_step
 
     def next_save(self):
         """The step of the next checkpoint, if nothing stops the run before."""
@@ -250,6 +247,8 @@ class TrainLoop(Resumable):
 
     def forward_backward(self, batch, cond):
         """Set the gradients to those of the batch's mean weighted loss (times the loss scale in float16)."""
+        # True until something but gradients and random numbers changes, within a step's first passes
+        self._computing = self._computing is None
         zero_grad(self.model_params)
         device = dist_util.dev()
         batch = batch.to(device, non_blocking=True)
@@ -274,6 +273,7 @@ class TrainLoop(Resumable):
             terms.append({k: v.detach() for k, v in losses.items()})
 
         losses = {k: th.cat([term[k] for term in terms]) for k in terms[0]}
+        self._computing = False
         if isinstance(self.schedule_sampler, LossAwareSampler):
             self.schedule_sampler.update_with_local_losses(t, losses["loss"])
         self._statistics.add_losses(self.diffusion, t, {k: v * weights for k, v in losses.items()})
@@ -294,7 +294,7 @@ class TrainLoop(Resumable):
         """
         model_grads_to_master_grads(self.model_params, self.master_params)
         grad = self.master_params[0].grad
-        if not grad.isfinite().all():
+        if dist_util.any_rank(not grad.isfinite().all()):
             self._overflow()
             return
         self._overflows_in_a_row = 0
@@ -308,7 +308,7 @@ class TrainLoop(Resumable):
 
     def _overflow(self):
         self._overflows_in_a_row += 1
-        if self._overflows_in_a_row == MAX_OVERFLOWS_IN_A_ROW:
+        if self._overflows_in_a_row >= MAX_OVERFLOWS_IN_A_ROW:
             raise self._diverged(f"float16 gradients overflowed {MAX_OVERFLOWS_IN_A_ROW} times in a row")
         self.lg_loss_scale -= 1
         logger.log(f"Found NaN, decreased lg_loss_scale to {self.lg_loss_scale}")
@@ -356,9 +356,13 @@ class TrainLoop(Resumable):
             if key in means and not math.isfinite(means[key][0]):
                 raise self._diverged(f"{key} is {means[key][0]}")
 
-    def _diverged(self, what):
-        """The error to raise. All ranks come here together, and learn which of them have a loss that is not finite."""
-        bad = self._statistics.ranks_not_finite("loss") or range(dist_util.world_size())
+    def _diverged(self, what, bad=None):
+        """
+        The error to raise, on all ranks together.
+
+        :param bad: the ranks to name; those whose loss is not finite if None.
+        """
+        bad = bad or self._statistics.ranks_not_finite("loss") or range(dist_util.world_size())
         return TrainingError(
             f"{what} at step {self._total_step} on rank {', '.join(map(str, bad))}; "
             f"the last good checkpoint is {self._last_checkpoint or 'none'}. A lower lr helps, or a look at the data"
@@ -374,8 +378,8 @@ class TrainLoop(Resumable):
         """
         self._check_finite(self._statistics.read())
         norms = th.stack(th._foreach_norm([p.detach() for p in self.master_params]))
-        if not norms.isfinite().all():
-            raise self._diverged("a parameter is not finite")
+        if bad := dist_util.ranks_where(not norms.isfinite().all()):
+            raise self._diverged("a parameter is not finite", bad)
         path = dist_util.from_rank_0(self._write_checkpoint, self._total_step, self._state())
         if self._progress is not None:
             self._progress.rate()  # from here on, without the time that saving took
@@ -400,6 +404,16 @@ class TrainLoop(Resumable):
         if self.keep_checkpoints and not self._overflows_in_a_row:
             delete_old_sets(get_blob_logdir(), label, self.keep_checkpoints)
         return path
+
+    def draw_missing_preview(self):
+        """Draw the preview of the checkpoint that the run goes on from, if a kill came before it was there."""
+        path, directory = self._last_checkpoint, get_blob_logdir()
+        if self.preview is None or not path or not is_of_a_run(path) or not is_in(path, directory):
+            return
+        step = parse_resume_step_from_filename(path)
+        if self.preview.is_missing(directory, step):
+            average = self._state_dict_of(self.ema_params[0])
+            self.preview(lambda: self._copy_with(average), directory, step)
 
     def _copy_with(self, state_dict):
         model = copy.deepcopy(self.model).eval()

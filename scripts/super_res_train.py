@@ -48,6 +48,7 @@ def main():
         )
         save_config(get_blob_logdir(), "super_res_train", options, data.dataset.class_names)
         log_start(loop, data.dataset)
+        loop.draw_missing_preview()
         loop.run_loop()
 
 

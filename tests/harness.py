@@ -190,15 +190,15 @@ def run_on_ranks(patch, size, function):
         meeting.wait()  # nobody brings the next before all have read
         return brought
 
-    def broadcast_object_list(objects, source):
+    def broadcast_object_list(objects, source, group=None):
         sent = exchange(pickle.dumps(objects))[source]
         if here.rank != source:
             objects[:] = pickle.loads(sent)  # the others get copies
 
-    def all_gather_object(objects, value):
+    def all_gather_object(objects, value, group=None):
         objects[:] = [pickle.loads(sent) for sent in exchange(pickle.dumps(value))]
 
-    def all_gather(tensors, tensor):
+    def all_gather(tensors, tensor, group=None):
         for mine, sent in zip(tensors, exchange(tensor.clone()), strict=True):
             mine.copy_(sent)
 

@@ -5,10 +5,13 @@ import multiprocessing
 import os
 import signal
 import subprocess
+import sys
 import threading
+import time
 
 import pytest
 import torch as th
+from harness import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import Dataset
@@ -45,10 +48,21 @@ def worker_of(pid):
     return process
 
 
+@pytest.fixture
+def start_method():
+    """start_method(name): how processes are started from here on; Python 3.14 has another default than those before."""
+    before = multiprocessing.get_start_method()
+    yield lambda name: multiprocessing.set_start_method(name, force=True)
+    multiprocessing.set_start_method(before, force=True)
+
+
 @pytest.mark.skipif(not hasattr(signal, "sigtimedwait"), reason="who sent a signal is known on Linux only")
-@pytest.mark.parametrize("kind", ["stream", "once"])
-def test_signals_leave_workers_alone_until_their_parent_ends_them(kind):
+@pytest.mark.parametrize(
+    "kind, method", [("stream", "fork"), ("once", "fork"), ("stream", "spawn"), ("stream", "forkserver")]
+)
+def test_signals_leave_workers_alone_until_their_parent_ends_them(kind, method, start_method):
     """A scheduler's reach all processes of a run; training still needs its batches."""
+    start_method(method)
     data = (
         BatchStream(ProcessIds(), 1, False, num_workers=2)
         if kind == "stream"
@@ -71,12 +85,58 @@ def test_signals_leave_workers_alone_until_their_parent_ends_them(kind):
     assert [worker.exitcode for worker in workers] == [0, 0]
 
 
+OWNER = """
+import multiprocessing, os, sys, time
+from improved_diffusion.data.loader import BatchStream
+
+class Busy:
+    # after its first samples, a worker is in no state to see by itself whether its parent is there
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, i):
+        if i > 1:
+            time.sleep(600)
+        return os.getpid(), {}
+
+if __name__ == "__main__":
+    multiprocessing.set_start_method(sys.argv[1])
+    data = BatchStream(Busy(), 1, False, num_workers=2)
+    print(*(next(data)[0].item() for _ in range(2)), flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigtimedwait"), reason="as above")
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_workers_end_with_a_parent_that_is_killed(tmp_path, method):
+    (tmp_path / "owner.py").write_text(OWNER)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, tmp_path / "owner.py", method]
+    with subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as owner:
+        pids = [int(word) for word in owner.stdout.readline().split()]
+        owner.kill()
+    assert len({*pids}) == 2
+    end = time.monotonic() + 60
+    while any(map(is_alive, pids)):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def is_alive(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as f:
+            return f.read().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
 def test_signals_where_their_senders_are_not_known(monkeypatch):
     """SIGINT is left to the parent there too, SIGTERM works as ever."""
     monkeypatch.delattr(signal, "sigtimedwait", raising=False)
     before, threads = signal.getsignal(signal.SIGINT), threading.active_count()
     try:
-        loader._leave_signals_to_the_parent(os.getppid(), 0)
+        loader._leave_signals_to_the_parent(0)
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
         assert (
             signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, []) and threading.active_count() == threads

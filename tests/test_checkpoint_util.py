@@ -267,6 +267,25 @@ def test_a_state_that_does_not_name_files(tmp_path, lines):
     assert find_newest_checkpoint(str(tmp_path)) == str(tmp_path / "model000010.pt")
 
 
+@pytest.mark.parametrize(
+    "state",
+    [
+        *([1, 2], "x", th.zeros(2), None),
+        *({"files": files} for files in ("model000010.pt", None, [10], ["model000005.pt"], ["state000010.pt"])),
+        *({"files": [name]} for name in ("../model000010.pt", "/etc/passwd", "ema_/dev/zero_000010.pt")),
+    ],
+    ids=str,
+)
+def test_a_state_that_names_files_of_no_set_of_its_own(tmp_path, lines, state):
+    """Nothing outside the set is opened."""
+    write_set(tmp_path, 5)
+    write_set(tmp_path, 10)
+    th.save(state, tmp_path / "state000010.pt")
+    assert find_newest_checkpoint(str(tmp_path)) == str(tmp_path / "model000005.pt")
+    (line,) = lines()
+    assert line.startswith(f"the checkpoint of step 10 is left out: {tmp_path / 'state000010.pt'}: ")
+
+
 def test_code_in_a_checkpoint_is_not_run_in_the_search(tmp_path, lines):
     write_set(tmp_path, 5)
     write_set(tmp_path, 10)
@@ -337,9 +356,15 @@ def test_what_is_deleted(tmp_path_factory, sets, newest, keep):
     for step, kinds in left.items():  # whole as they were
         assert len([name for name in after if f"{step:06d}" in name]) == len(kinds)
     cut_off = {k for k, kinds in sets.items() if "state" not in kinds and kinds & {"model.tmp", "state.tmp"}}
-    usable = {k for k, kinds in sets.items() if "model" in kinds and k not in cut_off and k <= newest}
-    others = {k for k, kinds in sets.items() if "state" not in kinds and k not in cut_off | usable and k <= newest}
-    assert set(left) == set(sorted(usable)[-keep:]) | others and newest in left
+    first_of_ours = min(k for k, kinds in sets.items() if "state" in kinds)
+    complete = [
+        k
+        for k, kinds in sorted(sets.items())
+        if k <= newest and {"model", "state" if k >= first_of_ours else "opt"} <= kinds and k not in cut_off
+    ]
+    oldest_kept = complete[-keep] if len(complete) >= keep else 0
+    with_a_model = {k for k, kinds in sets.items() if oldest_kept <= k <= newest and "model" in kinds} - cut_off
+    assert set(left) == with_a_model and newest in left
 
 
 def test_the_model_goes_first(tmp_path, monkeypatch, lines):

@@ -185,6 +185,38 @@ def test_run_ends_in_one_line_and_a_status(monkeypatch, capfd, left, error, stat
         assert err == f"script.py: error: rank 0: another rank, or the connection to it, is gone: {error}\n"
 
 
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (InputError("no such file"), 2, "no such file"),
+        (TrainingError("loss is nan"), 1, "loss is nan"),
+        (th.OutOfMemoryError("CUDA out of memory"), 1, "out of memory"),
+        (RuntimeError("DataLoader worker (pid 3) is killed by signal: Killed."), 1, "a process that reads images"),
+        (SystemExit(3), 3, ""),
+        (SystemExit("a text"), 1, "a text"),
+        (dist_util.dist.DistNetworkError("reset"), 1, "another rank, or the connection"),
+    ],
+    ids=repr,
+)
+def test_run_of_one_of_several_ranks_ends_at_once(monkeypatch, capfd, left, error, status, message):
+    """MPI would wait for the others at the interpreter's end, and they for this rank."""
+
+    class Ended(BaseException):
+        pass
+
+    def end_at_once(status):
+        raise Ended(status)
+
+    monkeypatch.setattr(dist_util, "end_at_once", end_at_once)
+    monkeypatch.setattr(dist_util, "world_size", lambda: 2)
+    with pytest.raises(Ended) as info:
+        run(lambda: raise_(error))
+    assert info.value.args == (status,) and left == []
+    err = capfd.readouterr().err
+    assert message in err and err.count("\n") == bool(message)
+
+
 @pytest.mark.parametrize("error", [RuntimeError("CUDA error"), ValueError("gloo"), KeyError("x")], ids=repr)
 def test_run_leaves_mistakes_their_traceback(capfd, left, error):
     with pytest.raises(type(error)) as info:

@@ -4,6 +4,10 @@ import io
 import os
 import pickle
 import random
+import subprocess
+import sys
+from datetime import timedelta
+from unittest.mock import Mock
 
 import blobfile as bf
 import numpy as np
@@ -12,7 +16,7 @@ import torch as th
 import torch.distributed as dist
 from hypothesis import example, given
 from hypothesis import strategies as st
-from launchers import TORCHRUN, no_launcher, started_by
+from launchers import TORCHRUN, clean_environment, no_launcher, started_by
 from training import assert_same
 
 from improved_diffusion import dist_util
@@ -352,16 +356,27 @@ def test_whether_the_only_rank(flag):
     assert dist_util.any_rank(flag) is flag
 
 
-def test_flags_do_not_wait_for_gpus(monkeypatch):
+def test_flags_and_objects_do_not_wait_for_gpus(monkeypatch):
     """They go through a group of their own where the ranks' is NCCL's; one is made for each group, once."""
     made, used = [], []
     monkeypatch.setattr(dist_util, "_groups", {})
     monkeypatch.setattr(dist_util, "world_size", lambda: 2)
     monkeypatch.setattr(dist, "get_backend", lambda: "nccl")
-    monkeypatch.setattr(dist, "new_group", lambda backend: made.append(backend) or f"group {len(made)}")
+    monkeypatch.setattr(dist, "new_group", lambda **how: made.append(how) or f"group {len(made)}")
     monkeypatch.setattr(dist, "all_reduce", lambda tensor, group: used.append((tensor.device.type, group)))
+    monkeypatch.setattr(dist, "all_gather", lambda sizes, size, group=None: used.append((size.device.type, group)))
+    monkeypatch.setattr(dist, "all_gather_object", lambda objects, obj, group: used.append(("cpu", group)))
+    monkeypatch.setattr(dist, "broadcast_object_list", lambda objects, source, group: used.append(("cpu", group)))
     assert dist_util.any_rank(True) is True and dist_util.any_rank(False) is False
-    assert made == ["gloo"] and used == [("cpu", "group 1")] * 2
+    dist_util.all_gather_object("x")
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_rank", lambda: 1)
+    dist_util.from_rank_0(lambda: "x")
+    assert made == [dict(backend="gloo", timeout=dist_util.GROUP_TIMEOUT)] and used == [("cpu", "group 1")] * 4
+    used.clear()
+    dist_util.all_gather(th.zeros(0, 2))
+    assert used == [("cpu", "group 1"), ("cpu", None)]  # the numbers of rows, and the rows over the ranks' group
+    assert timedelta(hours=1) <= dist_util.GROUP_TIMEOUT
 
 
 @pytest.mark.parametrize(
@@ -377,6 +392,83 @@ def test_flags_do_not_wait_for_gpus(monkeypatch):
 )
 def test_what_the_loss_of_a_rank_looks_like(error, answer):
     assert dist_util.is_loss_of_a_rank(error) is answer
+
+
+@pytest.mark.parametrize("flags", [(False, False, False), (False, True, False), (True, False, True)])
+def test_which_ranks(on_ranks, flags):
+    want = [rank for rank, flag in enumerate(flags) if flag]
+    assert on_ranks(3, lambda rank: dist_util.ranks_where(th.tensor(flags[rank]))) == [want] * 3
+
+
+@pytest.fixture
+def ends(monkeypatch):
+    """The statuses that this process would have ended at once with."""
+    statuses = []
+    monkeypatch.setattr(dist_util, "end_at_once", statuses.append)
+    return statuses
+
+
+@pytest.mark.parametrize("status", [2, "a text"])
+def test_the_only_rank_ends_as_any_process(ends, status):
+    with pytest.raises(SystemExit) as info:
+        dist_util.end(status)
+    assert info.value.code == status and ends == []
+
+
+def test_one_of_several_ranks_ends_at_once(monkeypatch, ends, capsys):
+    """Before the ranks have met, too: MPI is there by then."""
+    started_by(monkeypatch, TORCHRUN, 1, 2, 1)
+    dist_util.end(2)
+    dist_util.end("a text")
+    assert ends == [2, 1] and capsys.readouterr() == ("", "a text\n")
+
+
+def test_end_by_a_launcher_that_cannot_be_understood(monkeypatch, ends):
+    started_by(monkeypatch, TORCHRUN, 1, "two", 1)
+    with pytest.raises(SystemExit) as info:
+        dist_util.end(2)
+    assert info.value.code == 2 and ends == []
+
+
+def test_an_exception_that_nobody_catches_ends_the_rank(monkeypatch, ends):
+    """After its traceback, also where the ranks did not meet."""
+    printed = []
+    monkeypatch.setattr(sys, "excepthook", lambda *error: printed.append((error, list(ends))))
+    monkeypatch.setattr(dist_util, "_join", lambda *args: None)
+    monkeypatch.setattr(dist_util.atexit, "register", lambda function: None)
+    started_by(monkeypatch, TORCHRUN, 1, 2, 1)
+    dist_util.setup_dist()
+    error = KeyError("x")
+    sys.excepthook(KeyError, error, None)
+    assert printed == [((KeyError, error, None), [])] and ends == [1]
+
+
+def test_an_exception_of_a_process_alone(monkeypatch, ends):
+    """It leaves as any process does."""
+    printed = []
+    monkeypatch.setattr(sys, "excepthook", lambda *error: printed.append(error))
+    dist_util.setup_dist()
+    sys.excepthook(KeyError, KeyError("x"), None)
+    assert len(printed) == 1 and ends == []
+
+
+@pytest.mark.parametrize("broken", ["closed", "absent", "full"])
+def test_the_end_does_not_depend_on_streams(broken):
+    code = {
+        "closed": "sys.stdout.close()",
+        "absent": "sys.stdout = None",
+        "full": "sys.stdout = open('/dev/full', 'w')",
+    }
+    script = f"import sys; from improved_diffusion import dist_util; {code[broken]}; print('x') if sys.stdout else 0"
+    if broken == "closed":
+        script = script.partition("; print")[0]
+    done = subprocess.run(
+        [sys.executable, "-c", f"{script}; print('said', file=sys.stderr); dist_util.end_at_once(7)"],
+        env=clean_environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (7, "said\n")
 
 
 def test_leaving(monkeypatch):
@@ -395,3 +487,29 @@ def test_leaving_what_was_never_joined(monkeypatch):
     started_by(monkeypatch, TORCHRUN, 0, 2, 0)
     dist_util.leave()
     assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize(
+    "variables, watched",
+    [
+        ({}, False),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, False),  # set by hand, say in a shell that a user will leave
+        ({"RANK": "0", "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "none"}, True),
+        ({"RANK": "0", "WORLD_SIZE": "1", "TORCHELASTIC_RUN_ID": "none"}, True),
+        ({"PMI_RANK": "1", "PMI_SIZE": "2"}, True),
+        ({"PMI_RANK": "0", "PMI_SIZE": "1"}, False),
+        ({"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2"}, True),
+        ({"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"}, True),
+        ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}, False),
+    ],
+)
+def test_whose_launcher_is_watched(monkeypatch, variables, watched):
+    """A process that was started by hand may outlive the shell that it came from."""
+    for name in ("TORCHELASTIC_RUN_ID", *(name for row in dist_util.LAUNCHERS for name in row[1:])):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    started = []
+    monkeypatch.setattr(dist_util.threading, "Thread", lambda **kwargs: started.append(kwargs) or Mock())
+    dist_util._end_with_the_launcher(dist_util._world())
+    assert len(started) == watched

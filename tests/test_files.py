@@ -1,14 +1,19 @@
 """Files that are whole or absent, and folders as they are listed."""
 
+import errno
 import io
 import os
+import signal
+import subprocess
+import sys
 
 import blobfile as bf
 import pytest
 from harness import snapshot
 
+from improved_diffusion.utils import files
 from improved_diffusion.utils.errors import InputError
-from improved_diffusion.utils.files import is_remote, list_folder, write_files
+from improved_diffusion.utils.files import FolderLock, is_remote, list_folder, write_files
 
 
 def writer(content):
@@ -111,8 +116,8 @@ def test_order(tmp_path, monkeypatch, replaced):
     write_files(str(tmp_path), writers)
     flushes = [("flush", f"{name}.tmp") for name in writers]
     renames = [("rename", name) for name in writers]
-    removal = [("remove", "state")] if replaced else []
     folder = ("flush", tmp_path.name)
+    removal = [folder, ("remove", "state")] if replaced else []
     assert events == [*flushes, *removal, *renames[:-1], folder, renames[-1], folder]
 
 
@@ -190,3 +195,143 @@ def test_folders_of_a_cloud_are_listed_by_blobfile(monkeypatch):
 @pytest.mark.parametrize("path, answer", [("gs://b/x", True), ("https://h/x", True), ("/a/b", False), ("", False)])
 def test_what_is_remote(path, answer):
     assert is_remote(path) is answer
+
+
+@pytest.mark.parametrize("error, written", [(errno.EINVAL, True), (errno.ENOTSUP, True), (errno.EIO, False)])
+def test_a_file_system_that_flushes_no_folders(tmp_path, monkeypatch, error, written):
+    """Refused for the folder alone; other errors are errors."""
+    fsync = os.fsync
+
+    def refuse(fd):
+        if os.path.isdir(f"/proc/self/fd/{fd}"):
+            raise OSError(error, os.strerror(error))
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    writers = {name: writer(b"1") for name in ("model", "state")}
+    if written:
+        write_files(str(tmp_path), writers)
+        assert contents(tmp_path) == {"model": "1", "state": "1"}
+    else:
+        with pytest.raises(InputError, match=str(tmp_path)):
+            write_files(str(tmp_path), writers)
+
+
+def test_a_file_that_cannot_be_flushed_is_not_written(tmp_path, monkeypatch):
+    def refuse(fd):
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(InputError, match="Invalid argument"):
+        write_files(str(tmp_path), {"model": writer(b"1")})
+    assert contents(tmp_path) == {}
+
+
+# ---------------------------------------------------------------- locks
+
+HOLDER = """
+import os, sys, time
+from improved_diffusion.utils.files import FolderLock
+lock = FolderLock(sys.argv[1])
+lock.acquire()
+child = os.fork() if sys.argv[2] else None
+if child == 0:
+    time.sleep(100)
+    os._exit(0)
+print(child, flush=True)
+sys.stdin.read()
+lock.release()
+"""
+needs_locks = pytest.mark.skipif(files.fcntl is None, reason="no fcntl here")
+
+
+def start_holder(folder, fork=""):
+    command = [sys.executable, "-c", HOLDER, str(folder), fork]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    return process, process.stdout.readline().strip()
+
+
+@needs_locks
+def test_a_folder_is_locked_by_one_process(tmp_path, capsys):
+    folder = tmp_path / "run"
+    holder, _ = start_holder(folder)
+    with holder:
+        with pytest.raises(InputError, match=f"^{folder} .*process {holder.pid} on "):
+            FolderLock(str(folder), patience=0).acquire()
+        capsys.readouterr()
+        FolderLock(str(tmp_path / "other"), patience=0).acquire()
+    lock = FolderLock(str(folder), patience=0)
+    lock.acquire()
+    assert capsys.readouterr().out == ""
+    lock.release()
+    lock.release()
+    assert contents(folder) == {}
+
+
+@needs_locks
+def test_a_lock_ends_with_its_process(tmp_path, capsys):
+    """However that ends, and though a child of its, such as one that reads images, lives on; who waits is told."""
+    holder, child = start_holder(tmp_path, "fork")
+    with holder:
+        try:
+            sleep = files.time.sleep
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(files.time, "sleep", lambda seconds: (holder.kill(), sleep(seconds)))
+                lock = FolderLock(str(tmp_path), patience=60)
+                lock.acquire()
+            os.kill(int(child), 0)
+        finally:
+            holder.kill()
+            os.kill(int(child), signal.SIGKILL)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert str(tmp_path) in line and f"process {holder.pid}" in line
+    with pytest.raises(InputError, match=f"process {os.getpid()} "):
+        FolderLock(str(tmp_path), patience=0).acquire()
+    lock.release()
+
+
+@needs_locks
+def test_a_lock_that_its_holder_removes_at_that_moment(tmp_path, monkeypatch):
+    """What was locked then is no file of the folder any more, and the next process would lock another."""
+    flock, removed = files.fcntl.flock, []
+
+    def remove_once(descriptor, how):
+        if not removed:
+            os.remove(tmp_path / FolderLock.NAME)
+            removed.append(descriptor)
+        flock(descriptor, how)
+
+    monkeypatch.setattr(files.fcntl, "flock", remove_once)
+    lock = FolderLock(str(tmp_path), patience=0)
+    lock.acquire()
+    assert removed and (tmp_path / FolderLock.NAME).exists()
+    with pytest.raises(InputError):
+        FolderLock(str(tmp_path), patience=0).acquire()
+    lock.release()
+
+
+@needs_locks
+@pytest.mark.parametrize("error", [errno.ENOLCK, errno.ENOTSUP, errno.EBADF])
+def test_a_file_system_without_locks(tmp_path, monkeypatch, error):
+    def refuse(descriptor, how):
+        raise OSError(error, os.strerror(error))
+
+    monkeypatch.setattr(files.fcntl, "flock", refuse)
+    descriptors = len(os.listdir("/proc/self/fd"))
+    for _ in range(2):
+        FolderLock(str(tmp_path), patience=0).acquire()
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+
+
+@pytest.mark.parametrize("folder", ["gs://bucket/run", "/dev/null/run"])
+def test_folders_that_cannot_be_locked(folder):
+    lock = FolderLock(folder, patience=0)
+    lock.acquire()
+    lock.release()
+
+
+def test_a_system_without_locks(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "fcntl", None)
+    for _ in range(2):
+        FolderLock(str(tmp_path), patience=0).acquire()
+    assert contents(tmp_path) == {}

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+from pathlib import Path
 
 import blobfile as bf
 import numpy as np
@@ -16,6 +17,7 @@ from torch.utils.data import DataLoader
 from improved_diffusion import image_datasets
 from improved_diffusion.data.packed import read_packed_images, write_packed_images
 from improved_diffusion.image_datasets import (
+    RETRY_PAUSES,
     ImageDataset,
     PackedDataset,
     decode_folder,
@@ -661,6 +663,55 @@ def test_an_image_found_unreadable_later_is_named_in_one_line(monkeypatch, tmp_p
     assert "\n" not in str(refusal.value)
     del data, refusal  # and with them the workers; were they the garbage collector's, it would wait 5 s for each
     assert {process.pid for process in multiprocessing.active_children()} <= before
+
+
+class Flaky:
+    """open() that fails a few times."""
+
+    def __init__(self, errors):
+        self.errors = list(errors)
+
+    def __call__(self, path, mode):
+        if self.errors:
+            raise self.errors.pop(0)
+        return open(path, mode)
+
+
+ERRORS = [OSError(5, "Input/output error"), OSError(116, "Stale file handle"), FileNotFoundError(2, "No such file")]
+
+
+@pytest.mark.parametrize("error", [*ERRORS, ConnectionError("cut off"), KeyError("a cloud's own")], ids=repr)
+@pytest.mark.parametrize("where", ["local", "remote"])
+def test_a_read_that_fails_is_tried_again(monkeypatch, greys, error, where):
+    folder, pauses = greys(3), []
+    monkeypatch.setattr(image_datasets.time, "sleep", pauses.append)
+    paths = [os.path.join(folder, name) for name in sorted(os.listdir(folder))]
+    whole = ImageDataset(8, paths).pixels(0)
+    flaky = Flaky([error] * len(RETRY_PAUSES))
+    monkeypatch.setattr(image_datasets, "is_remote", lambda path: where == "remote")
+    monkeypatch.setattr(image_datasets.bf, "BlobFile", flaky)
+    monkeypatch.setattr(image_datasets, "open", flaky, raising=False)
+    assert np.array_equal(ImageDataset(8, paths).pixels(0), whole)
+    assert pauses == [*RETRY_PAUSES] and sum(RETRY_PAUSES) < 10
+    flaky.errors = [error] * (len(RETRY_PAUSES) + 1)
+    with pytest.raises(InputError) as info:
+        ImageDataset(8, paths).pixels(0)
+    assert paths[0] in str(info.value) and flaky.errors == []
+
+
+@pytest.mark.parametrize("damage", [corrupt, cut_short])
+def test_a_damaged_image_is_not_tried_again(monkeypatch, greys, damage):
+    monkeypatch.setattr(image_datasets.time, "sleep", None)
+    path = Path(greys(3), "b_02.png")
+    damage(path)
+    with pytest.raises(InputError, match=path.stem):
+        ImageDataset(8, [str(path)]).pixels(0)
+
+
+def test_a_read_without_memory_is_no_damage(monkeypatch, greys):
+    monkeypatch.setattr(image_datasets, "open", Flaky([MemoryError()]), raising=False)
+    with pytest.raises(MemoryError):
+        ImageDataset(8, [os.path.join(greys(3), "b_02.png")]).pixels(0)
 
 
 def test_a_broken_link_is_found_at_once(tmp_path):

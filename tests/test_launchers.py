@@ -1,12 +1,12 @@
 """How each launcher is known, and how its ranks find one another."""
 
+import contextlib
 import os
 import platform
 import subprocess
 import sys
 import types
 import typing
-from datetime import timedelta
 
 import pytest
 import torch as th
@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 from launchers import MPICH, OPEN_MPI, SLURM, SLURM_STEP, TORCHRUN, clean_environment, no_launcher, started_by
 
 from improved_diffusion import dist_util
+from improved_diffusion.utils import attendance
+from improved_diffusion.utils import launchers as launchers_  # the tests' helpers have the same name
 from improved_diffusion.utils.errors import InputError
 
 
@@ -53,13 +55,13 @@ def test_torchrun_under_another_launcher(monkeypatch, outer):
     """One torchrun a node, started by mpiexec or srun: the inner launcher counts."""
     started_by(monkeypatch, outer, 1, 2, 0)
     started_by(monkeypatch, TORCHRUN, 5, 8, 1)
-    assert dist_util._world() == ("torchrun", 5, 8, 1)
+    assert launchers_.find_world() == ("torchrun", 5, 8, 1)
 
 
 def test_a_batch_script_of_slurm_is_one_process(monkeypatch):
     """It has the number of tasks that the job may start, and is none of them."""
     started_by(monkeypatch, ["SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS", "SLURM_JOB_ID"], 0, 0, 8, 77)
-    assert dist_util._world() == (None, 0, 1, 0)
+    assert launchers_.find_world() == (None, 0, 1, 0)
     dist_util.setup_dist()
     assert dist.get_world_size() == 1
 
@@ -68,7 +70,7 @@ def test_srun_sets_the_variables_of_mpich_too(monkeypatch):
     """srun --mpi=pmi2: the same world twice, and no MPI is needed to meet in it."""
     started_by(monkeypatch, SLURM, 5, 8, 1)
     started_by(monkeypatch, MPICH[:2], 5, 8)
-    assert dist_util._world() == ("srun", 5, 8, 1)
+    assert launchers_.find_world() == ("srun", 5, 8, 1)
 
 
 @pytest.mark.parametrize("variables, local_rank", [(OPEN_MPI, 3), (MPICH, 3), (MPICH[:2], 3)])
@@ -76,7 +78,7 @@ def test_mpiexec_in_a_shell_of_srun(monkeypatch, variables, local_rank):
     """srun --pty bash is a step of one task, whose variables the ranks of an mpiexec in it inherit."""
     started_by(monkeypatch, SLURM, 0, 1, 0)
     started_by(monkeypatch, variables, 3, 4, 3)
-    assert dist_util._world() == ("mpiexec", 3, 4, local_rank)
+    assert launchers_.find_world() == ("mpiexec", 3, 4, local_rank)
 
 
 @pytest.mark.parametrize("variables", ALL.values(), ids=ALL)
@@ -116,7 +118,9 @@ class Meeting(typing.NamedTuple):
 
     url: str
     rank: int
-    size: int
+
+    def set_timeout(self, timeout):
+        assert timeout == dist_util.GROUP_TIMEOUT
 
 
 @pytest.fixture
@@ -125,7 +129,9 @@ def group(monkeypatch):
     calls = []
     monkeypatch.setattr(dist, "is_initialized", lambda: bool(calls))
     monkeypatch.setattr(dist, "init_process_group", lambda backend, **kwargs: calls.append((backend, kwargs)))
-    monkeypatch.setattr(dist, "rendezvous", lambda url, rank, size: iter([(Meeting(url, rank, size), rank, size)]))
+    monkeypatch.setattr(dist, "rendezvous", lambda url, rank, size, timeout: iter([(Meeting(url, rank), rank, size)]))
+    monkeypatch.setattr(attendance.Meeting, "wait_for_all", lambda self, store: None)
+    monkeypatch.setattr(attendance, "Attendance", lambda *args: contextlib.nullcontext())
     monkeypatch.setattr(dist, "PrefixStore", lambda prefix, store: (prefix, store))
     monkeypatch.setattr(dist_util.atexit, "register", lambda function: None)
     monkeypatch.setattr(th.cuda, "set_device", calls.append)
@@ -168,7 +174,7 @@ def test_group_of_torchrun(monkeypatch, group, gpus, backend):
     started_by(monkeypatch, TORCHRUN, 6, 8, 2)
     dist_util.setup_dist()
     dist_util.setup_dist()
-    joined = (backend, dict(store=Meeting("env://", 6, 8), rank=6, world_size=8))
+    joined = (backend, dict(store=Meeting("env://", 6), rank=6, world_size=8, timeout=dist_util.GROUP_TIMEOUT))
     assert group == ([th.device("cuda", 2)] if gpus else []) + [joined]
 
 
@@ -193,7 +199,7 @@ def test_group_of_mpiexec(monkeypatch, group, variables, nodes, chosen):
         ((backend, how),) = group
         store = how.pop("store")
         met.append((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])))
-        assert (backend, how) == ("gloo", dict(rank=rank, world_size=2))
+        assert (backend, how) == ("gloo", dict(rank=rank, world_size=2, timeout=dist_util.GROUP_TIMEOUT))
         assert told == ["started", None if rank else met[0]] and (store.host, store.port) == met[0]
         if rank == 0:
             store.set("greeting", "hello")
@@ -242,7 +248,7 @@ def test_group_of_srun(monkeypatch, group, nodes, first, pmi2):
     if pmi2:
         started_by(monkeypatch, MPICH[:2], 6, 8)
     dist_util.setup_dist()
-    assert group == [("gloo", dict(store=Meeting("env://", 6, 8), rank=6, world_size=8))]
+    assert group == [("gloo", dict(store=Meeting("env://", 6), rank=6, world_size=8, timeout=dist_util.GROUP_TIMEOUT))]
     assert os.environ["MASTER_ADDR"] == first
 
 
@@ -255,8 +261,8 @@ def test_port_of_a_job_step(job, step):
             patch.delenv("MASTER_PORT", raising=False)
             patch.delenv("MASTER_ADDR", raising=False)
             started_by(patch, SLURM_STEP, job, step, "n1")
-            patch.setattr(dist, "rendezvous", lambda *args: iter([(None, 0, 2)]))
-            dist_util._shared_store(dist_util.World("srun", 0, 2, 0))
+            patch.setattr(dist, "rendezvous", lambda *args, **kwargs: iter([(None, 0, 2)]))
+            launchers_.shared_store(launchers_.World("srun", 0, 2, 0))
             found = os.environ["MASTER_PORT"]
             del os.environ["MASTER_PORT"], os.environ["MASTER_ADDR"]
         return int(found)
@@ -284,7 +290,7 @@ def test_group_of_one(monkeypatch, group, variables):
     dist_util.setup_dist()
     ((backend, how),) = group
     assert isinstance(how.pop("store"), dist.HashStore)
-    assert (backend, how) == ("gloo", dict(rank=0, world_size=1))
+    assert (backend, how) == ("gloo", dict(rank=0, world_size=1, timeout=dist_util.GROUP_TIMEOUT))
 
 
 @pytest.mark.parametrize("variables", ALL.values(), ids=ALL)
@@ -295,7 +301,7 @@ def test_address_of_the_user(monkeypatch, group, variables):
     monkeypatch.setenv("MASTER_ADDR", "10.0.0.1")
     monkeypatch.setenv("MASTER_PORT", "4321")
     dist_util.setup_dist()
-    assert group == [("gloo", dict(store=Meeting("env://", 0, 2), rank=0, world_size=2))]
+    assert group == [("gloo", dict(store=Meeting("env://", 0), rank=0, world_size=2, timeout=dist_util.GROUP_TIMEOUT))]
     assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("10.0.0.1", "4321")
 
 
@@ -321,8 +327,7 @@ def test_a_rank_that_nobody_joins(monkeypatch):
     """The same for real: rank 1, and nobody at the address."""
     port = dist.TCPStore("localhost", 0, 1, is_master=True).port
     started_by(monkeypatch, [*TORCHRUN, "MASTER_ADDR", "MASTER_PORT"], 1, 2, 1, "localhost", port)
-    meet = dist.rendezvous
-    monkeypatch.setattr(dist, "rendezvous", lambda *args: meet(*args, timeout=timedelta(seconds=1)))
+    monkeypatch.setattr(attendance, "MEETING_LIMIT", 1.0)
     with pytest.raises(InputError, match=r"^torchrun promises 2 ranks, but rank 1 did not find the others: .+$"):
         dist_util.setup_dist()
     assert not dist.is_initialized()
@@ -375,7 +380,8 @@ import atexit
 import sys
 import torch as th
 import torch.distributed as dist
-from improved_diffusion import dist_util
+from improved_diffusion import attendance, dist_util
+from improved_diffusion import launchers as launchers_  # the tests' helpers have the same name
 
 atexit.register(lambda: print("still joined" if dist.is_initialized() else "left"))  # runs last, being the first
 dist_util.setup_dist()

@@ -18,6 +18,7 @@ from improved_diffusion.utils.log_formats import (
     CSVOutputFormat,
     HumanOutputFormat,
     JSONOutputFormat,
+    StreamEnded,
     TensorBoardOutputFormat,
     make_output_format,
 )
@@ -375,5 +376,18 @@ def test_text_to_a_stream_without_a_name_is_one_line():
         def flush(self):
             raise BrokenPipeError(32, "Broken pipe")
 
-    with pytest.raises(InputError, match=r"^the log: cannot be written \(Broken pipe\)$"):
+    with pytest.raises(StreamEnded, match=r"^the log: cannot be written \(Broken pipe\)$"):
         HumanOutputFormat(Closed()).writeseq(["text"])
+
+
+def test_text_to_a_stream_that_is_closed_is_one_line():
+    stream = io.StringIO()
+    stream.close()
+    with pytest.raises(StreamEnded, match=r"^the log: cannot be written \(.*closed file\)$"):
+        HumanOutputFormat(stream).writekvs({"a": 1})
+
+
+def test_no_stdout_at_all(tmp_path, monkeypatch):
+    """Python has none if its descriptor was closed before it began."""
+    monkeypatch.setattr(sys, "stdout", None)
+    make_output_format("stdout", str(tmp_path)).writeseq(["text"])

@@ -1,5 +1,6 @@
 """What the logger accumulates, which outputs it configures, and which logger is current."""
 
+import io
 import math
 import os
 import re
@@ -14,7 +15,7 @@ import torch as th
 from harness import FULL, on_a_full_disk
 
 from improved_diffusion import logger
-from improved_diffusion.logger import KVWriter, Logger, SeqWriter
+from improved_diffusion.logger import HumanOutputFormat, KVWriter, Logger, SeqWriter
 from improved_diffusion.utils import log_formats
 
 LAUNCHER_VARIABLES = ["RANK", "WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID"]
@@ -502,19 +503,106 @@ def test_an_unknown_format_leaves_no_directory(tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
+# ---------------------------------------------------------------- streams that end
+
+
+class Ended(io.StringIO):
+    """A stream that takes text a few times."""
+
+    def __init__(self, times, name):
+        super().__init__()
+        self.times, self.name = times, name
+
+    def write(self, text):
+        self.times -= 1
+        if self.times < 0:
+            raise BrokenPipeError(32, "Broken pipe")
+        return super().write(text)
+
+
+def test_a_stream_that_ends_is_dropped_with_a_line_in_the_others():
+    memory, short, shorter = Memory(), Ended(1, "short"), Ended(1, "shorter")
+    log = Logger(None, [HumanOutputFormat(short), memory, HumanOutputFormat(shorter)])
+    log.log("a")
+    log.logkv("x", 1)
+    log.dumpkvs()
+    log.log("b")
+    assert log.output_formats == [memory]
+    lines = [f"{name}: cannot be written (Broken pipe): nothing more is written there" for name in ("short", "shorter")]
+    assert [line for (line,) in memory.lines] == ["a", *lines, "b"]
+    assert memory.rows == [{"x": 1}]
+    assert short.getvalue() == shorter.getvalue() == "a\n"
+
+
+def test_the_last_output_may_end():
+    log = Logger(None, [HumanOutputFormat(Ended(0, "short"))])
+    log.log("a")
+    log.log("b")
+    assert log.output_formats == []
+
+
+PRINTING = """
+import sys
+from improved_diffusion import logger
+from improved_diffusion.cli import parser
+
+def main():
+    logger.configure(sys.argv[1])
+    sys.stdin.read()
+    for i in range(3):
+        logger.log("line", i)
+    if len(sys.argv) > 2:
+        print("what another library prints")
+        raise parser.InputError("x")
+
+parser.run(main)
+"""
+
+
+@pytest.mark.parametrize("words, status", [((), 0), (("x",), 2)])
+@pytest.mark.parametrize("ended", ["stdout", "stderr", "both"])
+def test_a_process_whose_reader_leaves(tmp_path, ended, words, status):
+    """`| head`: neither the exit status nor what else is printed changes."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("OPENAI_LOG")}
+    with subprocess.Popen(
+        [sys.executable, "-c", PRINTING, tmp_path, *words],
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        process.stdout.readline()
+        if ended != "stderr":
+            process.stdout.close()
+        if ended != "stdout":
+            process.stderr.close()
+        process.stdin.close()
+        assert process.wait(timeout=100) == status
+        if ended == "stdout":
+            assert process.stderr.read() == ("-c: error: x\n" if words else "")
+        if ended == "stderr":
+            assert process.stdout.read().splitlines()[:3] == ["line 0", "line 1", "line 2"]
+    log = (tmp_path / "log.txt").read_text().splitlines()
+    assert [line for line in log if line.startswith("line")] == ["line 0", "line 1", "line 2"]
+    dropped = [line for line in log if line.startswith("<stdout>: cannot be written (Broken pipe)")]
+    assert len(dropped) == (ended != "stderr")
+
+
 # ---------------------------------------------------------------- a full disk
 
 
 PROGRAM = """
 import sys
-from improved_diffusion import command_line, logger
+from improved_diffusion import logger
+from improved_diffusion.cli import parser
 
 def main():
     logger.configure(sys.argv[1])
     logger.logkv("a", 1)
     logger.dumpkvs()
 
-command_line.run(main)
+parser.run(main)
 """
 
 

@@ -5,12 +5,14 @@ import pytest
 import torch as th
 from harness import build
 from PIL import Image
-from training import assert_same, train
+from training import assert_same, load, make_loop, train
 
 from improved_diffusion import dist_util, logger
 from improved_diffusion.inference.preview import Preview
 from improved_diffusion.training import checkpoints
 from improved_diffusion.utils.log_formats import KVWriter
+
+PIXELS = np.zeros((2, 8, 8, 3), dtype=np.uint8)
 
 
 class Pictures(KVWriter):
@@ -85,3 +87,40 @@ def test_training_shows_it_the_average_and_nothing_changes(tmp_path, use_fp16):
         average = th.load(tmp_path / "with" / f"ema_0.5_{step:06d}.pt", weights_only=True)
         for name, value in average.items():
             th.testing.assert_close(weights[name], value, rtol=1e-3 if use_fp16 else 0, atol=1e-3 if use_fp16 else 0)
+
+
+@pytest.mark.parametrize("left", ["nothing", "cut off", "whole"])
+def test_the_preview_that_a_kill_prevented_is_drawn_when_the_run_goes_on(tmp_path, diffusion, left, monkeypatch):
+    """From the average in the checkpoint; one that is there stays."""
+    train(tmp_path, max_steps=4)
+    name = tmp_path / "preview_000004.png"
+    if left == "whole":
+        name.write_bytes(b"there")
+    elif left == "cut off":
+        (tmp_path / "preview_000004.png.tmp").write_bytes(b"half of")
+    preview, drawn = Preview(diffusion, (3, 8, 8), 2, {}), []
+    monkeypatch.setattr(preview, "_draw", lambda model: drawn.append(model.state_dict()) or PIXELS)
+    with logger.scoped_configure(dir=str(tmp_path), format_strs=[]):
+        loop = make_loop(resume_checkpoint="auto", preview=preview)
+        before = checkpoints.rng_state()
+        loop.draw_missing_preview()
+        loop.draw_missing_preview()
+        assert_same(checkpoints.rng_state(), before)
+    if left == "whole":
+        assert drawn == [] and name.read_bytes() == b"there"
+    else:
+        assert_same(drawn, [load(tmp_path / "ema_0.9_000004.pt")])
+        with Image.open(name) as picture:
+            assert picture.size == (2 * 50 + 2, 52)
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_no_preview_of_another_runs_checkpoint_or_of_none(tmp_path, diffusion):
+    train(tmp_path / "other", max_steps=4)
+    drawn = []
+    preview = Preview(diffusion, (3, 8, 8), 2, {})
+    preview._draw = drawn.append
+    for checkpoint in ("", str(tmp_path / "other" / "model000004.pt"), str(tmp_path / "other" / "ema_0.9_000004.pt")):
+        with logger.scoped_configure(dir=str(tmp_path / "own"), format_strs=[]):
+            make_loop(resume_checkpoint=checkpoint, preview=preview).draw_missing_preview()
+    assert drawn == []

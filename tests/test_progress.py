@@ -62,6 +62,35 @@ def test_training_logs_rows_instead_of_lines(lines, clock):
     assert lines == []
 
 
+@pytest.mark.parametrize(
+    "error", [OSError(5, "EIO"), BrokenPipeError(32, "EPIPE"), ValueError("closed file")], ids=repr
+)
+def test_a_terminal_that_is_closed(monkeypatch, clock, error):
+    """The bar ends with it, the run does not."""
+    terminal = on_a_terminal(monkeypatch)
+    with Progress("training", 8, "steps") as bar:
+        bar.update()
+        before = terminal.getvalue()
+
+        def fail(text=""):
+            raise error
+
+        terminal.write = terminal.flush = fail
+        for _ in range(3):
+            clock[0] += 1000
+            bar.show(loss=1.0)
+            bar.update()
+            bar._bar.refresh()
+        assert bar.done == 4
+    assert terminal.getvalue() == before
+
+
+def test_no_stderr_at_all(monkeypatch, lines):
+    monkeypatch.setattr(sys, "stderr", None)
+    with Progress("training", 8, "steps") as bar:
+        bar.update()
+
+
 def test_other_ranks_say_nothing(lines, clock, monkeypatch):
     terminal = on_a_terminal(monkeypatch)
     monkeypatch.setattr(dist_util, "rank", lambda: 1)

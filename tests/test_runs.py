@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import functools
 import json
 import os
 import pty
@@ -13,12 +14,12 @@ import termios
 
 import numpy as np
 import pytest
-from harness import ROOT, TINY, TRAIN, build, flags, load_script, on_a_terminal, run_script, write_images
+from harness import ROOT, TINY, TRAIN, build, flags, load_script, on_a_terminal, run_script, snapshot, write_images
 from PIL import Image
 
 from improved_diffusion import logger
 from improved_diffusion.cli import parser
-from improved_diffusion.utils import progress
+from improved_diffusion.utils import files, progress
 from improved_diffusion.utils.errors import InputError
 
 
@@ -212,6 +213,26 @@ def test_checkpoints_elsewhere(tmp_path, images, capfd):
     assert capfd.readouterr().out.endswith(f"all files are in {tmp_path}/log, checkpoints in {tmp_path}/blob\n")
     assert {path.name for path in (tmp_path / "log").iterdir()} == {"log.txt", "progress.csv"}
     assert {"config.json", "model000004.pt", "preview_000004.png"} <= {p.name for p in (tmp_path / "blob").iterdir()}
+
+
+@pytest.mark.skipif(files.fcntl is None, reason="no fcntl here")
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_folder_has_one_run(tmp_path, images, elsewhere, monkeypatch, capfd):
+    """A second one ends before it changes a file; the log directory counts only where checkpoints go there."""
+    monkeypatch.setattr(runs, "FolderLock", functools.partial(files.FolderLock, patience=0))
+    log, blob = (tmp_path / name for name in ("log", "blob" if elsewhere else "log"))
+    words = flags(**dict(TRAIN, data_dir=images, resume_checkpoint="auto"))
+    variables = {"DIFFUSION_BLOB_LOGDIR": str(blob)} if elsewhere else {}
+    lock = files.FolderLock(str(blob), patience=0)
+    lock.acquire()
+    before = snapshot(tmp_path)
+    assert run_script("image_train", words, log, **variables) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert f"{blob} is in use" in line and f"process {os.getpid()}" in line
+    assert snapshot(tmp_path) == before
+    lock.release()
+    assert run_script("image_train", words, log, **variables) == 0
+    assert (blob / "model000004.pt").exists() and not list(tmp_path.rglob(".lock"))
 
 
 def test_names_that_are_no_text(tmp_path, images, capfd):

@@ -1,4 +1,4 @@
-"""A first SIGTERM or SIGINT is noted, a later one ends the process; afterwards all is as it was before."""
+"""A first SIGTERM, SIGINT or SIGHUP is noted, a later one ends the process; afterwards all is as it was before."""
 
 import contextlib
 import os
@@ -80,7 +80,7 @@ def test_other_signals_are_left_alone():
         signal.signal(signal.SIGUSR1, before)
 
 
-@pytest.mark.parametrize("ignored", [(), SIGNALS[:1], SIGNALS[1:], SIGNALS], ids=["none", "SIGTERM", "SIGINT", "both"])
+@pytest.mark.parametrize("ignored", [(), SIGNALS[:1], SIGNALS[1:], SIGNALS], ids=["none", "SIGTERM", "others", "all"])
 @pytest.mark.parametrize("error", [None, KeyError, SystemExit])
 def test_afterwards_all_is_as_it_was(ignored, error):
     """Handlers, the descriptor that is told of signals, open files, threads."""
@@ -124,10 +124,59 @@ def test_signals_that_are_ignored_stay_so(number):
     with StopSignals() as stop:
         assert signal.getsignal(number) is signal.SIG_IGN
         signal.raise_signal(number)
-        (other,) = set(SIGNALS) - {number}
         assert stop.received is None
+        other = next(signal for signal in SIGNALS if signal != number)
         signal.raise_signal(other)
         assert stop.received == other.name
+
+
+def test_children_are_noticed_where_they_may_be():
+    """Also one that ended before, and by a handler that is installed within the block, as torch does."""
+    received = []
+
+    def handler(number, frame):
+        received.append(number)
+
+    def later(number, frame):
+        received.append("later")
+
+    before = signal.signal(signal.SIGCHLD, handler)
+    try:
+        with StopSignals() as stop:
+            signal.raise_signal(signal.SIGCHLD)
+            assert received == []
+            with stop.children():
+                assert received == [signal.SIGCHLD]
+                signal.raise_signal(signal.SIGCHLD)
+                assert received == [signal.SIGCHLD] * 2
+                signal.signal(signal.SIGCHLD, later)
+            signal.raise_signal(signal.SIGCHLD)
+            assert received == [signal.SIGCHLD] * 2
+            with stop.children():
+                assert received == [signal.SIGCHLD] * 2 + ["later"]
+            with stop.children():
+                assert len(received) == 3
+        assert signal.getsignal(signal.SIGCHLD) is later
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+
+
+def test_a_handler_of_children_that_raises():
+    """The error comes at the block's beginning, and children are held back again after it."""
+
+    def handler(number, frame):
+        raise KeyError("lost")
+
+    before = signal.signal(signal.SIGCHLD, handler)
+    try:
+        with StopSignals() as stop:
+            signal.raise_signal(signal.SIGCHLD)
+            with pytest.raises(KeyError), stop.children():
+                raise AssertionError("not reached")
+            signal.raise_signal(signal.SIGCHLD)
+        assert signal.getsignal(signal.SIGCHLD) is handler
+    finally:
+        signal.signal(signal.SIGCHLD, before)
 
 
 def test_in_a_thread_nothing_is_installed():
@@ -138,6 +187,8 @@ def test_in_a_thread_nothing_is_installed():
     def run():
         files = open_files()
         with StopSignals() as stop:
+            with stop.children():
+                pass
             found.append(([signal.getsignal(number) for number in SIGNALS], open_files() - files, stop.received))
 
     thread = threading.Thread(target=run)
@@ -203,9 +254,9 @@ def test_when_a_process_ends(events):
 
 BUSY = """
 import signal, sys, threading, time
-from improved_diffusion import stop_signals
-stop_signals.SAME_WISH = float(sys.argv[1])
-with stop_signals.StopSignals() as stop:
+from improved_diffusion.training import signals
+signals.SAME_WISH = float(sys.argv[1])
+with signals.StopSignals() as stop:
     print("ready", flush=True)
     while not stop.received:
         time.sleep(0.01)

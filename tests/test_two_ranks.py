@@ -1,6 +1,7 @@
 """Real runs on two ranks, by torchrun and by mpiexec."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -89,3 +90,8 @@ def test_divergence_of_one_rank_ends_all(two_ranks):
     folder, *found = two_ranks
     for message in [f["error"] for f in found]:
         assert f"at step 3 on rank 1; the last good checkpoint is {folder}/diverged/model000002.pt" in message
+
+
+def test_a_rank_that_does_not_come_is_named(two_ranks):
+    for found in two_ranks[1:]:
+        assert re.fullmatch(r"rank 0 has waited \d+ s for rank 1 on .+\n", found["waiting"])

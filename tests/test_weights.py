@@ -1,6 +1,7 @@
 """Weights that fit the flags, and flags that do not fit the weights."""
 
 import argparse
+import math
 
 import pytest
 import torch as th
@@ -135,6 +136,17 @@ def test_files_that_are_no_weights(tmp_path, content, parts):
         load(build(**FILE)[0], str(path))
     assert [part for part in [str(path), *parts] if part not in str(refusal.value)] == []
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("change", [lambda t: t * math.nan, lambda t: t.long(), lambda t: t.to("meta")])
+def test_weights_that_are_no_finite_numbers(weights, change):
+    path = weights()
+    state_dict = th.load(path, weights_only=True)
+    state_dict["out.2.bias"] = change(state_dict["out.2.bias"])
+    th.save(state_dict, path)
+    with pytest.raises(InputError, match=r"does not fit the model: out\.2\.bias is ") as refusal:
+        load(build(**FILE)[0], path)
+    assert str(refusal.value).startswith(path) and "\n" not in str(refusal.value)
 
 
 def test_a_folder_as_path(tmp_path):

@@ -4,11 +4,13 @@ What test_two_ranks.py starts on two ranks: two_ranks.py FOLDER IMAGES
 Each rank writes FOLDER/rank0.json or rank1.json; the runs' logs and checkpoints are in folders of their own.
 """
 
+import contextlib
 import copy
 import faulthandler
 import json
 import math
 import sys
+import time
 from pathlib import Path
 
 import torch as th
@@ -17,6 +19,7 @@ from training import NoiselessDiffusion, TinyNet, batches, make_loop, train
 
 from improved_diffusion import dist_util, logger
 from improved_diffusion.image_datasets import load_data
+from improved_diffusion.utils import attendance
 from improved_diffusion.utils.errors import TrainingError
 
 
@@ -100,12 +103,28 @@ def divergence(folder):
         return {"error": str(e)}
 
 
+def waiting(folder):
+    """What rank 0 prints while rank 1 does not come to a collective."""
+    attendance.COLLECTIVE_NOTICE = 0.05
+    path = folder / "waiting.txt"
+    if dist_util.rank() == 0:
+        with path.open("w") as f, contextlib.redirect_stderr(f):
+            dist_util.barrier()
+    else:
+        while not path.exists() or not path.read_text():
+            time.sleep(0.01)
+        dist_util.barrier()
+    attendance.COLLECTIVE_NOTICE = 60.0
+    return {"waiting": path.read_text()}
+
+
 def main(folder, images):
     faulthandler.dump_traceback_later(240, exit=True)  # ranks that wait for each other for ever say where
+    attendance.PERIOD = 0.05
     dist_util.setup_dist()
     dist_util.setup_dist()
     dist_util.seed_everything(5)
-    answers = exchange() | gradient_error() | runs(folder, images) | divergence(folder)
+    answers = exchange() | gradient_error() | runs(folder, images) | divergence(folder) | waiting(folder)
     (folder / f"rank{dist_util.rank()}.json").write_text(json.dumps(answers))
     dist_util.leave()  # as scripts do: left to the interpreter's end, gloo has aborted once in some 80 starts
 

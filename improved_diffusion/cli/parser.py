@@ -15,8 +15,9 @@ from typing import Any, Generic, TypeVar
 from .. import dist_util, logger
 from ..options import Option, ScriptOptions, check, rows
 from ..script_util import str2bool, whole_number
+from ..utils import streams
 from ..utils.errors import InputError, TrainingError, first_line, is_loss_of_a_worker, is_out_of_memory
-from ..utils.files import is_remote
+from ..utils.files import FolderLock, is_remote
 from .presets import PRESETS
 
 Opts = TypeVar("Opts", bound=ScriptOptions)
@@ -140,16 +141,27 @@ def logging_to(log_dir: str, notes=(), checkpoints: bool = False):
     Within a with block, log to a folder: log_dir, else OPENAI_LOGDIR, else a new runs/SCRIPT-DATE-TIME.
 
     :param notes: first lines of the log.
-    :param checkpoints: the block writes checkpoints, which may go elsewhere.
+    :param checkpoints: the block writes checkpoints; rank 0 locks their folder.
+    :raises InputError: if another run has locked it.
     """
-    logger.configure(log_directory(log_dir) or dist_util.from_rank_0(_new_directory))
-    for note in [dist_util.describe(), *notes]:
-        logger.log(note)
+    named = log_directory(log_dir)
+    elsewhere = os.environ.get("DIFFUSION_BLOB_LOGDIR", "") if checkpoints else ""
+    lock = FolderLock(elsewhere or named) if checkpoints and (elsewhere or named) else None
+    if lock is not None:
+        dist_util.from_rank_0(lock.acquire)
     try:
-        yield
+        # ranks without a folder of their own share one; all take part in agreeing on it
+        common = dist_util.from_rank_0(lambda: named or _new_directory())
+        logger.configure(named or common)
+        for note in [dist_util.describe(), *notes]:
+            logger.log(note)
+        try:
+            yield
+        finally:
+            logger.log(f"all files are in {logger.get_dir()}{f', checkpoints in {elsewhere}' if elsewhere else ''}")
     finally:
-        elsewhere = checkpoints and os.environ.get("DIFFUSION_BLOB_LOGDIR")
-        logger.log(f"all files are in {logger.get_dir()}{f', checkpoints in {elsewhere}' if elsewhere else ''}")
+        if lock is not None:
+            lock.release()
 
 
 def log_directory(log_dir: str) -> str:
@@ -184,48 +196,52 @@ def script_name() -> str:
 
 
 # ---------------------------------------------------------------- exit
-def run(main):
+
+
+def run(main) -> None:
     """
-    Call a script's main(), and leave as a good process does: errors that a user can mend, an interruption
-    and the end of another rank become one line and an exit status.
+    Run a script's main(). Errors that a user can mend, an interruption and the loss of another rank end in one line
+    and an exit status; any other exception keeps its traceback.
     """
     try:
         try:
             main()
         except SystemExit as e:
             if e.code:
-                raise
+                dist_util.end(e.code)
         dist_util.leave()
-    except InputError as e:
-        _exit(2, e)
-    except TrainingError as e:
-        _exit(1, e)
-    except KeyboardInterrupt:
-        _exit(128 + signal.SIGINT, "interrupted")
-    except Exception as e:
-        if is_loss_of_a_worker(e):
-            how = e.__cause__ if is_loss_of_a_worker(e.__cause__) else e
-            _exit(1, f"a process that reads images ended ({first_line(how).strip()}); is there too little memory?")
-        if is_out_of_memory(e):
-            _exit(
-                1,
-                f"out of memory ({first_line(e)}); give a smaller --batch_size, or for training --microbatch or "
-                "--use_checkpoint True. --dry_run True estimates what is needed",
-            )
-        if not dist_util.is_loss_of_a_rank(e):
+    except (KeyboardInterrupt, Exception) as e:
+        status, message = _explain(e)
+        if status is None:
             raise
-        _print_error(f"rank {dist_util.rank()}: another rank, or the connection to it, is gone: {first_line(e)}")
-        dist_util.end_at_once(1)
+        with contextlib.suppress(OSError, ValueError):  # stderr may be closed
+            print(f"{os.path.basename(sys.argv[0])}: error: {_with_flag(message)}", file=sys.stderr)
+        if dist_util.is_loss_of_a_rank(e):
+            dist_util.end_at_once(status)
+        dist_util.end(status)
+    finally:
+        streams.flush()  # a failure at the interpreter's end would change the exit status
 
 
-def _exit(status, message):
-    _print_error(message)
-    sys.exit(status)
-
-
-def _print_error(message):
-    message = _with_flag(str(message))
-    print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr)
+def _explain(error):
+    """(exit status, line) of an exception, (None, "") for one that is a mistake of ours."""
+    if isinstance(error, InputError):
+        return 2, str(error)
+    if isinstance(error, TrainingError):
+        return 1, str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return 128 + signal.SIGINT, "interrupted"
+    if is_loss_of_a_worker(error):
+        how = error.__cause__ if is_loss_of_a_worker(error.__cause__) else error
+        return 1, f"a process that reads images ended ({first_line(how).strip()}); is there too little memory?"
+    if is_out_of_memory(error):
+        return 1, (
+            f"out of memory ({first_line(error)}); give a smaller --batch_size, or for training --microbatch or "
+            "--use_checkpoint True. --dry_run True estimates what is needed"
+        )
+    if dist_util.is_loss_of_a_rank(error):
+        return 1, f"rank {dist_util.rank()}: another rank, or the connection to it, is gone: {first_line(error)}"
+    return None, ""
 
 
 def _with_flag(message):

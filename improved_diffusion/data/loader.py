@@ -1,6 +1,6 @@
 """A dataset's batches, for ever in new orders or once, decoded ahead by processes that end with this one."""
 
-import functools
+import multiprocessing
 import os
 import signal
 import threading
@@ -141,27 +141,31 @@ def _loader(dataset, num_workers, collate_fn, pin_memory, **kwargs):
         dataset,
         num_workers=num_workers,
         collate_fn=collate_fn,
-        worker_init_fn=functools.partial(_leave_signals_to_the_parent, os.getpid()),
+        worker_init_fn=_leave_signals_to_the_parent,
         pin_memory=pin_memory and th.cuda.is_available(),
         generator=th.Generator(),  # the loader's own draws must not disturb the global generator's order
         **kwargs,
     )
 
 
-def _leave_signals_to_the_parent(parent, worker):
+def _leave_signals_to_the_parent(worker):
     """
-    A terminal or a scheduler sends SIGINT and SIGTERM to all processes of a run, and training
+    A terminal or a scheduler sends SIGINT, SIGHUP and SIGTERM to all processes of a run, and training
     answers them by going on until it has saved: its workers end when it says so, or is gone itself.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     if not hasattr(signal, "sigtimedwait"):
         return
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    parent = multiprocessing.parent_process()  # by getppid() it is unknown to a process that a fork server started
+    above = os.getppid()
 
     def wait():
-        while os.getppid() == parent:  # torch looks too, but not at a parent that died while the worker began
-            received = signal.sigtimedwait({signal.SIGTERM}, 5)
-            if received is not None and received.si_pid == parent:
+        # torch looks too, but not at a parent that died while the worker began; Python 3.10's is_alive() is not enough
+        while parent.is_alive() and os.getppid() == above:
+            received = signal.sigtimedwait({signal.SIGTERM}, 1)
+            if received is not None and received.si_pid == parent.pid:
                 break
         os._exit(0)
 

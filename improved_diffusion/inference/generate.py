@@ -117,7 +117,10 @@ def generate(
             else:
                 sample = th.zeros(0, *shape, device=dist_util.dev())
             gathered = dist_util.all_gather(to_uint8(sample))
-            gathered_labels = dist_util.all_gather(kwargs["y"]) if "y" in kwargs else None
+            gathered_labels = None
+            if dist_util.any_rank("y" in kwargs):  # a rank without a sample may have no labels
+                y = kwargs["y"] if "y" in kwargs else th.zeros(0, dtype=th.long, device=dist_util.dev())
+                gathered_labels = dist_util.all_gather(y)
             if dist_util.rank() == 0:
                 images.append(gathered.cpu().numpy())
                 if gathered_labels is not None:

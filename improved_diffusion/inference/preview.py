@@ -12,6 +12,10 @@ SEED = 0  # always the same noise: successive pictures show the same samples as 
 STEPS = 20  # of DDIM
 
 
+def _filename(step):
+    return f"preview_{step:06d}.png"
+
+
 class Preview:
     """
     Draws samples in a few steps of DDIM, without touching the global random generators.
@@ -33,12 +37,16 @@ class Preview:
         """
         try:
             picture = grid(self._draw(make_model()))
-            name = f"preview_{step:06d}.png"
+            name = _filename(step)
             write_pngs(directory, {name: picture})
             logger.get_current().writeimage("preview", picture, step)
             logger.log(f"drew {bf.join(directory, name)}")
         except Exception as e:  # a full GPU, a full disk, a model that wants other conditions
             logger.warn(f"no preview of step {step}: {first_line(e)}")
+
+    def is_missing(self, directory, step):
+        """Whether the preview of a step was not drawn, since the run was killed before."""
+        return not bf.exists(bf.join(directory, _filename(step)))
 
     @th.inference_mode()
     def _draw(self, model):

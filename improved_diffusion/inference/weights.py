@@ -6,6 +6,7 @@ from typing import Any
 import torch as th
 
 from .. import dist_util
+from ..training.contents import check_weights
 from ..utils.errors import InputError
 
 
@@ -39,6 +40,7 @@ def load_weights(model: th.nn.Module, state_dict: dict[str, th.Tensor], path: st
             f"{path}: does not fit the flags: {tensors}{', ...' if len(wrong) > 3 else ''}; "
             f"the likely cause is {_likely_cause(infer_architecture(there), infer_architecture(here))}"
         )
+    check_weights(state_dict, model, f"{flag} {path}")
     model.load_state_dict(state_dict)
 
 

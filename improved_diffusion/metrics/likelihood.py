@@ -44,5 +44,6 @@ def evaluate_bpd(
                 sums[name] += metrics[name].double().sum(dim=0)
             count += len(batch)
             logger.log(f"done {count} samples: bpd={sums['total_bpd'].item() / count}")
+    dist_util.barrier()  # on the CPU, where a rank names those that it waits for
     total = dist_util.all_reduce_sum(th.tensor(count, device=device)).item()
     return {name: (dist_util.all_reduce_sum(value) / total).cpu() for name, value in sums.items()}, total

@@ -24,8 +24,9 @@ import numpy as np
 import torch as th
 
 from .. import dist_util, logger
-from ..utils.errors import InputError, first_line
-from ..utils.files import TEMPORARY, list_folder, write_files
+from ..utils.errors import FileAccessError, InputError, first_line
+from ..utils.files import TEMPORARY, is_remote, list_folder, rename_files, write_files
+from .contents import files_in
 
 
 def model_filename(step):
@@ -76,40 +77,99 @@ def find_state_checkpoint(main_checkpoint, step):
 
     :raises InputError: if a crash left the set incomplete.
     """
+    if not main_checkpoint:
+        return None
     path = _beside(main_checkpoint, state_filename(step))
-    if path is None and _beside(main_checkpoint, state_filename(step) + TEMPORARY):
+    if path is None and (
+        _beside(main_checkpoint, state_filename(step) + TEMPORARY)
+        # at a URL no temporary file tells, but the sets before it do: the original wrote none of them
+        or _first_of_ours(_sets_in(bf.dirname(main_checkpoint) or ".")) < step
+    ):
         raise InputError(
-            f"{main_checkpoint} belongs to a checkpoint whose writing was cut off; resume from the one before it"
+            f"{main_checkpoint} belongs to a checkpoint whose writing was cut off; resume from the one before it, or "
+            "by auto, which completes it if it can"
         )
     return path
 
 
-def find_newest_checkpoint(directory):
+def find_newest_checkpoint(directory, list_again=True):
     """
     The model file of the newest complete checkpoint in a folder, None if there is none. On this rank alone.
 
-    :raises InputError: if there are checkpoints, but each of them is damaged or cannot be read.
-
     Complete is one whose files are all there and undamaged; the log says what is wrong with newer ones. One of the
-    original, which is older than all with a state file, is complete with model and optimizer.
+    original, which is older than all with a state file, is complete with model and optimizer. One whose writing was
+    cut off between the renames is completed.
+
+    :param list_again: once more, if files were deleted while they were read.
+    :raises InputError: if there are files of checkpoints, but none is complete, or one may not be read: a new run
+                        would overwrite what may be mended. What a first save leaves that was cut off does not count.
     """
     problem = None
     sets = _sets_in(directory)
-    first_of_ours = min((step for step, names in sets.items() if state_filename(step) in names), default=math.inf)
+    first_of_ours = _first_of_ours(sets)
     for step, names in sorted(sets.items(), reverse=True):
-        last = state_filename(step) if step >= first_of_ours else optimizer_filename(step)
-        if not {model_filename(step), last} <= names or _is_cut_off(step, names):
+        if _is_cut_off(step, names) and _complete(directory, step, names):
+            names = _sets_in(directory)[step]
+        if not _is_complete(step, names, first_of_ours):
             continue  # it was being written, or deleted, when the run ended
         try:
             _check_set(directory, step, names)
+        except FileAccessError:
+            raise
         except InputError as e:
+            if list_again and not names <= _sets_in(directory).get(step, set()):
+                return find_newest_checkpoint(directory, list_again=False)
             logger.warn(f"the checkpoint of step {step} is left out: {e}")
             problem = problem or e
             continue
         return bf.join(directory, model_filename(step))
     if problem:
         raise InputError(f"no checkpoint in {directory} can be read; to begin anew, take another folder. {problem}")
+    left = sorted(name for names in sets.values() for name in names if not name.endswith(TEMPORARY))
+    if left and not (is_remote(directory) and sets.keys() == {0}):  # where a first save has no temporary names
+        raise InputError(
+            f"no checkpoint in {directory} is complete, but there are files of some ({left[0]}); to begin anew, take "
+            "another folder, or move them"
+        )
     return None
+
+
+def _first_of_ours(sets):
+    """The step of the first set with a state file, infinity if there is none: those before are of the original."""
+    return min((step for step, names in sets.items() if state_filename(step) in names), default=math.inf)
+
+
+def _is_complete(step, names, first_of_ours):
+    """Whether a set has, by its names, the model and what is written last."""
+    last = state_filename(step) if step >= first_of_ours else optimizer_filename(step)
+    return {model_filename(step), last} <= names and not _is_cut_off(step, names)
+
+
+def _complete(directory, step, names):
+    """
+    Give a set's temporary files their names, if all of them are whole: those of the others are written before
+    that of the state, which names them.
+
+    :param names: of the set's files, temporary ones too, without a state file.
+    :return: whether the set is complete now.
+    :raises FileAccessError: if a file may not be read.
+    """
+    state = state_filename(step)
+    if state + TEMPORARY not in names:
+        return False
+    try:
+        contents = dist_util.read_state_dict(bf.join(directory, state + TEMPORARY), map_location="meta")
+        files = contents["files"]
+        for name in files:
+            (there,) = {name + TEMPORARY} & names or {name} & names
+            dist_util.read_state_dict(bf.join(directory, there), map_location="meta")
+    except FileAccessError:
+        raise
+    except (InputError, KeyError, TypeError, ValueError):  # damaged, not a state, or without one of its files
+        return False
+    rename_files(directory, [*files, state])
+    logger.log(f"the checkpoint of step {step}, whose writing was cut off behind its last file, is complete now")
+    return True
 
 
 def _check_set(directory, step, names):
@@ -117,7 +177,8 @@ def _check_set(directory, step, names):
     state = state_filename(step)
     expected = {name for name in names if not name.endswith(TEMPORARY)}
     if state in expected:
-        expected.update(dist_util.read_state_dict(bf.join(directory, state)).get("files", ()))
+        path = bf.join(directory, state)
+        expected.update(files_in(dist_util.read_state_dict(path), step, path))
     for name in expected - {state}:
         dist_util.read_state_dict(bf.join(directory, name), map_location="meta")
 
@@ -130,22 +191,40 @@ def newest_step(directory):
 def delete_old_sets(directory, step, keep):
     """
     Of the checkpoints up to the one of `step`, leave the newest `keep`, and delete the others with what is left of
-    those whose writing or deletion was cut off. Files that somebody has put there or kept, an average alone, stay.
+    those whose writing or deletion was cut off, previews too. Files that somebody has put there or kept, an average
+    alone, stay.
     """
-    complete, rest = [], []
     sets = _sets_in(directory)
+    first_of_ours = _first_of_ours(sets)
+    complete = sorted(k for k, names in sets.items() if k <= step and _is_complete(k, names, first_of_ours))
+    oldest_kept = complete[-keep] if len(complete) >= keep else 0
     for k, names in sorted(sets.items()):
-        if k <= step and model_filename(k) in names and not _is_cut_off(k, names):
-            complete.append(k)
-        elif k <= step and (state_filename(k) in names or _is_cut_off(k, names)):
-            rest.append(k)
-    for k in rest + complete[:-keep]:
-        # the model first: without it nothing takes the rest for a checkpoint
-        for name in sorted(sets[k], key=lambda name: name != model_filename(k)):
-            try:
-                bf.remove(bf.join(directory, name))
-            except (OSError, bf.Error) as e:
-                logger.warn(f"{bf.join(directory, name)}: cannot be deleted ({first_line(e)})")
+        if model_filename(k) in names and not _is_cut_off(k, names):
+            goes = k < oldest_kept
+        else:  # without model, state or optimizer can only be the rest of a set
+            goes = k <= step and (_is_cut_off(k, names) or {state_filename(k), optimizer_filename(k)} & names)
+        for name in sorted(names, key=_order_of_deletion) if goes else ():
+            _delete(bf.join(directory, name))
+    for name in () if is_remote(directory) else list_folder(directory):
+        if re.fullmatch(rf"preview_\d{{6,}}\.png{re.escape(TEMPORARY)}", name):
+            _delete(bf.join(directory, name))
+
+
+def _order_of_deletion(name):
+    """
+    The model first: without it nothing takes the rest for a checkpoint. Last, state or optimizer or a temporary file,
+    by which the rest is known for one. The state's temporary file goes behind those that it could complete.
+    """
+    temporary = name.endswith(TEMPORARY)
+    kinds = [name.startswith(kind) for kind in ("state", "opt", "ema", "model")]
+    return kinds[0] and not temporary, temporary, kinds
+
+
+def _delete(path):
+    try:
+        bf.remove(path)
+    except (OSError, bf.Error) as e:
+        logger.warn(f"{path}: cannot be deleted ({first_line(e)})")
 
 
 def _is_cut_off(step, names):
@@ -153,9 +232,17 @@ def _is_cut_off(step, names):
 
 
 def _sets_in(directory):
-    """{step: names of its files, temporary ones too} of all checkpoints in a folder."""
+    """
+    {step: names of its files, temporary ones too} of all checkpoints in a folder.
+
+    :raises FileAccessError: if it may not be listed.
+    """
     sets = {}
-    for name in list_folder(directory) if bf.isdir(directory) else ():
+    try:
+        listed = list(list_folder(directory)) if bf.isdir(directory) else ()
+    except PermissionError:
+        raise FileAccessError(f"{directory}: no permission to list it") from None
+    for name in listed:
         match = re.fullmatch(rf"(?:model|ema_[^_]+_|opt|state)(\d{{6,}})\.pt(?:{re.escape(TEMPORARY)})?", name)
         if match:
             sets.setdefault(int(match[1]), set()).add(name)

@@ -4,10 +4,10 @@ How a run goes on: from which checkpoint, and what each of its parts takes from 
 All ranks call these functions together; rank 0 looks at the files.
 """
 
-import torch as th
-
 from .. import dist_util, logger
+from ..data.loader import BatchStream
 from ..fp16_util import make_master_params
+from ..resample import LossSecondMomentResampler
 from ..utils.errors import InputError
 from .checkpoints import (
     find_ema_checkpoint,
@@ -21,6 +21,9 @@ from .checkpoints import (
     rng_state,
     set_rng_state,
 )
+from .contents import averages_in, check_state, check_weights, optimizer_in
+
+LONGEST_OVERFLOW = 20  # steps until the loss scale that a run begins with is small enough
 
 
 def find_checkpoint(resume_checkpoint, directory):
@@ -74,6 +77,7 @@ def load_model(model, path):
     """
     logger.log(f"loading model from checkpoint: {path}...")
     params = dist_util.load_state_dict(path, map_location=dist_util.dev())
+    check_weights(params, model, path)
     try:
         model.load_state_dict(params)  # by itself: a network of one's own may load what does not fit to the letter
     except (RuntimeError, TypeError, AttributeError) as e:  # the last two if it is no dict of names
@@ -81,47 +85,55 @@ def load_model(model, path):
         raise InputError(f"{path} does not fit the model: {reason}") from None
 
 
-def load_ema(model, path):
+def read_ema(model, path):
     """
     :return: the averages in a file, tensors in the order of the network's parameters.
     :raises InputError: if they do not fit.
     """
     logger.log(f"loading EMA from checkpoint: {path}...")
-    averages = dist_util.load_state_dict(path, map_location=dist_util.dev())
-    for name, p in model.named_parameters():
-        if name not in averages or averages[name].shape != p.shape:
-            raise InputError(f"{path} does not fit the model: {name} is missing or has another shape")
-    return [averages[name] for name, _ in model.named_parameters()]
+    return averages_in(dist_util.load_state_dict(path, map_location=dist_util.dev()), model, path)
 
 
-def load_optimizer(opt, path, use_fp16, told=()):
+def read_optimizer(opt, path, allowed=None):
     """
-    Load an optimizer's state, if there is a file. Learning rate and weight decay stay what they are.
+    Read an optimizer's state, if there is a file.
 
-    :param use_fp16: of this run, for the message.
-    :param told: those of the two whose change is logged.
+    :param allowed: of how many parameters there may be moments; of all if None.
+    :return: a state dict for load_optimizer(), None without a file.
     :raises InputError: if it does not fit.
     """
     if not path:
         logger.log("there is no checkpoint of the optimizer: it begins anew")
-        return
+        return None
     logger.log(f"loading optimizer state from checkpoint: {path}")
-    state_dict = dist_util.load_state_dict(path, map_location="cpu")  # the optimizer moves it to its device
-    now = {name: opt.defaults[name] for name in ("lr", "weight_decay", "fused")}  # the last is None of the original's
-    try:
-        before = {name: state_dict["param_groups"][0][name] for name in told}
-        for group in state_dict["param_groups"]:
-            group.update(now)
-        opt.load_state_dict(state_dict)
-    except (ValueError, KeyError, TypeError):
-        raise InputError(
-            f"{path} does not fit the model's optimizer; a run with use_fp16 {not use_fp16} would have written it so"
-        ) from None
+    return optimizer_in(dist_util.load_state_dict(path, map_location="cpu"), opt, path, allowed)
+
+
+def load_optimizer(opt, state_dict, told=()):
+    """
+    Continue with the moments, betas and eps that read_optimizer() gave. Learning rate, weight decay and the kind of
+    update stay what they are.
+
+    :param told: those of the first two whose change is logged.
+    """
+    now = {name: value for name, value in opt.defaults.items() if name not in ("betas", "eps")}
+    before = {name: state_dict["param_groups"][0][name] for name in told}
+    for group in state_dict["param_groups"]:
+        group.update(now)
+    opt.load_state_dict(state_dict)
     log_changes(before, now)
-    for p, state in opt.state.items():  # the fused update takes for granted that moments lie in memory as p does
-        for key, value in state.items():
-            if isinstance(value, th.Tensor) and value.shape == p.shape:
-                state[key] = th.empty_like(p, dtype=value.dtype).copy_(value)
+
+
+def read_state(path, label, *, data, schedule_sampler):
+    """
+    :param label: the step in the file's name.
+    :return: the state of a run, each field checked.
+    :raises InputError: if it is not what a run writes.
+    """
+    state = dist_util.load_state_dict(path, map_location="cpu")
+    own_sampler = isinstance(schedule_sampler, LossSecondMomentResampler)
+    check_state(state, label, path, own_data=isinstance(data, BatchStream), own_sampler=own_sampler)
+    return state
 
 
 def log_changes(before, now):
@@ -163,6 +175,19 @@ def load_parts(state, step, *, schedule_sampler, data, statistics):
         statistics.load_state_dicts(state["statistics"])
 
 
+def position(data):
+    """Where data and random numbers are on this rank, for return_to()."""
+    return _state_of(data), rng_state()
+
+
+def return_to(position, data):
+    """Undo what has been taken from data, and drawn, since position() gave `position`."""
+    state, rng = position
+    if state is not None and hasattr(data, "load_state_dict"):
+        data.load_state_dict(state)
+    set_rng_state(rng)
+
+
 def _state_of(part):
     """state_dict() of a data iterator or sampler that has one, else None."""
     return part.state_dict() if hasattr(part, "state_dict") else None
@@ -194,21 +219,32 @@ class Resumable:
         if not is_of_a_run(main_checkpoint):
             logger.log(f"{main_checkpoint} is not a model000000.pt: a new run begins at its weights")
             return
+        label = parse_resume_step_from_filename(main_checkpoint)
         ema_paths, opt_path, state_path = find_files_beside(main_checkpoint, self.ema_rate)
-        for i, path in enumerate(ema_paths):
-            if path:
-                params = load_ema(self.model, path)
+        # all is read and checked before any of it is used
+        averages = [path and read_ema(self.model, path) for path in ema_paths]
+        state = state_path and read_state(state_path, label, data=self.data, schedule_sampler=self.schedule_sampler)
+        optimizer = read_optimizer(self.opt, opt_path, self._counts_of_moments(state, label))
+        for i, params in enumerate(averages):
+            if params:
                 self.ema_params[i] = make_master_params(params) if self.use_fp16 else params
             else:
                 logger.log(f"there is no checkpoint of EMA {self.ema_rate[i]}: it begins at the model's parameters")
-        # an annealed learning rate is another at every step
-        told = ["weight_decay"] if self.lr_anneal_steps else ["lr", "weight_decay"]
-        load_optimizer(self.opt, opt_path, self.use_fp16, told)
-        if state_path:
-            self._load_state(dist_util.load_state_dict(state_path, map_location="cpu"))
+        if optimizer:
+            # an annealed learning rate is another at every step
+            load_optimizer(self.opt, optimizer, ["weight_decay"] if self.lr_anneal_steps else ["lr", "weight_decay"])
+        if state:
+            self._load_state(state)
             if is_in(main_checkpoint, directory):
                 logger.get_current().drop_from("step", self.step)  # rows that will be written again
-        self._saved = parse_resume_step_from_filename(main_checkpoint), self._updates
+        self._saved = label, self._updates
+
+    def _counts_of_moments(self, state, label):
+        """Of how many parameters an optimizer file may have moments: those that have had a gradient."""
+        if state and "moments" in state:
+            return [state["moments"]]
+        # before the first update there are none, which comes as late as float16 overflows
+        return [len(self.master_params), *([0] if self.use_fp16 and label <= LONGEST_OVERFLOW else [])]
 
     def _load_state(self, state):
         self.step, self.resume_step = state["updates"], 0
@@ -221,9 +257,10 @@ class Resumable:
 
     def _state(self):
         return {
-            "updates": self._updates,
+            "updates": max(self._updates, self._total_step),  # a loop of one's own may not count them
             "lg_loss_scale": self.lg_loss_scale,
             "overflows_in_a_row": self._overflows_in_a_row,
+            "moments": sum(map(bool, self.opt.state.values())),
             "flags": self.flags,
             **state_of_parts(**self._parts()),
         }

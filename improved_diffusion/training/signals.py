@@ -1,11 +1,12 @@
-"""SIGTERM and SIGINT (Ctrl-C) as a wish: training ends its step, saves, and leaves."""
+"""SIGTERM, SIGINT (Ctrl-C) and SIGHUP (a closed terminal) as a wish: training ends its step, saves, and leaves."""
 
+import contextlib
 import os
 import signal
 import threading
 import time
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 # Seconds in which a second signal is the same wish: launchers pass on what the process may have received itself
 SAME_WISH = 1.0
 
@@ -13,12 +14,15 @@ SAME_WISH = 1.0
 class StopSignals:
     """
     Within `with StopSignals() as stop:`, a first signal only sets stop.received, and a later one ends
-    the process at once. Outside the main thread, signals stay as they are.
+    the process at once. SIGCHLD is handled within `with stop.children():` only. Outside the main thread, signals stay
+    as they are.
     """
 
     def __init__(self):
         self.received = None  # the first signal's name
         self._first = None  # when it came
+        self._child_handler = None
+        self._child_ended = False
 
     def __enter__(self):
         self._handlers, self._pipe = {}, None
@@ -33,6 +37,7 @@ class StopSignals:
         for number in SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:  # nohup and the like
                 self._handlers[number] = signal.signal(number, self._receive)
+        self._hold_back_children()
         return self
 
     def __exit__(self, *_):
@@ -41,8 +46,38 @@ class StopSignals:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         if self._pipe:
+            self._release_children()
             signal.set_wakeup_fd(self._wakeup_fd)
             os.close(self._pipe[1])  # which ends the thread
+
+    @contextlib.contextmanager
+    def children(self):
+        """
+        Handle SIGCHLD here, also one that came before. torch's handler raises the loss of a data worker wherever the
+        program is, and neither a step nor a save may be cut in two.
+        """
+        if self._pipe is None:
+            yield
+            return
+        try:
+            self._release_children()
+            if self._child_ended and callable(self._child_handler):
+                self._child_ended = False
+                self._child_handler(signal.SIGCHLD, None)
+            yield
+        finally:
+            self._hold_back_children()
+
+    def _hold_back_children(self):
+        # by now torch may have a handler: it installs one when the first worker starts
+        self._child_handler = signal.signal(signal.SIGCHLD, self._note_child)
+
+    def _release_children(self):
+        if self._child_handler is not None:  # not one that was installed in C
+            signal.signal(signal.SIGCHLD, self._child_handler)
+
+    def _note_child(self, number, frame):
+        self._child_ended = True
 
     def _receive(self, number, frame):
         self.received = self.received or signal.Signals(number).name

@@ -51,20 +51,22 @@ class StepStatistics:
         :param over_ranks: over all ranks (all of them call it), not this one alone.
         :return: {key: (mean, count)}, with key_q0 to key_q3 for the quarters of the timesteps seen.
         """
-        if not self._tables:
-            return {}
-        rows = th.cat(list(self._tables.values()))
-        rows = (dist_util.all_reduce_sum(rows) if over_ranks else rows).tolist()
+        rows = th.cat(list(self._tables.values())).tolist() if self._tables else []
         names = []
         for key, table in self._tables.items():
             names += [key] + [f"{key}_q{i}" for i in range(len(table) - 1)]
-        return {name: (total / count, count) for name, (total, count) in zip(names, rows, strict=True) if count}
+        mine = dict(zip(names, rows, strict=True))
+        sums = {}
+        for of_a_rank in dist_util.all_gather_object(mine) if over_ranks else [mine]:  # each may have other keys
+            for name, (total, count) in of_a_rank.items():
+                before = sums.get(name, (0.0, 0.0))
+                sums[name] = before[0] + total, before[1] + count
+        return {name: (total / count, count) for name, (total, count) in sums.items() if count}
 
     def ranks_not_finite(self, key):
         """The ranks whose own mean of a key is not finite, or that have none; all of them call it."""
         mean, _ = self.read(over_ranks=False).get(key, (math.nan, 0))
-        finite = dist_util.all_gather_object(math.isfinite(mean))
-        return [rank for rank, is_finite in enumerate(finite) if not is_finite]
+        return dist_util.ranks_where(not math.isfinite(mean))
 
     def state_dict(self):
         """What has been taken in, for load_state_dict(); tensors only."""

@@ -6,8 +6,12 @@ class InputError(ValueError):
     What the user gave (a flag, a file, a value) cannot work.
 
     str() is one line that names it and says what would be right; scripts print
-    that line and leave with status 2 (command_line.run).
+    that line and leave with status 2 (parser.run).
     """
+
+
+class FileAccessError(InputError):
+    """The system does not let this process read a file, of whose content nothing is known then."""
 
 
 class TrainingError(RuntimeError):

@@ -5,12 +5,20 @@ What is written is whole or absent, whenever a crash or a full disk comes.
 """
 
 import contextlib
+import errno
 import io
 import os
+import platform
+import time
 
 import blobfile as bf
 
 from .errors import InputError, first_line, is_loss_of_a_worker
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 TEMPORARY = ".tmp"  # ends the name of a file until it is whole
 
@@ -31,7 +39,9 @@ def write_files(directory, writers, flush=True):
     Write files so that a crash leaves each whole or absent, and a failure changes none.
 
     All are written under temporary names and flushed to the disk first, then renamed in order. Where
-    they replace older ones, the last of them goes first and comes last: it stands for the set.
+    they replace older ones, the last of them goes first and comes last: it stands for the set. A whole
+    temporary file of the last one likewise stands for the set while it is renamed: after a crash there,
+    rename_files() completes the set.
 
     :param writers: {file name: function that writes to the binary file it is given}.
     :param flush: False leaves the flushing to the system, which takes a tenth of the time for small files: then a
@@ -39,7 +49,10 @@ def write_files(directory, writers, flush=True):
     :raises InputError: if one cannot be written.
     """
     staged = {}  # final path -> temporary path, or a buffer for what is not on a local disk
+    path = bf.join(directory, list(writers)[-1])
     try:
+        if len(writers) > 1 and not is_remote(directory) and os.path.lexists(path + TEMPORARY):
+            open(path + TEMPORARY, "wb").close()  # an earlier crash's must not stand for the files written now
         for name, write in writers.items():
             path = bf.join(directory, name)
             if is_remote(path):
@@ -54,7 +67,7 @@ def write_files(directory, writers, flush=True):
                 if flush:
                     os.fsync(f.fileno())
     except BaseException as e:
-        for temporary in staged.values():
+        for temporary in reversed(staged.values()):  # the last first: without the others it must not be there
             if isinstance(temporary, str):
                 with contextlib.suppress(OSError):
                     os.remove(temporary)
@@ -66,18 +79,36 @@ def write_files(directory, writers, flush=True):
     last = path
     try:
         if len(staged) > 1 and bf.exists(last):
+            if not is_remote(directory):
+                _flush_directory(directory)  # the new files have their temporary names before the old set ends
             bf.remove(last)
-        for path, temporary in staged.items():
-            if isinstance(temporary, str):
-                if path == last and len(staged) > 1:
-                    _flush_directory(directory)  # the others are there before the one that stands for them
-                os.replace(temporary, path)
-            else:
+        for path, content in staged.items():
+            if is_remote(path):
                 with bf.BlobFile(path, "wb") as f:
-                    f.write(temporary.getbuffer())
-        if flush and not is_remote(directory):
-            _flush_directory(directory)
+                    f.write(content.getbuffer())
     except (OSError, bf.Error) as e:
+        raise _cannot_be_written(path, e) from e
+    if not is_remote(directory):
+        rename_files(directory, list(writers), flush)
+
+
+def rename_files(directory, names, flush=True):
+    """
+    Give temporary files in a local folder their names, in order; those that have theirs already stay.
+
+    :param flush: as of write_files().
+    :raises InputError: if one cannot be renamed.
+    """
+    try:
+        for name in names:
+            path = os.path.join(directory, name)
+            if name == names[-1] and len(names) > 1:
+                _flush_directory(directory)  # the others are there before the one that stands for them
+            if os.path.lexists(path + TEMPORARY):
+                os.replace(path + TEMPORARY, path)
+        if flush:
+            _flush_directory(directory)
+    except OSError as e:
         raise _cannot_be_written(path, e) from e
 
 
@@ -92,5 +123,92 @@ def _flush_directory(directory):
     fd = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(fd)
+    except OSError as e:
+        if e.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems flush files only
+            raise
     finally:
         os.close(fd)
+
+
+_locks = set()  # descriptors of the files that this process has locked
+
+
+class FolderLock:
+    """
+    A lock on a folder, for one process at a time; the system takes it back from a process that is killed.
+
+    It is advisory, a file in the folder. Remote folders, and file systems without locks, are not locked.
+    """
+
+    NAME = ".lock"
+
+    def __init__(self, directory, patience=10.0):
+        self.directory, self.patience = directory, patience
+        self._path = os.path.join(directory, self.NAME)
+        self._descriptor = None
+
+    def acquire(self):
+        """
+        Take the lock, waiting up to `patience` seconds for another process to end.
+
+        :raises InputError: if another process keeps it.
+        """
+        if fcntl is None or is_remote(self.directory):
+            return
+        end, waiting = time.monotonic() + self.patience, False
+        while (holder := self._try()) is not None:
+            if time.monotonic() >= end:
+                raise InputError(
+                    f"{self.directory} is in use by another run ({holder}): stop that one, or take another folder"
+                )
+            if not waiting:
+                print(f"{self.directory} is in use by another run ({holder}): waiting for its end", flush=True)
+            waiting = True
+            time.sleep(0.1)
+
+    def _try(self):
+        """:return: who holds the lock; None if this process does now, or if there are no locks here."""
+        try:
+            os.makedirs(self.directory, exist_ok=True)
+            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError:  # the run's first file will fail likewise, with its own line
+            return None
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            removed = not os.path.samestat(os.fstat(descriptor), os.stat(self._path))
+        except BlockingIOError:
+            holder = os.pread(descriptor, 1000, 0).decode(errors="replace")
+            os.close(descriptor)
+            return holder or "one that has just begun"
+        except FileNotFoundError:
+            removed = True
+        except OSError:  # no locks on this file system
+            os.close(descriptor)
+            return None
+        if removed:  # by its holder, between the two calls
+            os.close(descriptor)
+            return self._try()
+        self._descriptor = descriptor
+        _locks.add(descriptor)
+        with contextlib.suppress(OSError):  # a full disk
+            os.truncate(descriptor, 0)
+            os.write(descriptor, f"process {os.getpid()} on {platform.node()}".encode())
+        return None
+
+    def release(self):
+        """Give the lock back, if this process has it."""
+        if self._descriptor in _locks:
+            with contextlib.suppress(OSError):
+                os.remove(self._path)
+            _locks.remove(self._descriptor)
+            os.close(self._descriptor)
+
+
+def _close_locks():
+    """A forked process, such as one that decodes images, would keep the locks of its parent when that is killed."""
+    while _locks:
+        os.close(_locks.pop())
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close_locks)

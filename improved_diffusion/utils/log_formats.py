@@ -4,20 +4,29 @@ What rows of values and lines of text are written to: the terminal, log.txt, CSV
 Files are appended to, and a crash at any moment costs at most one row.
 """
 
+import collections
 import contextlib
 import csv
 import io
+import itertools
 import json
 import math
 import os
 import sys
 
-from .errors import InputError
+from .errors import InputError, first_line
 from .files import write_files
+from .streams import silence
+
+
+class StreamEnded(InputError):
+    """An open stream, such as stdout, takes no more text. The run can do without it; Logger drops it."""
 
 
 class KVWriter:
     """An output for rows of values."""
+
+    damage = None  # what was wrong with an existing file, until the logger has told
 
     def writekvs(self, kvs):
         raise NotImplementedError
@@ -47,6 +56,7 @@ class HumanOutputFormat(KVWriter, SeqWriter):
     Boxed tables and lines of text, for reading.
 
     :param filename_or_file: a path, appended to, or an open text file, which close() leaves open.
+    :raises StreamEnded: from writes, if the open file takes no more; InputError if the path does not.
     """
 
     def __init__(self, filename_or_file):
@@ -65,11 +75,18 @@ class HumanOutputFormat(KVWriter, SeqWriter):
         self.writeseq(["\n".join([rule, *lines, rule])])
 
     def writeseq(self, seq):
-        with _one_line_error(getattr(self.file, "name", "the log")), self._beside_a_bar():
-            encoding = getattr(self.file, "encoding", None) or "utf-8"
-            # names of files may be no text; what cannot be shown is escaped
-            self.file.write((" ".join(seq) + "\n").encode(encoding, "backslashreplace").decode(encoding))
-            self.file.flush()
+        encoding = getattr(self.file, "encoding", None) or "utf-8"
+        # names of files may be no text; what cannot be shown is escaped
+        text = (" ".join(seq) + "\n").encode(encoding, "backslashreplace").decode(encoding)
+        try:
+            with self._beside_a_bar():
+                self.file.write(text)
+                self.file.flush()
+        except (OSError, ValueError) as e:  # the second for a file that is closed
+            if self.file in (sys.stdout, sys.stderr):
+                silence(self.file)
+            kind = InputError if self.own_file else StreamEnded
+            raise kind(f"{getattr(self.file, 'name', 'the log')}: cannot be written ({first_line(e)})") from None
 
     def _beside_a_bar(self):
         """A progress bar on the same terminal makes room for the text."""
@@ -92,17 +109,22 @@ class JSONOutputFormat(KVWriter):
         _append(self.filename, json.dumps(plain(kvs), default=str) + "\n")
 
     def drop_from(self, key, value, unless_above=math.inf):
-        with open(self.filename, encoding="utf-8") as f:
-            lines = f.readlines()
-        kept = _rows_kept(lines, [json.loads(line).get(key) for line in lines], value, unless_above)
-        _replace(self.filename, "".join(kept))
+        """Lines that are no JSON objects go too."""
+        lines = _lines(self.filename)
+        rows = [_json_object(line) for line in lines]
+        whole = [(line, row) for line, row in zip(lines, rows, strict=True) if row is not None]
+        if len(whole) < len(lines):
+            self.damage = _set_aside(self.filename, len(lines) - len(whole))
+        kept = _rows_kept([line for line, _ in whole], [row.get(key) for _, row in whole], value, unless_above)
+        _replace(self.filename, b"".join(line + b"\n" for line in kept))
 
 
 class CSVOutputFormat(KVWriter):
     """
     A header, then a row a dump. An existing file's columns go on; a new key becomes a column at the right.
 
-    The file is open only during a write, so that os.replace() never leaves a stale handle.
+    The file is open only during a write, so that os.replace() never leaves a stale handle. Damaged lines of an existing
+    file are dropped, and the file as it was is kept beside it.
     """
 
     def __init__(self, filename):
@@ -115,24 +137,39 @@ class CSVOutputFormat(KVWriter):
         newcomers = sorted(kvs.keys() - set(self.keys))
         if newcomers:
             _, rows = self._read()
-            self._rewrite(self.keys + newcomers, [*rows, kvs])
+            keys = self.keys + newcomers
+            self._rewrite(keys, [*rows, _cells(kvs, keys)])
         else:
-            _append(self.filename, _csv_line(kvs, self.keys))
+            _append(self.filename, _csv_line(_cells(kvs, self.keys), self.keys))
 
     def drop_from(self, key, value, unless_above=math.inf):
         keys, rows = self._read()
         if key in keys:
-            self._rewrite(keys, _rows_kept(rows, [row[key] for row in rows], value, unless_above))
+            i = keys.index(key)
+            values = [row[i] if i < len(row) else None for row in rows]
+            self._rewrite(keys, _rows_kept(rows, values, value, unless_above))
 
     def _read(self):
-        """The columns' names, and the rows as dicts of strings, None where a row ends early."""
-        with open(self.filename, newline="", encoding="utf-8") as f:
-            reader = csv.DictReader(f)
-            return list(reader.fieldnames or []), list(reader)
+        """The columns' names, and the rows as lists of cells; a row may end early."""
+        lines = _lines(self.filename)
+        if not lines:
+            return [], []
+        header, *rows = map(_csv_cells, lines)
+        keys = header
+        if keys is None:  # as much of the names as is left
+            keys = lines[0].decode(errors="replace").replace("\0", "?").split(",")
+        # rows are whole and alike far more often than not: where they are longer than the header, it has lost a comma
+        usual = collections.Counter(len(row) for row in rows if row is not None).most_common(1)
+        keys = keys + [f"column {i + 1}" for i in range(len(keys), usual[0][0] if usual else 0)]
+        whole = [row for row in rows if row is not None and len(row) <= len(keys)]
+        damaged = len(rows) - len(whole) + (keys != header)
+        if damaged:
+            self.damage = _set_aside(self.filename, damaged)
+            self._rewrite(keys, whole)
+        return keys, whole
 
     def _rewrite(self, keys, rows):
-        header = dict(zip(keys, keys, strict=True))
-        _replace(self.filename, "".join(_csv_line(row, keys) for row in [header, *rows]))
+        _replace(self.filename, "".join(_csv_line(row, keys) for row in [keys, *rows]).encode())
         self.keys = keys
 
 
@@ -188,7 +225,7 @@ def make_output_format(format, ev_dir, log_suffix=""):
     check_format(format)
     os.makedirs(ev_dir, exist_ok=True)
     if format == "stdout":
-        return HumanOutputFormat(sys.stdout)
+        return HumanOutputFormat(sys.stdout or io.StringIO())  # None if it was closed before Python began
     writer, name = FILE_FORMATS[format]
     return writer(os.path.join(ev_dir, name.format(log_suffix)))
 
@@ -222,7 +259,7 @@ def number(val):
     """val as a float; NaN, which is >= nothing, where it is no number."""
     try:
         return float(val)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return math.nan
 
 
@@ -230,11 +267,33 @@ def _shorten(text):
     return text if len(text) <= 30 else text[:27] + "..."
 
 
+def _cells(kvs, keys):
+    return [kvs.get(key, "") for key in keys]
+
+
 def _csv_line(row, keys):
     text = io.StringIO()
-    csv.writer(text, lineterminator="").writerow([row.get(key, "") for key in keys])
+    csv.writer(text, lineterminator="").writerow([*row, *[""] * (len(keys) - len(row))])
     # a row that breaks inside a value and is cut there by a crash would pass for a whole one
     return " ".join(text.getvalue().splitlines()) + "\n"
+
+
+def _csv_cells(line):
+    """The cells in a line of bytes, None if it is damaged."""
+    try:
+        rows = list(csv.reader([line.decode()], strict=True))
+    except (UnicodeDecodeError, csv.Error):
+        return None
+    return rows[0] if len(rows) == 1 and "\0" not in "".join(rows[0]) else None
+
+
+def _json_object(line):
+    """The object in a line of bytes, None if there is none."""
+    try:
+        row = json.loads(line.decode())
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) else None
 
 
 @contextlib.contextmanager
@@ -257,6 +316,26 @@ def _drop_cut_line(path):
         f.truncate(f.read().rfind(b"\n") + 1)
 
 
-def _replace(path, text):
+def _lines(path):
+    """The lines of a file, as bytes, without empty ones."""
+    with open(path, "rb") as f:
+        return [line for line in f.read().split(b"\n") if line.strip()]
+
+
+def _set_aside(path, count):
+    """
+    Keep a copy of a file that is damaged.
+
+    :param count: of its lines.
+    :return: what there is to tell.
+    """
+    names = itertools.chain([path + ".damaged"], (f"{path}.damaged{i}" for i in itertools.count(2)))
+    copy = next(name for name in names if not os.path.lexists(name))
+    with open(path, "rb") as f:
+        _replace(copy, f.read())
+    return f"{path}: {count} damaged line{'s' if count > 1 else ''} dropped; the file as it was is {copy}"
+
+
+def _replace(path, content):
     directory, name = os.path.split(path)
-    write_files(directory, {name: lambda f: f.write(text.encode())})
+    write_files(directory, {name: lambda f: f.write(content)})

@@ -4,6 +4,7 @@ import sys
 import time
 
 from .. import dist_util, logger
+from .streams import Unfailing
 
 SECONDS_BETWEEN_LINES = 60
 
@@ -26,10 +27,18 @@ class Progress:
         self._said = self._begun
         self._rated = self._begun, done
         self._bar, self._lines, self._say = None, lines and dist_util.rank() == 0, say or logger.log
-        if dist_util.rank() == 0 and sys.stderr.isatty():
+        if dist_util.rank() == 0 and sys.stderr is not None and sys.stderr.isatty():
             from tqdm import tqdm
 
-            self._bar = tqdm(desc=what, total=total, unit=f" {unit}", initial=done, dynamic_ncols=True, smoothing=0.1)
+            self._bar = tqdm(
+                desc=what,
+                total=total,
+                unit=f" {unit}",
+                initial=done,
+                dynamic_ncols=True,
+                smoothing=0.1,
+                file=Unfailing(sys.stderr),  # a terminal may be closed while the run continues
+            )
 
     def update(self, n=1):
         """n more units are done."""

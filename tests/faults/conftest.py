@@ -49,7 +49,6 @@ def uninterrupted(server, images, tmp_path_factory):
     def get(ranks, steps=processes.SHORT):
         if (ranks, steps) not in runs:
             runs[ranks, steps] = folder = tmp_path_factory.mktemp("whole")
-            (folder / "born").touch()  # for its time
             processes.finish(processes.start(server, images, folder, ranks, max_steps=steps, resume_checkpoint="auto"))
         return runs[ranks, steps]
 

@@ -75,8 +75,12 @@ def become(command):
         opened = os.open(path, mode, 0o644)
         os.dup2(opened, descriptor)
         os.close(opened)
-    for number in (signal.SIGTERM, signal.SIGXFSZ):
-        signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN)
+    for number, handler in (
+        (signal.SIGTERM, signal.SIG_DFL),
+        (signal.SIGHUP, signal.SIG_DFL),
+        (signal.SIGXFSZ, signal.SIG_IGN),
+    ):
+        signal.signal(number, handler)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if command["limit"]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (command["limit"], command["limit"]))
@@ -86,20 +90,20 @@ def become(command):
 
 def main():
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-    train = ROOT / "scripts" / "image_train.py"
-    train_main = load(train).main
+    load(ROOT / "scripts" / "image_train.py")
     warm_up()
     gc.freeze()  # what is here at the fork, a child need not look through at its end
     command = serve(sys.stdin)
     if command is None:
         return
     become(command)
-    if command["start"] == str(train):
+    script = load(command["start"])
+    if Path(command["start"]).parent == ROOT / "scripts":
         from improved_diffusion.cli import parser
 
-        parser.run(train_main)
+        parser.run(script.main)
     else:
-        load(command["start"]).main()
+        script.main()
 
 
 if __name__ == "__main__":

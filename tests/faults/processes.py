@@ -19,6 +19,11 @@ SCRIPT = ROOT / "scripts" / "image_train.py"
 MARK = f"DIFFUSION_FAULT_TEST={uuid.uuid4()}"  # in the environment of all that these tests start
 KINDS = ("model", "ema_0.9_", "opt", "state")  # the files of a checkpoint in the order of writing
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+MPIEXEC = Path(sys.executable).parent / "mpiexec"
+LAUNCHERS = {
+    "torchrun": [*TORCHRUN, "--standalone", "--nproc_per_node", "2"],
+    "mpiexec": [MPIEXEC, "-n", "2", sys.executable],
+}
 SHORT, LONG = 20, 50  # steps of uninterrupted runs
 PATIENCE = 120  # seconds after which a process hangs
 
@@ -127,7 +132,7 @@ def train_words(images, **changed):
     return flags(**{name: value for name, value in values.items() if value is not None})
 
 
-def start(server, images, logdir, ranks=1, limit=0, stdout=None, variables=None, **changed):
+def start(server, images, logdir, ranks=1, limit=0, stdout=None, variables=None, script=SCRIPT, **changed):
     """Start image_train.py on so many ranks, with some flags changed. :return: the processes in order of rank."""
     words = train_words(images, **changed)
     port = free_port()
@@ -136,7 +141,7 @@ def start(server, images, logdir, ranks=1, limit=0, stdout=None, variables=None,
         world = {} if ranks == 1 else {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank}
         world.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} if world else {})
         settings = {"OPENAI_LOGDIR": logdir, **world, **(variables or {})}
-        processes.append(server.start(SCRIPT, words, limit, stdout, **settings))
+        processes.append(server.start(script, words, limit, stdout, **settings))
     return processes
 
 
@@ -185,22 +190,22 @@ def launched(command, folder, said, checkpoints):
 # ---------------------------------------------------------------- what is on disk
 
 
-def names_of(step):
-    return [f"{kind}{step:06d}.pt" for kind in KINDS]
+def names_of(step, kinds=KINDS):
+    return [f"{kind}{step:06d}.pt" for kind in kinds]
 
 
 def steps_with(folder, kind="state"):
     return sorted(int(re.search(r"\d{6}", path.name)[0]) for path in folder.glob(f"{kind}[0-9]*.pt"))
 
 
-def newest_set(folder):
+def newest_set(folder, kinds=KINDS):
     """
     The step of the newest set whose state file is there, None if there is none. Found without the library.
 
     All its files must load: the state file comes last.
     """
     steps = steps_with(folder)
-    for name in names_of(steps[-1]) if steps else []:
+    for name in names_of(steps[-1], kinds) if steps else []:
         load(folder / name)
     return steps[-1] if steps else None
 
@@ -220,20 +225,20 @@ def where_it_began(lines):
     return "unsaid"
 
 
-def assert_equals_uninterrupted(folder, whole, log=None):
+def assert_equals_uninterrupted(folder, whole, log=None, whole_log=None, kinds=KINDS):
     """
     The last checkpoint is that of the uninterrupted run to the last bit, and so are the rows, but for images/s.
 
-    :param log: the folder of progress.csv if it is another.
+    :param log: the folder of progress.csv if it is another; whole_log the same of the uninterrupted run.
     """
     step = steps_with(whole)[-1]
     assert steps_with(folder)[-1] == step
-    for name in names_of(step):
+    for name in names_of(step, kinds):
         got, want = load(folder / name), load(whole / name)
         if name.startswith("state"):
             assert got.pop("flags").keys() == want.pop("flags").keys()
         assert_same(got, want, name)
-    assert written_rows(log or folder) == written_rows(whole)
+    assert written_rows(log or folder) == written_rows(whole_log or whole)
     assert list(folder.glob("*.tmp")) == []
 
 

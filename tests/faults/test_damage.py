@@ -6,9 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch as th
 from harness import snapshot
 from PIL import Image
 from processes import KINDS, finish, names_of, start, where_it_began
+from training import load
 
 from improved_diffusion.inference.generate import load_base_samples
 from improved_diffusion.utils.errors import InputError
@@ -64,6 +66,71 @@ def test_file_cut_short_on_two_ranks(server, images, three_sets, tmp_path, kind)
         (line,) = process.stderr.splitlines()
         assert str(path) in line
     print(line)
+
+
+# ---------------------------------------------------------------- wrong contents
+
+
+def of_every_parameter(value):
+    """A change of both moments of each parameter."""
+
+    def change(contents):
+        for entry in contents["state"].values():
+            entry.update({key: value(entry[key]) for key in ("exp_avg", "exp_avg_sq")})
+
+    return change
+
+
+def of_each(value):
+    def change(contents):
+        contents.update({name: value(tensor) for name, tensor in contents.items()})
+
+    return change
+
+
+WRONG = {
+    "opt moments of one element": ("opt", of_every_parameter(lambda t: th.zeros(1))),
+    "opt moments of none": ("opt", of_every_parameter(lambda t: th.zeros(0))),
+    "opt moments of half the width": ("opt", of_every_parameter(lambda t: t[: len(t) // 2])),
+    "opt expanded": ("opt", of_every_parameter(lambda t: th.zeros(1).expand(t.numel()))),
+    "opt transposed": ("opt", of_every_parameter(lambda t: t.reshape(t.shape[::-1]))),
+    "opt integers": ("opt", of_every_parameter(lambda t: t.long())),
+    "opt empty": ("opt", lambda contents: contents.update(state={})),
+    "opt half": ("opt", lambda contents: [contents["state"].pop(i) for i in range(0, len(contents["state"]), 2)]),
+    "ema integers": ("ema_0.9_", of_each(lambda t: t.long())),
+    "ema complex": ("ema_0.9_", of_each(lambda t: t.to(th.complex64))),
+    "model NaN": ("model", of_each(lambda t: t * th.nan)),
+    "model sparse": ("model", of_each(lambda t: t.to_sparse())),
+    "model meta": ("model", of_each(lambda t: t.to("meta"))),
+    "state trained without end": ("state", lambda contents: contents.update(updates=-(10**12))),
+    "state of a word": ("state", lambda contents: contents.update(lg_loss_scale="20")),
+    "state of a position outside": ("state", lambda contents: contents["rng"][0]["numpy"].__setitem__(2, 10**6)),
+}
+
+
+@pytest.mark.parametrize("kinds", [[*WRONG][i::4] for i in range(4)], ids="1234")
+def test_wrong_contents(server, images, three_sets, tmp_path, kinds):
+    """In processes of their own: the fused update of AdamW does not look where it reads and writes."""
+    running = {}
+    for i, kind in enumerate(kinds):
+        folder = tmp_path / str(i)
+        shutil.copytree(three_sets, folder)
+        name, change = WRONG[kind]
+        path = folder / f"{name}000004.pt"
+        contents = load(path)
+        change(contents)
+        th.save(contents, path)
+        words = dict(max_steps=9, resume_checkpoint=folder / "model000004.pt")
+        running[kind] = path, snapshot(folder), start(server, images, folder, **words)[0]
+    for kind, (path, before, process) in running.items():
+        status = process.wait()
+        assert status == 2, (kind, status, process.stderr)
+        (line,) = process.stderr.splitlines()
+        assert line.startswith("image_train.py: error: ") and str(path) in line, (kind, line)
+        after = snapshot(path.parent)
+        changed = {name for name in after if after[name] != before.get(name)}
+        assert changed <= {"log.txt", "config.json"} and after.keys() == before.keys(), (kind, changed)
+        print(f"{kind}: {line}")
 
 
 # ---------------------------------------------------------------- random bytes

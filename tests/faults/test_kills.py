@@ -1,14 +1,15 @@
 """SIGKILL at any moment: what is on disk is a checkpoint, and the run goes on from it as if nothing had been."""
 
-import collections
 import os
 import random
 import signal
 import time
 
 import pytest
+from killing import Campaign
 from processes import (
-    LONG,
+    LAUNCHERS,
+    MPIEXEC,
     PATIENCE,
     SCRIPT,
     SHORT,
@@ -16,7 +17,9 @@ from processes import (
     assert_equals_uninterrupted,
     finish,
     launched,
+    left_behind,
     lines_of,
+    listening_sockets,
     marked_processes,
     newest_set,
     start,
@@ -25,62 +28,22 @@ from processes import (
     wait_for,
     where_it_began,
 )
+from soak import SETTINGS
 from training import read_rows
 
-KILLS = 30
+KILLS = 8  # soak.py has more, in more settings
 
 
-def times_of(folder):
-    """Seconds that a run took to its first checkpoint and from one to the next."""
-    steps = steps_with(folder)
-    born = (folder / "born").stat().st_mtime
-    first, last = ((folder / f"state{step:06d}.pt").stat().st_mtime for step in (steps[0], steps[-2]))
-    return first - born, (last - first) / (len(steps) - 2)
-
-
-def what_it_did(folder, lines):
-    """Where a kill met the run, by what is on disk and in the log."""
-    if where_it_began(lines) == "unsaid":
-        return "while starting"
-    if list(folder.glob("*.tmp")):
-        return "while writing files"
-    return "while saving" if lines[-1] == "saving model..." else "between saves"
-
-
-@pytest.mark.parametrize("ranks, workers", [(1, 1), (2, 0)], ids=["one rank", "two ranks"])
-def test_killed_at_random_moments(server, images, uninterrupted, tmp_path, ranks, workers):
+@pytest.mark.parametrize("name", ["one-rank", "two-ranks"])
+def test_killed_at_random_moments(server, images, tmp_path, name):
     """Each resumed run begins at the newest set that is complete, and all together equal one that was left alone."""
-    whole = uninterrupted(ranks, LONG)
-    start_up, save = times_of(whole)
-    moments = random.Random(ranks)
-    met, begun, kills = collections.Counter(), [], 0
-    flags = dict(max_steps=LONG, resume_checkpoint="auto", num_workers=workers)
-    while kills < KILLS:
-        expected, lines_before = newest_set(tmp_path), len(lines_of(tmp_path))
-        processes = start(server, images, tmp_path, ranks, **flags)
-        time.sleep(moments.uniform(0, 1.5 * (start_up + 2 * save)))
-        ended = [process.wait(0) for process in processes]
-        if any(status is not None for status in ended):  # too late
-            assert set(ended) <= {0, None}, processes[0].stderr
-            finish([process for process, status in zip(processes, ended, strict=True) if status is None])
-            continue
-        for process in moments.sample(processes, ranks):
-            process.kill()
-        ended = [process.wait() for process in processes]
-        if ended[0] == 0:
-            continue
-        lines = lines_of(tmp_path)[lines_before:]
-        assert where_it_began(lines) in (expected, "unsaid"), lines
-        begun.append(where_it_began(lines))
-        met[what_it_did(tmp_path, lines)] += 1
-        kills += 1
-
-    expected, lines_before = newest_set(tmp_path), len(lines_of(tmp_path))
-    finish(start(server, images, tmp_path, ranks, **flags))
-    assert where_it_began(lines_of(tmp_path)[lines_before:]) == expected
-    print(f"{kills} kills of {ranks} rank(s): {dict(met)}; the runs began at {[*begun, expected]}")
-    assert_equals_uninterrupted(tmp_path, whole)
-    assert len(met) >= 2 and {*begun} - {"unsaid", None}
+    (setting,) = (setting for setting in SETTINGS if setting.name == name)
+    campaign = Campaign(setting, server, images, tmp_path, random.Random(name))
+    campaign.go(KILLS)
+    print(f"{campaign.kills} kills in {campaign.runs} run(s): {campaign.met}; the runs began at {campaign.began_at}")
+    assert campaign.lost == []
+    assert campaign.kills == KILLS
+    assert len(campaign.met) >= 2 and {*campaign.began_at} - {"unsaid", None}
 
 
 @pytest.mark.parametrize("victim", [0, 1])
@@ -124,3 +87,40 @@ def test_torchrun_starts_the_ranks_again(images, uninterrupted, tmp_path):
     print([line for line in lines if "loading model" in line or "no complete" in line])
     assert sum(line.startswith("Logging to") for line in lines) == 2
     assert_equals_uninterrupted(folder, uninterrupted(2))
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_a_launcher_killed(server, images, uninterrupted, tmp_path, launcher):
+    """Its ranks end, before the run that is started in its place finds them in its folder."""
+    if launcher == "mpiexec" and not MPIEXEC.exists():
+        pytest.skip("no mpiexec beside this Python: pip install mpich")
+    folder, said, sockets = tmp_path / "run", tmp_path / "said", listening_sockets()
+    command = [*LAUNCHERS[launcher], SCRIPT, *train_words(images, max_steps=10**6, save_interval=10, num_workers=1)]
+    with launched(command, folder, said, checkpoints=1) as process:
+        process.kill()
+        process.wait()
+        began = time.monotonic()
+        assert left_behind(sockets, allowed={server.process.pid}, seconds=60) == ""
+        print(f"{launcher} killed; all it started was gone after {time.monotonic() - began:.1f} s")
+    expected, lines_before = newest_set(folder), len(lines_of(folder))
+    finish(start(server, images, folder, 2, max_steps=expected + 2, resume_checkpoint="auto"))
+    assert where_it_began(lines_of(folder)[lines_before:]) == expected
+
+
+def test_a_run_waits_for_the_end_of_the_one_before(server, images, uninterrupted, tmp_path):
+    """As a job does that a scheduler starts anew while the old one is about to be killed."""
+    flags = dict(max_steps=SHORT, resume_checkpoint="auto")
+    (first,) = start(server, images, tmp_path, **flags, num_workers=1)
+    wait_for(lambda: steps_with(tmp_path)[2:], [first])
+    first.kill(signal.SIGSTOP)
+    expected, lines_before = newest_set(tmp_path), len(lines_of(tmp_path))
+    (second,) = start(server, images, tmp_path, **flags)
+    try:
+        wait_for(lambda: f"{tmp_path} is in use by another run" in second.out.read_text(), [second])
+        assert len(lines_of(tmp_path)) == lines_before
+    finally:
+        first.kill()
+    assert first.wait() == -9
+    finish([second])
+    assert where_it_began(lines_of(tmp_path)[lines_before:]) == expected
+    assert_equals_uninterrupted(tmp_path, uninterrupted(1))

@@ -1,19 +1,24 @@
-"""SIGTERM and SIGINT, from launchers and from a person: all ranks save at one step, and the run can go on."""
+"""SIGTERM, SIGINT and SIGHUP, from launchers and from a person: all ranks save at one step, and the run can go on."""
 
+import fcntl
 import os
 import re
 import signal
+import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
 import pytest
 from processes import (
+    LAUNCHERS,
+    MPIEXEC,
     PATIENCE,
     SCRIPT,
     SHORT,
-    TORCHRUN,
     assert_equals_uninterrupted,
+    environment,
     finish,
     launched,
     lines_of,
@@ -24,12 +29,6 @@ from processes import (
     wait_for,
     where_it_began,
 )
-
-MPIEXEC = Path(sys.executable).parent / "mpiexec"
-LAUNCHERS = {
-    "torchrun": [*TORCHRUN, "--standalone", "--nproc_per_node", "2"],
-    "mpiexec": [MPIEXEC, "-n", "2", sys.executable],
-}
 
 
 def assert_stopped(folder, by, ranks=1):
@@ -76,13 +75,58 @@ def test_sigterm_to_a_launcher(server, images, uninterrupted, tmp_path, launcher
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_ctrl_c(server, images, uninterrupted, tmp_path, workers):
-    """The terminal sends SIGINT to the whole process group, to the workers too."""
+@pytest.mark.parametrize("name", ["SIGINT", "SIGHUP"])
+def test_ctrl_c(server, images, uninterrupted, tmp_path, workers, name):
+    """The terminal sends SIGINT, and SIGHUP at its end, to the whole process group, to the workers too."""
     processes = start(server, images, tmp_path, max_steps=10**6, num_workers=workers)
     wait_for(lambda: steps_with(tmp_path)[2:], processes)
-    os.killpg(processes[0].pid, signal.SIGINT)
+    os.killpg(processes[0].pid, signal.Signals[name])
     finish(processes)
-    assert_goes_on(server, images, tmp_path, uninterrupted, 1, assert_stopped(tmp_path, "SIGINT"))
+    assert_goes_on(server, images, tmp_path, uninterrupted, 1, assert_stopped(tmp_path, name))
+
+
+@pytest.mark.parametrize("nohup", [False, True])
+def test_a_terminal_that_is_closed(images, uninterrupted, tmp_path, nohup):
+    """The run stops, or, under nohup, continues without it."""
+    folder = tmp_path / "run"
+    ours, theirs = os.openpty()
+
+    def take_terminal():  # as its foreground process group
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN if nohup else signal.SIG_DFL)
+
+    words = train_words(images, max_steps=SHORT if nohup else 10**6, num_workers=1)
+    process = subprocess.Popen(
+        [sys.executable, SCRIPT, *words],
+        env=environment(OPENAI_LOGDIR=str(folder)),
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        start_new_session=True,
+        preexec_fn=take_terminal,
+    )
+    try:
+        os.close(theirs)
+        end = time.monotonic() + PATIENCE
+        while len(steps_with(folder)) < 3:
+            assert process.poll() is None and time.monotonic() < end
+            os.read(ours, 10**6)
+        os.close(ours)
+        assert process.wait(PATIENCE) == 0
+    finally:
+        process.kill()
+        process.wait()
+    assert sum("<stdout>: cannot be written" in line for line in lines_of(folder)) == 1
+    if nohup:
+        assert_equals_uninterrupted(folder, uninterrupted(1))
+        return
+    words = train_words(images, max_steps=SHORT, resume_checkpoint="auto")
+    assert any(line.startswith("stopped by SIGHUP at step ") for line in lines_of(folder))
+    done = subprocess.run(
+        [sys.executable, SCRIPT, *words], env=environment(OPENAI_LOGDIR=str(folder)), capture_output=True, text=True
+    )
+    assert done.returncode == 0 and done.stderr == ""
+    assert_equals_uninterrupted(folder, uninterrupted(1))
 
 
 @pytest.mark.parametrize("first, second", [("SIGTERM", "SIGTERM"), ("SIGTERM", "SIGINT"), ("SIGINT", "SIGINT")])

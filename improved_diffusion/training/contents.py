@@ -1,0 +1,413 @@
+"""
+What the files of a checkpoint must contain.
+
+A file may be undamaged and still hold anything. Each function here looks at what one of them held, before any of it is
+used, and raises InputError, one line with the file and the entry, unless all of it fits.
+"""
+
+import math
+import re
+from typing import NamedTuple
+
+import numpy as np
+import torch as th
+
+from ..utils.errors import InputError
+
+FLOATING = (th.float16, th.bfloat16, th.float32, th.float64)
+MOST = 2**53  # of anything that is counted; a float64 still tells it from its neighbours
+
+
+class Check(NamedTuple):
+    """A predicate, and in words what satisfies it."""
+
+    holds: object
+    what: str
+
+
+def whole(low, high=MOST):
+    return Check(lambda v: type(v) is int and low <= v <= high, f"a whole number from {low} to {high}")
+
+
+def real(low, high):
+    return Check(lambda v: type(v) in (int, float) and low <= v <= high, f"a number from {low} to {high}")
+
+
+ANYTHING = Check(lambda v: True, "anything")
+BOOLEAN = Check(lambda v: type(v) is bool, "True or False")
+
+
+# ---------------------------------------------------------------- weights
+
+
+def check_weights(state_dict, model, path):
+    """
+    Check the tensors of a model file. Names and shapes are left to the network's load_state_dict().
+
+    :raises InputError: if one is sparse, quantized, without data, of another kind of dtype (integers for floats), or
+                        a parameter that is not finite.
+    """
+    params = {name for name, _ in model.named_parameters()}
+    mine = model.state_dict()
+    for name, value in state_dict.items() if isinstance(state_dict, dict) else ():
+        like = mine.get(name)
+        if not isinstance(like, th.Tensor):
+            continue
+        problem = _problem_of_tensor(value, like)
+        if not problem and name in params and value.shape == like.shape:
+            problem = None if value.to(like.dtype).isfinite().all() else "is not finite"
+        if problem:
+            raise InputError(f"{path} does not fit the model: {name} {problem}")
+
+
+def averages_in(state_dict, model, path):
+    """
+    The parameters of an EMA file: new tensors in the order of the network's, in float32 where those are float16.
+
+    :raises InputError: as check_weights(), and for a parameter that is missing or has another shape.
+    """
+    averages = []
+    for name, p in model.named_parameters():
+        value = state_dict.get(name) if isinstance(state_dict, dict) else None
+        if value is None or not isinstance(value, th.Tensor) or value.shape != p.shape:
+            raise InputError(f"{path} does not fit the model: {name} is missing or has another shape")
+        problem = _problem_of_tensor(value, p)
+        if not problem:
+            averages.append(_copy_like(value, p, th.float32 if p.dtype == th.float16 else p.dtype))
+            problem = None if averages[-1].isfinite().all() else "is not finite"
+        if problem:
+            raise InputError(f"{path} does not fit the model: {name} {problem}")
+    return averages
+
+
+def _problem_of_tensor(value, like):
+    if not isinstance(value, th.Tensor) or not _has_plain_data(value):
+        return f"is {_shown(value)}, not a dense tensor"
+    if like.is_floating_point():
+        fits = value.dtype in FLOATING
+    else:
+        fits = not value.is_floating_point() and value.is_complex() == like.is_complex()
+    return None if fits else f"is {_shown(value)}, not {_shown(like)}"
+
+
+def _has_plain_data(tensor):
+    strange = tensor.is_quantized or tensor.is_nested or tensor.device.type == "meta"
+    return tensor.layout == th.strided and not strange
+
+
+def _copy_like(value, p, dtype):
+    """A copy that lies in memory as p does, which fused updates take for granted, and that shares it with nothing."""
+    return th.empty_like(p.detach(), dtype=dtype).copy_(value)
+
+
+# ---------------------------------------------------------------- optimizer
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+GROUP = {
+    "lr": real(-math.inf, math.inf),
+    "weight_decay": real(-math.inf, math.inf),
+    "eps": real(0, 1e30),
+    "betas": Check(lambda v: len(v) == 2 and all(type(b) is float and 0 <= b < 1 for b in v), "two numbers in [0, 1)"),
+}
+
+
+def optimizer_in(contents, opt, path, allowed=None):
+    """
+    What an optimizer file holds, fit for AdamW.load_state_dict(): its fused update takes for granted that each moment
+    has its parameter's shape and place in memory, and reads and writes whatever is there.
+
+    :param allowed: of how many parameters there may be moments; of all if None.
+    :return: a state dict of new tensors.
+    :raises InputError: if it does not fit.
+    """
+
+    def refuse(reason):
+        raise InputError(f"{path} does not fit the model's optimizer: {reason}")
+
+    contents = contents if isinstance(contents, dict) else {}
+    groups, state = contents.get("param_groups"), contents.get("state")
+    if not isinstance(state, dict) or not isinstance(groups, list) or not all(map(_is_group, groups)):
+        refuse("it has no state and param_groups")
+    params = [p for group in opt.param_groups for p in group["params"]]
+    numbers = [i for group in groups for i in group["params"]]
+    if [len(group["params"]) for group in groups] != [len(group["params"]) for group in opt.param_groups]:
+        hint = ""
+        if (len(params) == 1) != (len(numbers) == 1):  # the masters of float16 are one flat vector
+            hint = f"; a run with use_fp16 {len(params) != 1} would have written it so"
+        refuse(f"its parameters are {len(numbers)} in number, not {len(params)}{hint}")
+    if len(set(numbers)) != len(numbers) or state.keys() - set(numbers):
+        refuse("it numbers its parameters twice, or not all of them")
+    for i, group in enumerate(groups):
+        problem = _problem_in({key: group.get(key) for key in GROUP}, GROUP, f"param_groups[{i}]")
+        if problem:
+            refuse(problem)
+    fitted = {}
+    for i, p in zip(numbers, params, strict=True):
+        if state.get(i, {}) != {}:
+            fitted[i], problem = _entry(state[i], p)
+            if problem:
+                refuse(f"of parameter {i}, {problem}")
+    if len(fitted) not in (allowed or (len(params),)):
+        refuse(f"it has the moments of {len(fitted)} parameters, not of {len(params)}")
+    return {"state": fitted, "param_groups": groups}
+
+
+def _is_group(group):
+    return (
+        isinstance(group, dict)
+        and isinstance(group.get("params"), list)
+        and all(type(number) is int for number in group["params"])
+    )
+
+
+def _entry(entry, p):
+    """:return: (a parameter's moments and step, as copies; what is wrong with them)."""
+    if not isinstance(entry, dict) or entry.keys() != {"step", *MOMENTS}:
+        return None, f"there is {_shown(entry)}, not a step, {' and '.join(MOMENTS)}"
+    step = entry["step"]
+    if isinstance(step, th.Tensor) and _has_plain_data(step) and step.numel() == 1 and step.dtype != th.bool:
+        step = step.item()
+    if type(step) not in (int, float) or not 0 <= step <= MOST:
+        return None, f"step is {_shown(step)}, not a number from 0 to {MOST}"
+    fitted = {"step": th.tensor(float(step), dtype=th.float32)}
+    for key in MOMENTS:
+        value = entry[key]
+        if not isinstance(value, th.Tensor) or value.shape != p.shape or _problem_of_tensor(value, p):
+            return None, f"{key} is {_shown(value)}, not {_shown(p)}"
+        fitted[key] = _copy_like(value, p, p.dtype)
+    if not fitted["exp_avg"].isfinite().all() or not (fitted["exp_avg_sq"] >= 0).all():
+        return None, "the moments are not finite, or squares below 0"
+    return fitted, None
+
+
+# ---------------------------------------------------------------- state
+
+
+def _vector(dtype, shape, holds=lambda v: True):
+    """
+    :param shape: sizes; None for any but 0.
+    :param holds: a predicate of the tensor.
+    """
+
+    def is_such(v):
+        if not isinstance(v, th.Tensor) or not _has_plain_data(v) or v.dtype != dtype or v.dim() != len(shape):
+            return False
+        sizes = zip(v.shape, shape, strict=True)
+        # contiguous: no single number that pretends to be many
+        return all(got == size or (size is None and got) for got, size in sizes) and v.is_contiguous() and holds(v)
+
+    sizes = "x".join("any" if size is None else str(size) for size in shape)
+    return Check(is_such, f"a tensor of {_name(dtype)} and shape {sizes}, its values in range")
+
+
+def _name(dtype):
+    return str(dtype).removeprefix("torch.")
+
+
+def _is_torch_rng_state(v):
+    return _has_plain_data(v) and th.Generator().set_state(v)
+
+
+def _is_cuda_rng_state(v):
+    if not _has_plain_data(v) or v.dtype != th.uint8 or v.dim() != 1:
+        return False
+    return not th.cuda.is_available() or th.Generator("cuda").set_state(v)
+
+
+def _is_numpy_rng_state(v):
+    name, keys, position, has_gauss, cached = v  # numpy itself does not look at the position
+    return (
+        name == "MT19937"
+        and _vector(th.int64, (624,), lambda v: ((v >= 0) & (v < 2**32)).all()).holds(keys)
+        and whole(0, 624).holds(position)
+        and whole(0, 1).holds(has_gauss)
+        and type(cached) is float
+        and math.isfinite(cached)
+        and np.random.RandomState().set_state((name, keys.numpy().astype(np.uint32), *v[2:])) is None
+    )
+
+
+RNG = {
+    "torch": Check(_is_torch_rng_state, "the state of torch's generator"),
+    "numpy": Check(_is_numpy_rng_state, "the state of numpy's generator"),
+    "cuda": Check(_is_cuda_rng_state, "the state of a GPU's generator"),
+}
+BATCH_STREAM = {
+    "num_images": whole(1),
+    "batch_size": whole(1),
+    "shuffle": BOOLEAN,
+    "seed": whole(0, 2**63 - 1),
+    "given": whole(0),
+}
+LOSS_HISTORY = {
+    "loss_history": _vector(th.float64, (None, None), lambda v: v.isfinite().all()),
+    "loss_counts": _vector(th.int64, (None,), lambda v: (v >= 0).all()),
+}
+# (sum, count) of the batch, and of the quarters of the timesteps where there are such
+MEANS = Check(
+    lambda v: any(
+        _vector(th.float64, (rows, 2), lambda v: (v[:, 1] >= 0).all() and (v[:, 1] <= MOST).all()).holds(v)
+        for rows in (1, 5)
+    ),
+    "sums and counts of float64, 1x2 or 5x2",
+)
+OPTIONAL = {"flags", "files", "moments", "cuda"}  # earlier runs wrote none of the first three
+
+
+def _is_plain(v, depth=4):
+    """Whether a value is one that flags have: nothing that cannot be compared or shown in a line."""
+    if isinstance(v, (list, tuple)):
+        return depth > 0 and all(_is_plain(item, depth - 1) for item in v)
+    if isinstance(v, dict):
+        return _is_plain([*v.keys(), *v.values()], depth)
+    return v is None or type(v) in (bool, float, str) or (type(v) is int and v.bit_length() <= 128)
+
+
+def _part(fields, is_ours):
+    """
+    The state of a data iterator or schedule sampler.
+
+    :param fields: of the library's own; one that lacks or adds a single field is meant to be such.
+    :param is_ours: whether this run's part is the library's. If not, its state may be anything.
+    """
+
+    def spec(v):
+        if isinstance(v, dict) and len(v.keys() ^ fields.keys()) <= 1:
+            return fields
+        return Check(lambda v: v is None or isinstance(v, dict), "a dict") if is_ours else ANYTHING
+
+    return spec
+
+
+def _statistics(v):
+    return dict.fromkeys(v, MEANS) if isinstance(v, dict) and all(type(key) is str for key in v) else {}
+
+
+def _state_fields(label, own_data, own_sampler):
+    return {
+        "updates": whole(label, label + 1),
+        "lg_loss_scale": real(-1000, 1000),  # of base 2, in which a float has exponents to 1023
+        "overflows_in_a_row": whole(0),
+        "moments": whole(0),
+        "flags": Check(lambda v: isinstance(v, dict) and _is_plain(v), "a dict of plain values"),
+        "files": files_of(label),
+        "schedule_sampler": _part(LOSS_HISTORY, own_sampler),
+        "data": [_part(BATCH_STREAM, own_data)],
+        "rng": [RNG],
+        "statistics": [_statistics],
+    }
+
+
+def files_of(label):
+    """The check of a state's list of the files beside it: those of its own step, in its own folder."""
+    name = re.compile(rf"(model|ema_[^_/\\:]+_|opt){label:06d}\.pt")
+    return Check(
+        lambda v: isinstance(v, list) and all(type(file) is str and name.fullmatch(file) for file in v),
+        f"a list of names of the checkpoint of step {label}",
+    )
+
+
+def files_in(contents, label, path):
+    """
+    The files that belong to a state's set, as it says.
+
+    :raises InputError: if it is no state, or names others than of its own set.
+    """
+    if not isinstance(contents, dict):
+        raise InputError(f"{path}: not the state of a run")
+    files, check = contents.get("files", []), files_of(label)
+    if not check.holds(files):
+        raise InputError(f"{path}: files is {_shown(files)}, not {check.what}")
+    return files
+
+
+def check_state(contents, label, path, own_data=False, own_sampler=False):
+    """
+    Check all of a run's state.
+
+    :param label: the step in the file's name.
+    :param own_data: whether this run's data are the library's BatchStream, which takes only its own state.
+    :param own_sampler: the same of its LossSecondMomentResampler.
+    :raises InputError: naming the first field that is missing, unknown or out of range.
+    """
+    if not isinstance(contents, dict):
+        raise InputError(f"{path}: not the state of a run")
+    problem = _problem_in(contents, _state_fields(label, own_data, own_sampler), "") or _mismatch_in(contents)
+    if problem:
+        raise InputError(f"{path}: {problem}")
+
+
+def _mismatch_in(contents):
+    """What fields say against each other."""
+    ranks = [len(contents[key]) for key in ("data", "rng", "statistics")]
+    if 0 in ranks or len(set(ranks)) > 1:
+        return f"data, rng and statistics are of {ranks[0]}, {ranks[1]} and {ranks[2]} ranks, not of one number"
+    if contents["overflows_in_a_row"] > contents["updates"]:
+        return f"overflows_in_a_row is {contents['overflows_in_a_row']}, more than updates, {contents['updates']}"
+    for rank, data in enumerate(contents["data"]):
+        if isinstance(data, dict) and data.keys() == BATCH_STREAM.keys():
+            batches = data["num_images"] // data["batch_size"]
+            if data["given"] > batches:
+                return f"data[{rank}].given is {data['given']}, more than the {batches} batches of an epoch"
+    sampler = contents["schedule_sampler"]
+    if isinstance(sampler, dict) and sampler.keys() == LOSS_HISTORY.keys():
+        length, counts = sampler["loss_history"].shape, sampler["loss_counts"]
+        if len(counts) != length[0] or counts.max() > length[1]:
+            return "schedule_sampler.loss_counts does not fit loss_history"
+    shapes = [[(key, len(table)) for key, table in tables.items()] for tables in contents["statistics"]]
+    if any(of_rank != shapes[0] for of_rank in shapes):
+        return "statistics differ in their keys from rank to rank"
+    return None
+
+
+# ---------------------------------------------------------------- values against what they must be
+
+
+def _problem_in(value, spec, where):
+    """
+    Compare a value with a description of it.
+
+    :param spec: a Check; {name: spec} for a dict of these fields; [spec] for a list; or a function that gives the spec
+                 of a value.
+    :param where: what leads to the value, such as data[0].
+    :return: what is wrong, in words, with the name of the entry; None for nothing.
+    """
+    if not isinstance(spec, (Check, dict, list)):
+        spec = spec(value)
+    if isinstance(spec, dict):
+        if not isinstance(value, dict):
+            return f"{where} is {_shown(value)}, not a dict"
+        inside = f" in {where}" if where else ""
+        for name in [name for name in value if name not in spec]:
+            return f"unknown field {_shown(name)}{inside}"
+        for name in [name for name in spec if name not in value and name not in OPTIONAL]:
+            return f"field {name}{inside} is missing"
+        entries = [(value[name], spec[name], f"{where}.{name}" if where else name) for name in value]
+    elif isinstance(spec, list):
+        if not isinstance(value, list):
+            return f"{where} is {_shown(value)}, not a list of one entry a rank"
+        entries = [(entry, spec[0], f"{where}[{i}]") for i, entry in enumerate(value)]
+    else:
+        return None if _holds(spec, value) else f"{where} is {_shown(value)}, not {spec.what}"
+    return next(filter(None, (_problem_in(*entry) for entry in entries)), None)
+
+
+def _holds(check, value):
+    try:
+        return bool(check.holds(value))
+    except Exception:  # of another type than the predicate takes for granted
+        return False
+
+
+def _shown(value):
+    """A value for a line of text: as it is if it is short, else what it is."""
+    if isinstance(value, th.Tensor):
+        layout = "" if _has_plain_data(value) else "sparse, quantized, nested or meta "
+        if value.is_nested:  # which has no shape
+            return f"a {layout}tensor"
+        return f"a {layout}tensor of {_name(value.dtype)} and shape {'x'.join(map(str, value.shape)) or 1}"
+    if value is None or type(value) in (bool, float) or (type(value) is int and value.bit_length() <= 128):
+        return repr(value)
+    if type(value) is str:
+        return repr(value[:40])
+    return f"a {type(value).__name__}"

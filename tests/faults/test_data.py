@@ -1,0 +1,100 @@
+"""Images that break, data workers that are killed, readers that leave: the run saves first, or does without them."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+from processes import (
+    PATIENCE,
+    SCRIPT,
+    SHORT,
+    assert_equals_uninterrupted,
+    environment,
+    finish,
+    lines_of,
+    newest_set,
+    start,
+    steps_with,
+    train_words,
+    wait_for,
+    where_it_began,
+)
+from training import load, read_rows
+
+
+def stopped_at(folder, ranks):
+    """The step that all ranks have stopped at, which is saved: all steps that the log knows are in it."""
+    steps = set()
+    for rank in range(ranks):
+        (found,) = [re.match(r"stopped by an error at step (\d+): ", line) for line in lines_of(folder, rank)[-2:-1]]
+        steps.add(int(found[1]))
+    (step,) = steps
+    assert newest_set(folder) == step == read_rows(folder)[-1]["step"]
+    assert load(folder / f"state{step:06d}.pt")["updates"] == step + 1
+    return step
+
+
+@pytest.mark.parametrize("ranks, workers, damage", [(1, 0, "gone"), (1, 1, "junk"), (2, 0, "junk"), (2, 1, "gone")])
+def test_an_image_breaks(server, images, tmp_path, ranks, workers, damage):
+    """On one of the ranks. All of them save the same step, and with the image mended nothing was lost."""
+    own, folder = tmp_path / "images", tmp_path / "run"
+    shutil.copytree(images, own)
+    broken = sorted(own.iterdir())[3]  # of rank 1 of 2
+    whole = broken.read_bytes()
+    processes = start(server, own, folder, ranks, max_steps=10**6, num_workers=workers, save_interval=5)
+    wait_for(lambda: steps_with(folder)[1:], processes)
+    broken.write_bytes(b"junk") if damage == "junk" else broken.unlink()
+    assert [process.wait() for process in processes] == [2] * ranks, [process.stderr for process in processes]
+    for process in processes:
+        (line,) = process.stderr.splitlines()
+        assert line.startswith(f"image_train.py: error: {broken}: cannot be read as an image (")
+    broken.write_bytes(whole)
+    step = stopped_at(folder, ranks)
+    before = len(lines_of(folder))
+    finish(start(server, own, folder, ranks, max_steps=step + 6, resume_checkpoint="auto", save_interval=5))
+    assert where_it_began(lines_of(folder)[before:]) == step
+    again = tmp_path / "whole"
+    finish(start(server, own, again, ranks, max_steps=step + 6, save_interval=5))
+    assert_equals_uninterrupted(folder, again)
+
+
+def test_a_worker_is_killed(server, images, tmp_path):
+    """Most of the time in the middle of a step: it is finished, and saved."""
+    flags = dict(num_workers=1, save_interval=5)
+    processes = start(server, images, tmp_path / "run", max_steps=10**6, **flags)
+    wait_for(lambda: steps_with(tmp_path / "run")[1:], processes)
+    (worker,) = subprocess.run(
+        ["ps", "--ppid", str(processes[0].pid), "-o", "pid="], capture_output=True, text=True, check=True
+    ).stdout.split()
+    os.kill(int(worker), signal.SIGKILL)
+    assert processes[0].wait() == 1
+    (line,) = processes[0].stderr.splitlines()
+    assert line.startswith("image_train.py: error: a process that reads images ended (DataLoader worker (pid")
+    step = stopped_at(tmp_path / "run", 1)
+    end = step + 6
+    finish(start(server, images, tmp_path / "run", max_steps=end, resume_checkpoint="auto", **flags))
+    finish(start(server, images, tmp_path / "whole", max_steps=end, **flags))
+    assert_equals_uninterrupted(tmp_path / "run", tmp_path / "whole")
+
+
+def test_piped_to_head(images, uninterrupted, tmp_path):
+    """It ends after a line. The run does not notice but for one line of its log."""
+    process = subprocess.Popen(
+        [sys.executable, SCRIPT, *train_words(images, max_steps=SHORT)],
+        env=environment(OPENAI_LOGDIR=str(tmp_path)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    head = subprocess.run(["head", "-n", "1"], stdin=process.stdout, capture_output=True, text=True, check=True)
+    process.stdout.close()
+    assert process.wait(PATIENCE) == 0
+    assert process.stderr.read() == ""
+    process.stderr.close()
+    assert head.stdout == f"Logging to {tmp_path}\n"
+    assert sum("<stdout>: cannot be written (Broken pipe)" in line for line in lines_of(tmp_path)) == 1
+    assert_equals_uninterrupted(tmp_path, uninterrupted(1))
