@@ -60,15 +60,12 @@ _copies = {}  # (id of a read-only array, device) -> its copy there, for as long
 
 def _on_device(arr, like):
     """A float32 copy of an array on the device of `like`: the same one each time, if the array is read-only."""
-    if not is_eager(like):
+    if not is_eager(like) or arr.flags.writeable:
         return th.asarray(arr, dtype=th.float32, device=like.device, copy=True)
     key = id(arr), like.device
     if key not in _copies:
         with th.inference_mode(False):  # training may use it later
-            copy = th.from_numpy(arr.astype(np.float32)).to(like.device)
-        if arr.flags.writeable:
-            return copy
-        _copies[key] = copy
+            _copies[key] = th.asarray(arr, dtype=th.float32, device=like.device, copy=True)
         weakref.finalize(arr, _copies.pop, key, None)
     return _copies[key]
 
