@@ -427,7 +427,9 @@ class GaussianDiffusion:
         x_t = self.q_sample(x_start, t, noise=noise)
 
         if self.loss_type.is_vb():
-            loss = self._vb_terms_bpd(model, x_start, x_t, t, clip_denoised=False, model_kwargs=model_kwargs)["output"]
+            loss = self._vb_terms_bpd(
+                model=model, x_start=x_start, x_t=x_t, t=t, clip_denoised=False, model_kwargs=model_kwargs
+            )["output"]
             if self.loss_type == LossType.RESCALED_KL:
                 loss = loss * self.num_timesteps
             return {"loss": loss}
@@ -438,7 +440,9 @@ class GaussianDiffusion:
             # L_vb teaches the variance only: the mean inside it is held fixed (the paper, section 3.1)
             mean_output, var_output = output.chunk(2, dim=1)
             frozen = th.cat([mean_output.detach(), var_output], dim=1)
-            terms["vb"] = self._vb_terms_bpd(lambda *_, **__: frozen, x_start, x_t, t, clip_denoised=False)["output"]
+            terms["vb"] = self._vb_terms_bpd(
+                model=lambda *_, **__: frozen, x_start=x_start, x_t=x_t, t=t, clip_denoised=False
+            )["output"]
             if self.loss_type == LossType.RESCALED_MSE:
                 terms["vb"] = terms["vb"] * (self.num_timesteps / 1000.0)
             output = mean_output
@@ -494,7 +498,9 @@ class GaussianDiffusion:
             noise = noise_fn(x_start)
             x_t = self.q_sample(x_start, t, noise=noise)
             with th.no_grad():
-                out = self._vb_terms_bpd(model, x_start, x_t, t, clip_denoised=clip_denoised, model_kwargs=model_kwargs)
+                out = self._vb_terms_bpd(
+                    model, x_start=x_start, x_t=x_t, t=t, clip_denoised=clip_denoised, model_kwargs=model_kwargs
+                )
             eps = self._predict_eps_from_xstart(x_t, t, out["pred_xstart"])
             vb.append(out["output"])
             xstart_mse.append(mean_flat((out["pred_xstart"] - x_start) ** 2))

@@ -116,7 +116,7 @@ def visiting(diffusion: GaussianDiffusion, timesteps: Sequence[int]) -> SpacedDi
     """
     if not isinstance(diffusion, SpacedDiffusion):
         raise TypeError("timesteps need a SpacedDiffusion; make one with use_timesteps=range(T)")
-    kept, visited = list(diffusion.timestep_map), list(timesteps)[::-1]
+    kept, visited = list(diffusion.timestep_map), [int(t) for t in timesteps][::-1]
     if not visited or visited != sorted(set(visited) & set(kept)):
         raise ValueError(f"timesteps must decrease strictly and be among the diffusion's {len(kept)}, not {timesteps}")
     alphas_cumprod = diffusion.alphas_cumprod[[kept.index(t) for t in visited]]
