@@ -76,6 +76,7 @@ def is_eager(x: th.Tensor) -> bool:
 
 
 def read_only(array: np.ndarray) -> np.ndarray:
-    array = array.copy() if array.base is not None else array  # whoever has the base could change it
+    """The array, no longer writable, or a copy of it where it is a view: whoever has its base could change it."""
+    array = array.copy() if array.base is not None else array
     array.setflags(write=False)
     return array
