@@ -1,5 +1,5 @@
 """
-Measure the library: training, sampling, loading, what a step costs beyond the network, memory and startup.
+Measure the library: training, sampling, loading, memory and startup.
 
     python benchmarks/run.py train                         the main row: 32x32, 64 channels, 2 blocks, batch 16
     python benchmarks/run.py train --batch_sizes 4,16,64   how cost grows
@@ -16,7 +16,6 @@ import torch as th
 from loading import load
 from memory import FORMS, memory
 from models import VARIANTS
-from overhead import overhead
 from speed import sample, train
 from startup import startup
 
@@ -24,7 +23,7 @@ from improved_diffusion import dist_util
 from improved_diffusion.cli.parser import FlagParser, run
 from improved_diffusion.utils.errors import InputError
 
-COMMANDS = dict(train=train, sample=sample, load=load, overhead=overhead, memory=memory, startup=startup)
+COMMANDS = dict(train=train, sample=sample, load=load, memory=memory, startup=startup)
 
 SETTINGS = dict(  # flag: (its value if not given, that of --quick)
     image_sizes=([32], [32]),
@@ -32,7 +31,6 @@ SETTINGS = dict(  # flag: (its value if not given, that of --quick)
     num_channels=(64, 32),
     num_res_blocks=(2, 1),
     sample_steps=(10, 2),
-    chain_steps=(50, 2),
     num_images=(1024, 8),
     load_seconds=(2.0, 0.0),
     workers=([1, 2, 4], [1]),
@@ -41,7 +39,6 @@ SETTINGS = dict(  # flag: (its value if not given, that of --quick)
 DEFAULTS, QUICK = ({name: values[i] for name, values in SETTINGS.items()} for i in range(2))
 OF_COMMAND = dict(
     load=dict(image_sizes=[64], batch_sizes=[64], repetitions=3),
-    overhead=dict(repetitions=15),
     memory=dict(image_sizes=[64], batch_sizes=[8], num_channels=128, num_res_blocks=3),
     startup=dict(repetitions=5),
 )
@@ -62,8 +59,6 @@ def settings_of(name, args):
     given = {key: value for key, value in vars(args).items() if value is not None}
     if name == "memory" and (unknown := set(given.get("variants", ())) - {form for form, _ in FORMS.values()}):
         raise InputError(f"--variants {min(unknown)}: memory has no such form; give plain, fp32 or bf16")
-    if given.get("chain_steps") == 1:
-        raise InputError("--chain_steps 1: give 2 or more")  # the first step and another one
     return argparse.Namespace(**{"variants": None, **defaults, **given, "device": device_of(args)})
 
 

@@ -2,10 +2,13 @@
 
 import math
 
+import numpy as np  # noqa: F401 (part of this module, as in the original)
 import torch as th
 
 
-def normal_kl(mean1, logvar1, mean2, logvar2):
+def normal_kl(
+    mean1: th.Tensor | float, logvar1: th.Tensor | float, mean2: th.Tensor | float, logvar2: th.Tensor | float
+) -> th.Tensor:
     """
     KL(N(mean1, e^logvar1) || N(mean2, e^logvar2)), elementwise, in nats.
 
@@ -25,7 +28,7 @@ def normal_kl(mean1, logvar1, mean2, logvar2):
     return 0.5 * (-1.0 + logvar2 - logvar1 + th.exp(logvar1 - logvar2) + (mean1 - mean2) ** 2 * th.exp(-logvar2))
 
 
-def approx_standard_normal_cdf(x):
+def approx_standard_normal_cdf(x: th.Tensor) -> th.Tensor:
     """
     The standard normal's cumulative distribution, by the tanh approximation
     Phi(x) ~ (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))) / 2, elementwise.
@@ -36,7 +39,7 @@ def approx_standard_normal_cdf(x):
     return 0.5 * (1.0 + th.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x**3)))
 
 
-def discretized_gaussian_log_likelihood(x, *, means, log_scales):
+def discretized_gaussian_log_likelihood(x: th.Tensor, *, means: th.Tensor, log_scales: th.Tensor) -> th.Tensor:
     """
     Log-probability of 8-bit values under a Gaussian cut into 256 bins
     (Ho et al. 2020, arXiv 2006.11239, equation 13).

@@ -4,11 +4,12 @@ from abc import ABC, abstractmethod
 
 import numpy as np
 import torch as th
+import torch.distributed as dist  # noqa: F401 (part of this module, as in the original)
 
 from . import dist_util
 
 
-def create_named_schedule_sampler(name, diffusion):
+def create_named_schedule_sampler(name: str, diffusion) -> "ScheduleSampler":
     """
     :param name: "uniform" or "loss-second-moment".
     :return: a ScheduleSampler for the diffusion's timesteps.
@@ -29,10 +30,10 @@ class ScheduleSampler(ABC):
     """
 
     @abstractmethod
-    def weights(self):
+    def weights(self) -> np.ndarray:
         """Positive weights, numpy array [T]; they need not sum to one."""
 
-    def sample(self, batch_size, device):
+    def sample(self, batch_size: int, device: th.device) -> tuple[th.Tensor, th.Tensor]:
         """
         Draw timesteps by numpy's global generator.
 
@@ -44,19 +45,17 @@ class ScheduleSampler(ABC):
         importance = 1 / (len(p) * p[indices])
         return _to_device(indices, th.long, device), _to_device(importance, th.float32, device)
 
-    def state_dict(self):
+    def state_dict(self) -> dict:
         """What the sampler has learned, for load_state_dict(); tensors and plain values only."""
         return {}
 
-    def load_state_dict(self, state):  # noqa: B027 (not every sampler has a state)
+    def load_state_dict(self, state: dict) -> None:  # noqa: B027 (not every sampler has a state)
         """Continue from what state_dict() gave."""
 
 
 def _to_device(array, dtype, device):
-    tensor = th.from_numpy(array).to(dtype)
-    if th.device(device).type == "cuda":  # pinned, the copy does not make the host wait
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
+    pinned = th.device(device).type == "cuda"  # so that the copy does not make the host wait
+    return th.tensor(array, dtype=dtype, pin_memory=pinned).to(device, non_blocking=True)
 
 
 class UniformSampler(ScheduleSampler):
@@ -66,14 +65,14 @@ class UniformSampler(ScheduleSampler):
         self.diffusion = diffusion
         self._weights = np.ones([diffusion.num_timesteps])
 
-    def weights(self):
+    def weights(self) -> np.ndarray:
         return self._weights
 
 
 class LossAwareSampler(ScheduleSampler):
     """A sampler that learns from the losses it leads to."""
 
-    def update_with_local_losses(self, local_ts, local_losses):
+    def update_with_local_losses(self, local_ts: th.Tensor, local_losses: th.Tensor) -> None:
         """
         Take in this rank's losses; every rank calls it at the same time, so that all of
         them keep the same weights.
@@ -86,7 +85,7 @@ class LossAwareSampler(ScheduleSampler):
         self.update_with_all_losses(ts.tolist(), losses.tolist())
 
     @abstractmethod
-    def update_with_all_losses(self, ts, losses):
+    def update_with_all_losses(self, ts: list[int], losses: list[float]) -> None:
         """
         Take in the losses of all ranks.
 
@@ -104,21 +103,21 @@ class LossSecondMomentResampler(LossAwareSampler):
     :param uniform_prob: share of the probability that stays uniform.
     """
 
-    def __init__(self, diffusion, history_per_term=10, uniform_prob=0.001):
+    def __init__(self, diffusion, history_per_term: int = 10, uniform_prob: float = 0.001):
         self.diffusion = diffusion
         self.history_per_term = history_per_term
         self.uniform_prob = uniform_prob
         self._loss_history = np.zeros([diffusion.num_timesteps, history_per_term], dtype=np.float64)
         self._loss_counts = np.zeros([diffusion.num_timesteps], dtype=np.int64)
 
-    def weights(self):
+    def weights(self) -> np.ndarray:
         if not self._warmed_up():
             return np.ones([self.diffusion.num_timesteps], dtype=np.float64)
         w = np.sqrt(np.mean(self._loss_history**2, axis=-1))
         w /= np.sum(w)
         return w * (1 - self.uniform_prob) + self.uniform_prob / len(w)
 
-    def update_with_all_losses(self, ts, losses):
+    def update_with_all_losses(self, ts: list[int], losses: list[float]) -> None:
         for t, loss in zip(ts, losses, strict=True):
             if not np.isfinite(loss):
                 continue  # a float16 overflow says nothing of the timestep, and would stay in the weights
@@ -132,13 +131,13 @@ class LossSecondMomentResampler(LossAwareSampler):
     def _warmed_up(self):
         return (self._loss_counts == self.history_per_term).all()
 
-    def state_dict(self):
+    def state_dict(self) -> dict:
         return {
             "loss_history": th.from_numpy(self._loss_history.copy()),
             "loss_counts": th.from_numpy(self._loss_counts.copy()),
         }
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: dict) -> None:
         """
         :raises ValueError: if the state is of another number of timesteps or another history length.
         """

@@ -2,12 +2,13 @@
 
 import math
 import weakref
+from collections.abc import Callable
 
 import numpy as np
 import torch as th
 
 
-def get_named_beta_schedule(schedule_name, num_diffusion_timesteps):
+def get_named_beta_schedule(schedule_name: str, num_diffusion_timesteps: int) -> np.ndarray:
     """
     The variances beta of a schedule's steps.
 
@@ -25,7 +26,9 @@ def get_named_beta_schedule(schedule_name, num_diffusion_timesteps):
     raise NotImplementedError(f"unknown beta schedule {schedule_name!r}: there are linear and cosine")
 
 
-def betas_for_alpha_bar(num_diffusion_timesteps, alpha_bar, max_beta=0.999):
+def betas_for_alpha_bar(
+    num_diffusion_timesteps: int, alpha_bar: Callable[[float], float], max_beta: float = 0.999
+) -> np.ndarray:
     """
     Betas whose running product of 1 - beta follows a given curve.
 
@@ -37,49 +40,43 @@ def betas_for_alpha_bar(num_diffusion_timesteps, alpha_bar, max_beta=0.999):
     return np.array([min(1 - alpha_bar((i + 1) / n) / alpha_bar(i / n), max_beta) for i in range(n)])
 
 
-_copies = {}  # (device, axes, ids of the arrays) -> (their bytes, their copy), for as long as the arrays live
+# ---------------------------------------------------------------- tables on devices
 
 
-def at_timesteps(tables, timesteps, dims):
+def _extract_into_tensor(arr: np.ndarray, timesteps: th.Tensor, broadcast_shape: tuple[int, ...]) -> th.Tensor:
     """
-    The entries of several tables at the timesteps, in one go.
+    arr[timesteps] as float32, with further axes at its end: timesteps [N] give one value a sample.
 
-    The device keeps a copy of the tables, so that no step of a loop converts them or waits for a transfer,
-    unless they have changed since the last one.
-
-    :param tables: tuple of numpy arrays [T], all of floats or all of integers.
-    :param timesteps: integer tensor [N], whose device the results have.
-    :param dims: how many axes they get.
-    :return: a tensor [N, 1, 1, ...] for each table, float32 or int64, shaped to multiply data of that many axes.
+    :param arr: [T].
+    :param timesteps: integers of any shape that broadcasts against the first axes of broadcast_shape; -1 is the last.
+    :return: a view of broadcast_shape, on the device of the timesteps.
     """
-    key = timesteps.device, dims, *map(id, tables)
-    contents = b"".join(table.tobytes() for table in tables)  # a microsecond for 1,000 steps, five for 4,000
-    known, copy = _copies.get(key, (None, None))
-    if contents != known:
-        with th.inference_mode(False), np.errstate(over="ignore"):  # whoever trains later needs a plain tensor, too
-            rows = np.array(tables, dtype=np.int64 if tables[0].dtype.kind in "iu" else np.float32)
-            copy = th.from_numpy(rows).to(timesteps.device).view(*rows.shape, *[1] * (dims - 1))
-        if known is None:
-            for table in tables:
-                weakref.finalize(table, _copies.pop, key, None)
-        _copies[key] = contents, copy
-    return copy.index_select(1, timesteps).unbind()
+    values = _on_device(arr, timesteps)[timesteps]
+    return values.view(*values.shape, *[1] * (len(broadcast_shape) - values.dim())).expand(broadcast_shape)
 
 
-def one_a_sample(values):
-    """[N, C, ...] as [N, 1, ...] where it is a view that repeats one value a sample, else as it is."""
-    if any(values.stride()[1:]):
-        return values
-    return values.as_strided((values.shape[0], *[1] * (values.dim() - 1)), values.stride())
+_copies = {}  # (id of a read-only array, device) -> its copy there, for as long as the array lives
 
 
-def is_transformed():
-    """Whether this runs under torch.func: vmap() takes neither memory used again nor a question about values."""
-    return th._C._functorch.peek_interpreter_stack() is not None
+def _on_device(arr, like):
+    """A float32 copy of an array on the device of `like`: the same one each time, if the array is read-only."""
+    if not is_eager(like) or arr.flags.writeable:
+        return th.asarray(arr, dtype=th.float32, device=like.device, copy=True)
+    key = id(arr), like.device
+    if key not in _copies:
+        with th.inference_mode(False):  # training may use it later
+            _copies[key] = th.asarray(arr, dtype=th.float32, device=like.device, copy=True)
+        weakref.finalize(arr, _copies.pop, key, None)
+    return _copies[key]
 
 
-def add_to(own, other, alpha=1):
-    """own + alpha * other in the memory of `own`, which the caller gives up, where that holds the sum."""
-    if own.shape == other.shape and own.dtype == other.dtype and not is_transformed():
-        return own.add_(other, alpha=alpha)
-    return th.add(own, other, alpha=alpha)
+def is_eager(x: th.Tensor) -> bool:
+    """Whether x holds values: not while torch.compile() traces, nor for a subclass such as FakeTensor."""
+    return not th.compiler.is_compiling() and type(x) is th.Tensor
+
+
+def read_only(array: np.ndarray) -> np.ndarray:
+    """The array, no longer writable, or a copy of it where it is a view: whoever has its base could change it."""
+    array = array.copy() if array.base is not None else array
+    array.setflags(write=False)
+    return array

@@ -18,7 +18,7 @@ from .unet import SuperResModel, UNetModel
 from .utils.errors import InputError
 
 NUM_CLASSES = 1000
-MIN_LINEAR_STEPS = 21  # the linear schedule ends at beta = 20 / steps, and 1 leaves nothing to divide by
+MIN_LINEAR_STEPS = 20  # the linear schedule ends at beta = 20 / steps, which is at most 1
 
 CHANNEL_MULT = {  # by image size: channels of each level, as multiples of num_channels
     32: (1, 2, 2, 2),
@@ -291,7 +291,7 @@ def create_gaussian_diffusion(
     """
     if noise_schedule == "linear" and 1 < steps < MIN_LINEAR_STEPS:
         raise InputError(
-            f"diffusion_steps {steps} are too few for noise_schedule linear, whose last beta would reach 1; "
+            f"diffusion_steps {steps} are too few for noise_schedule linear, whose last beta would be above 1; "
             f"give {MIN_LINEAR_STEPS} or more, or noise_schedule cosine"
         )
     if use_kl:

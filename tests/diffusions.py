@@ -36,7 +36,7 @@ def point_model(diffusion, x_start):
         if diffusion.model_mean_type == ModelMeanType.START_X:
             out = x_start
         elif diffusion.model_mean_type == ModelMeanType.EPSILON:
-            alpha_bar = th.from_numpy(diffusion.alphas_cumprod)[t].view(-1, *[1] * (x.dim() - 1))
+            alpha_bar = th.tensor(diffusion.alphas_cumprod)[t].view(-1, *[1] * (x.dim() - 1))
             out = ((x - alpha_bar.sqrt() * x_start) / (1 - alpha_bar).sqrt()).float()
         else:
             out = diffusion.q_posterior_mean_variance(x_start, x, t)[0]

@@ -16,7 +16,6 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import memory
 import models
-import overhead
 import plain
 import run as benchmarks
 import tables
@@ -88,13 +87,6 @@ def test_load(benchmark):
     assert_sound([{**row, "workers": None} for row in rows])
 
 
-def test_overhead(benchmark):
-    status, rows, _ = benchmark("overhead")
-    assert status == 0
-    assert len(rows) == 4 * len(overhead.SHAPES)
-    assert_sound(rows)
-
-
 def test_memory(benchmark):
     status, rows, _ = benchmark("memory")
     assert status == 0
@@ -122,7 +114,6 @@ def test_startup(benchmark):
             ["train", "--variants", "plain,diffusers"],
             "--variants diffusers: it is not installed; pip install diffusers",
         ),
-        (["overhead", "--chain_steps", "1"], "--chain_steps 1: give 2 or more"),
         (["all", "--variants", "plain,fp32_compiled"], "memory has no such form"),  # before the others take their time
     ],
 )
@@ -143,7 +134,7 @@ def test_all_is_every_command_with_its_own_defaults(monkeypatch, tmp_path):
     monkeypatch.setattr(benchmarks.dist_util, "setup_dist", lambda: None)
     monkeypatch.setattr(sys, "argv", ["run.py", "all", "--num_res_blocks", "1"])
     benchmarks.main()
-    assert list(seen) == ["train", "sample", "load", "overhead", "memory", "startup"]
+    assert list(seen) == ["train", "sample", "load", "memory", "startup"]
     assert seen["train"].image_sizes == [32]
     assert seen["memory"].image_sizes == seen["load"].image_sizes == [64]
     assert {args.num_res_blocks for args in seen.values()} == {1}

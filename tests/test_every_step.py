@@ -6,10 +6,15 @@ import pytest
 import torch as th
 from diffusions import LOSS_TYPES, MEANS, VARS, always, diffusion_of
 from parity_cases import image_batch, make_diffusion, tensor, toy_model_for
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from improved_diffusion.resample import create_named_schedule_sampler
+from improved_diffusion import logger
+from improved_diffusion.resample import UniformSampler, create_named_schedule_sampler
+from improved_diffusion.samplers import SAMPLERS
+from improved_diffusion.train_util import TrainLoop
+from improved_diffusion.unet import UNetModel
 
 # ---------------------------------------------------------------- any shape, any length
 
@@ -152,6 +157,60 @@ def test_what_the_guard_of_the_steps_refuses():
             th.zeros(2, device="meta").sum().item()
         with pytest.raises((RuntimeError, NotImplementedError)):
             th.zeros(2, device="meta")[th.zeros(2, dtype=th.bool, device="meta")]
+
+
+# ---------------------------------------------------------------- no value is read: shown without a GPU
+
+
+@pytest.mark.parametrize("respacing", [None, "10"])
+@pytest.mark.parametrize("var", VARS)
+def test_no_step_reads_a_value(var, respacing):
+    """A FakeTensor has a shape and no values: reading one raises."""
+    for name, step in [entry for entry in steps_of_all_kinds("cpu") if f" {var} {respacing}" in entry[0]]:
+        step()  # the tables are there already
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            try:
+                step()
+            except Exception as e:
+                raise AssertionError(name) from e
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_no_sampler_reads_a_value(name):
+    """Neither when it is the first to use the tables, nor later; and no other tensor is left behind in them."""
+    d = make_diffusion(steps=6, schedule="cosine", var="LEARNED_RANGE", respacing="4")
+    with FakeTensorMode():
+        x = th.randn(2, 3, 4)
+        sample = SAMPLERS[name](d, lambda x, t: th.cat([x, x], dim=1), x)
+        assert (sample.shape, type(sample)) == (x.shape, type(x))
+    x = th.randn(2, 3, 4)
+    assert SAMPLERS[name](d, lambda x, t: th.cat([x, x], dim=1), x).isfinite().all()
+
+
+def test_no_step_of_training_reads_a_value(tmp_path):
+    """Timesteps, losses, gradients, their norm, statistics, optimizer and average. Logs wait on purpose."""
+    logger.configure(str(tmp_path), [])
+    diffusion = make_diffusion(steps=8, schedule="cosine", var="LEARNED_RANGE", loss="RESCALED_MSE")
+    network = dict(in_channels=1, model_channels=32, out_channels=2, num_res_blocks=1, attention_resolutions=(1,))
+    loop = TrainLoop(
+        model=UNetModel(**network, channel_mult=(1,)),
+        diffusion=diffusion,
+        data=None,
+        batch_size=4,
+        microbatch=2,
+        lr=1e-3,
+        ema_rate="0.9",
+        log_interval=10**9,
+        save_interval=10**9,
+        resume_checkpoint="",
+        schedule_sampler=UniformSampler(diffusion),
+    )
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for loop.step in (1, 2):  # step 0 is logged
+            loop.run_step(th.zeros(4, 1, 8, 8), {})
+        for p in loop.model.parameters():
+            with pytest.raises(DataDependentOutputException):
+                p.grad.sum().item()
 
 
 @pytest.mark.skipif(not th.cuda.is_available(), reason="needs a GPU")

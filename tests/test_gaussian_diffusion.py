@@ -1,6 +1,9 @@
 """Tables, the forward and reverse processes, training losses and the variational bound."""
 
+import copy
 import math
+import pickle
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,6 +12,7 @@ from diffusions import LOSS_TYPES, MEANS, VARS, always, beta_arrays, diffusion_o
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from parity_cases import (
+    EPS_RANGE,
     FORWARD,
     LOOPS,
     LOSSES,
@@ -94,11 +98,115 @@ def test_posterior_variance_is_below_beta_and_its_logarithm_is_finite(betas):
     assert np.isfinite(d.posterior_log_variance_clipped[0])
 
 
-def test_extract_gives_one_value_a_sample():
-    table = np.array([0.5, 0.25, 0.125])
-    out = gd._extract_into_tensor(table, th.tensor([2, 0]), (2, 3, 4))
-    assert out.dtype == th.float32
-    assert th.equal(out, th.tensor([0.125, 0.5]).view(2, 1, 1).expand(2, 3, 4))
+# ---------------------------------------------------------------- tables are replaced, not changed
+
+
+def test_tables_cannot_be_changed_in_place():
+    d, view = make_diffusion(steps=30), np.linspace(0.1, 0.2, 60)[::2]
+    d.posterior_variance = view
+    view[0] = 7  # nobody else has the diffusion's
+    assert d.posterior_variance[0] == 0.1
+    for other in (d, copy.deepcopy(d), pickle.loads(pickle.dumps(d))):
+        for name in TABLE_NAMES:
+            with pytest.raises(ValueError, match="read-only"):
+                getattr(other, name)[3] = 0.5
+
+
+def test_arrays_that_are_no_tables_stay_as_they_are():
+    d = make_diffusion(steps=30)
+    d.history = np.zeros(30)
+    d.history[3] = 1
+    assert d.history.sum() == 1
+
+
+@pytest.mark.parametrize("var", VARS)
+def test_a_replaced_table_is_seen_by_everything(var):
+    """As if the diffusion had been made with it, after as well as before a first use."""
+    d, x, t = make_diffusion(steps=30, var=var), tensor("x", 3, 2), th.tensor([0, 1, 7])
+    model = toy_model_for(d)
+
+    def answers(d):
+        th.manual_seed(0)
+        steps = d.q_sample(x, t), *d.q_posterior_mean_variance(x, x, t), *d.p_mean_variance(model, x, t).values()
+        return [*steps, d.p_sample(model, x, t)["sample"], d.ddim_sample(model, x, t, eta=0.5)["sample"]]
+
+    want = diffusion_of(0.5 * d.betas, var=var)
+    answers(d)
+    for name in TABLE_NAMES:
+        setattr(d, name, getattr(want, name) + 0)
+    for got, expected in zip(answers(d), answers(want), strict=True):
+        assert th.equal(got, expected)
+
+
+@pytest.mark.parametrize("var", ["LEARNED_RANGE", "FIXED_LARGE"])
+def test_betas_alone_may_be_replaced(var):
+    """As in the original, which takes the variances of both types from betas at each use."""
+    d, x, t = make_diffusion(steps=30, var=var), th.zeros(2, 1), th.tensor([1, 7])
+    model = always(th.ones(2, 2) if var == "LEARNED_RANGE" else x)
+    before = d.p_mean_variance(model, x, t)["log_variance"]
+    d.betas = d.betas * 0.5
+    after = d.p_mean_variance(model, x, t)["log_variance"]
+    th.testing.assert_close(after, before + math.log(0.5))
+
+
+def test_a_subclass_that_sets_the_originals_attributes_itself():
+    """And an object that was pickled with the original: both have them, and nothing else."""
+    made = make_diffusion(steps=30, var="FIXED_LARGE")
+    attributes = {k: v for k, v in vars(made).items() if not k.startswith("_")}
+
+    class Own(GaussianDiffusion):
+        def __init__(self):
+            for name, value in attributes.items():
+                setattr(self, name, np.array(value) if isinstance(value, np.ndarray) else value)
+
+    unpickled = GaussianDiffusion.__new__(GaussianDiffusion)
+    unpickled.__setstate__(attributes)
+    for d in (Own(), unpickled):
+        for var in ModelVarType:
+            d.model_var_type = made.model_var_type = var
+            for step in ("p_sample", "ddim_sample", "training_losses"):
+                model, samples = toy_model_for(d), []
+                for diffusion in (d, made):
+                    th.manual_seed(0)
+                    samples.append(getattr(diffusion, step)(model, tensor("x", 2, 3), th.tensor([0, 9])))
+                assert all(th.equal(samples[0][k], samples[1][k]) for k in samples[1])
+
+
+def test_copies_of_a_diffusion_compute_the_same():
+    d, x, t = make_diffusion(steps=30, var="FIXED_LARGE"), tensor("x", 2, 3), th.tensor([2, 7])
+    for other in (copy.deepcopy(d), pickle.loads(pickle.dumps(d))):
+        for key, value in d.p_mean_variance(ToyModel(), x, t).items():
+            assert th.equal(other.p_mean_variance(ToyModel(), x, t)[key], value)
+
+
+# ---------------------------------------------------------------- timesteps of any shape
+
+
+@pytest.mark.parametrize("shape", [(2,), (2, 1), (2, 1, 1, 1), (2, 3), (2, 1, 4, 5)], ids=str)
+def test_timesteps_of_any_shape(shape):
+    """Each element is computed as if its timestep were the whole batch's; -1 is the last one."""
+    d, size = make_diffusion(steps=9, schedule="cosine"), (2, 3, 4, 5)
+    t = th.from_numpy(np.random.default_rng(0).integers(-1, 9, shape))
+    t.view(-1)[0] = -1
+    a, b = tensor("a", *size), tensor("b", *size)
+    functions = {
+        "q_sample": lambda t: (d.q_sample(a, t, noise=b),),
+        "q_mean_variance": lambda t: d.q_mean_variance(a, t),
+        "posterior": lambda t: d.q_posterior_mean_variance(a, b, t),
+        "xstart_from_eps": lambda t: (d._predict_xstart_from_eps(a, t, b),),
+        "xstart_from_xprev": lambda t: (d._predict_xstart_from_xprev(a, t, b),),
+        "eps_from_xstart": lambda t: (d._predict_eps_from_xstart(a, t, b),),
+    }
+    everywhere = t.view(*shape, *[1] * (4 - len(shape))).expand(size)
+    for name, function in functions.items():
+        by_timestep = [function(th.full((2,), i)) for i in range(9)]
+        for i, got in enumerate(function(t)):
+            stacked = th.stack([out[i] for out in by_timestep])
+            want = stacked.gather(0, everywhere.remainder(9)[None])[0]
+            assert got.shape == size and th.equal(got, want), name
+    x_t = d.q_sample(a, t, noise=b)
+    losses = d.training_losses(lambda x, t: x, a, t, noise=b)
+    th.testing.assert_close(losses["mse"], ((b - x_t) ** 2).mean(dim=(1, 2, 3)))
 
 
 # ---------------------------------------------------------------- q
@@ -233,6 +341,31 @@ def test_wrong_shape_of_the_models_output(var, channels, wanted, loss):
             call(always(th.zeros(2, channels, 4)), x, t)
 
 
+def test_shapes_that_the_original_refuses():
+    d, x, t = make_diffusion(steps=30), tensor("x", 2, 3), th.tensor([3, 9])
+    xprev = make_diffusion(steps=30, mean="PREVIOUS_X")
+    for call in (
+        lambda: d.q_sample(x, t, noise=x[:1]),
+        lambda: d.training_losses(ToyModel(), x, t, noise=x[:1]),
+        lambda: d.q_posterior_mean_variance(x[:1], x, t),
+        lambda: d.q_posterior_mean_variance(x, x[:1], t),
+        lambda: d.p_mean_variance(ToyModel(), x, t, denoised_fn=lambda v: v[:1]),
+        lambda: xprev.p_mean_variance(ToyModel(), x, t, denoised_fn=lambda v: v[:, :1]),
+        lambda: d._predict_xstart_from_eps(x, t, x[:1]),
+        lambda: d._predict_xstart_from_xprev(x, t, x[:, :1]),
+    ):
+        with pytest.raises(ValueError, match=r"must have shape \([12], 3\), not"):
+            call()
+
+
+@pytest.mark.parametrize("output", [(th.zeros(2, 3),), SimpleNamespace(sample=th.zeros(2, 3))], ids=["tuple", "object"])
+def test_a_model_that_returns_no_tensor(output):
+    d = make_diffusion(steps=30)
+    for call in (d.p_mean_variance, d.training_losses):
+        with pytest.raises(TypeError, match=f"tensor, not {type(output).__name__}"):
+            call(always(output), th.zeros(2, 3), th.tensor([3, 9]))
+
+
 @pytest.mark.parametrize("rescale", [False, True])
 def test_timesteps_that_the_model_sees(rescale):
     d, model = make_diffusion(steps=40, rescale=rescale), ToyModel()
@@ -299,6 +432,40 @@ def test_overrides_of_a_subclass_are_seen(call, wanted):
     d.calls = dict.fromkeys(OVERRIDDEN, 0)
     call(d)
     assert {k: n for k, n in d.calls.items() if n} == wanted
+
+
+SMALL_HOOKS = ["_scale_timesteps", "_vb_terms_bpd", "_predict_xstart_from_eps", "_predict_eps_from_xstart"]
+
+
+@pytest.mark.parametrize("hook", SMALL_HOOKS)
+def test_overrides_of_small_methods_are_seen(hook):
+    class Own(GaussianDiffusion):
+        pass
+
+    setattr(Own, hook, lambda self, *args, **kwargs: 1 / 0)
+    kwargs = dict(model_mean_type=ModelMeanType.EPSILON, model_var_type=ModelVarType.FIXED_LARGE, loss_type=LossType.KL)
+    d, x, t = Own(betas=get_named_beta_schedule("cosine", 7), **kwargs), th.zeros(2, 3), th.tensor([0, 6])
+    with pytest.raises(ZeroDivisionError):
+        (d.ddim_sample if hook == "_predict_eps_from_xstart" else d.training_losses)(ToyModel(), x, t)
+
+
+@pytest.mark.parametrize("respacing", [None, "10"])
+def test_each_step_compiles_to_one_graph(respacing):
+    d, x, eps = make_diffusion(steps=30, **EPS_RANGE, respacing=respacing), tensor("x", 2, 3), tensor("eps", 2, 3)
+    t, w = th.tensor([0, 9]), th.tensor(0.5, requires_grad=True)
+
+    def model(x, t):
+        return th.cat([w * x, t.view(-1, 1) * x], dim=1)
+
+    def steps(x, t):
+        loss = d.training_losses(model, x, t, noise=eps)["loss"]
+        samples = d.p_sample(model, x, t, noise_fn=lambda x: eps), d.ddim_sample(model, x, t, noise_fn=lambda x: eps)
+        return d.q_sample(x, t, noise=eps), loss, *(out["sample"] for out in samples)
+
+    compiled = th.compile(steps, fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        for got, want in zip(compiled(x, t), steps(x, t), strict=True):
+            th.testing.assert_close(got, want)
 
 
 # ---------------------------------------------------------------- training losses

@@ -13,7 +13,8 @@ from parity_cases import TABLES, ToyModel, assert_recorded, image_batch, make_di
 
 from improved_diffusion import respace
 from improved_diffusion.gaussian_diffusion import GaussianDiffusion, LossType, ModelMeanType, ModelVarType
-from improved_diffusion.respace import SpacedDiffusion, space_timesteps
+from improved_diffusion.respace import SpacedDiffusion, space_timesteps, visiting
+from improved_diffusion.script_util import create_gaussian_diffusion
 
 VARS = [v.name for v in ModelVarType]
 LOSS_TYPES = [v.name for v in LossType]
@@ -214,8 +215,8 @@ def test_kept_timesteps_come_in_any_form(kept):
 
 def test_another_timestep_map_may_be_assigned():
     d, model = SpacedDiffusion([0, 4], **diffusion_kwargs(np.linspace(0.1, 0.2, 8))), ToyModel()
-    d.timestep_map = (2, 6)
-    assert d.timestep_map == [2, 6]
+    assert type(d.timestep_map) is list
+    d.timestep_map = [2, 6]
     d.p_sample_loop(model, (1, 2))
     assert model.seen == [[6], [2]]
 
@@ -265,10 +266,8 @@ def test_a_model_wrapped_by_hand():
         model = ToyModel()
         wrapped = respace._WrappedModel(model, timesteps, False, 8)
         wrapped(th.zeros(2, 3), th.tensor([1, 0]))
-        wrapped.timestep_map[1] = 7
-        wrapped.timestep_map.append(3)
-        wrapped(th.zeros(2, 3), th.tensor([1, 2]))
-        assert model.seen == [[6, 2], [7, 3]]
+        wrapped(th.zeros(2, 3), th.tensor([0, -1], dtype=th.int32))
+        assert model.seen == [[6, 2], [2, 6]]
 
 
 def test_nothing_kept():
@@ -295,3 +294,54 @@ def test_timesteps_are_translated_on_the_models_device():
 def test_no_sections():
     with pytest.raises(ValueError, match="no sections"):
         space_timesteps(10, [])
+
+
+@pytest.mark.parametrize(
+    ("counts", "same"),
+    [(np.array([2, 3]), "2,3"), ((2, 3), "2,3"), (6, "6"), (np.int64(6), "6"), (np.array([30]), "30")],
+)
+def test_counts_come_in_any_form(counts, same):
+    assert space_timesteps(30, counts) == space_timesteps(30, same)
+
+
+def test_a_respacing_of_the_factory_may_be_an_int():
+    by_int, by_text = (create_gaussian_diffusion(steps=30, timestep_respacing=n) for n in (6, "6"))
+    assert by_int.timestep_map == by_text.timestep_map == sorted(space_timesteps(30, [6]))
+
+
+# ---------------------------------------------------------------- visiting
+
+
+class Halved(SpacedDiffusion):
+    """A subclass with a method of its own."""
+
+    def p_mean_variance(self, *args, **kwargs):
+        out = super().p_mean_variance(*args, **kwargs)
+        return out | {"mean": out["mean"] / 2}
+
+
+@pytest.mark.parametrize("cls", [SpacedDiffusion, Halved])
+@pytest.mark.parametrize("rescale", [False, True])
+def test_a_diffusion_that_visits_some_of_its_timesteps_is_one_made_for_them(cls, rescale):
+    kwargs, x, t = diffusion_kwargs(np.linspace(0.001, 0.2, 40), rescale), tensor("x", 3, 2), th.tensor([0, 2, 1])
+    whole, direct, model = cls(range(0, 40, 3), **kwargs), cls([3, 12, 39], **kwargs), ToyModel()
+    short = visiting(whole, [39, 12, 3])
+    for key in direct.p_mean_variance(model, x, t):
+        outs = [d.p_mean_variance(model, x, t)[key] for d in (short, direct)]
+        th.testing.assert_close(*outs, rtol=1e-5, atol=1e-6)
+    assert model.seen[0] == model.seen[-1]
+    assert short.use_timesteps == {3, 12, 39} and (short.num_timesteps, short.original_num_steps) == (3, 40)
+    assert (whole.num_timesteps, len(whole.betas), len(whole.timestep_map)) == (14, 14, 14)  # is left as it is
+    np.testing.assert_allclose(visiting(short, [39, 3]).betas, cls([3, 39], **kwargs).betas, rtol=1e-9)
+
+
+@pytest.mark.parametrize("timesteps", [[], [3, 3], [3, 12], [12, 4], [42, 3], [12, -1]], ids=str)
+def test_timesteps_that_cannot_be_visited(timesteps):
+    d = SpacedDiffusion(range(0, 40, 3), **diffusion_kwargs(np.linspace(0.001, 0.2, 40)))
+    with pytest.raises(ValueError, match=re.escape(str(timesteps))):
+        visiting(d, timesteps)
+
+
+def test_a_diffusion_without_a_timestep_map_visits_all():
+    with pytest.raises(TypeError, match="SpacedDiffusion"):
+        visiting(GaussianDiffusion(**diffusion_kwargs(np.linspace(0.001, 0.2, 40))), [39, 3])

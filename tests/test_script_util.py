@@ -238,6 +238,15 @@ def test_the_shortest_schedules_give_finite_numbers(schedule):
     assert all(np.isfinite(table).all() for table in tables)
 
 
+def test_a_linear_schedule_of_20_steps_ends_in_pure_noise():
+    """As the original's: its last beta is 1, of which every table but the reciprocals has a finite logarithm."""
+    d = create_gaussian_diffusion(steps=20)
+    assert d.betas[-1] == 1 and d.alphas_cumprod[-1] == 0
+    tables = {k: v for k, v in vars(d).items() if isinstance(v, np.ndarray)}
+    infinite = {k for k, v in tables.items() if not np.isfinite(v).all()}
+    assert infinite == {"sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod"}
+
+
 @pytest.mark.parametrize(
     ("changed", "parts"),
     [
@@ -257,7 +266,7 @@ def test_the_shortest_schedules_give_finite_numbers(schedule):
         (dict(num_channels=64, channel_mult="1,1.5", num_heads=64), ["num_heads 64", "96 channels"]),  # in the middle
         (dict(num_heads=0), ["num_heads 0"]),
         (dict(num_channels=32, num_heads_upsample=3, attention_resolutions="32"), ["num_heads_upsample 3", "64 chan"]),
-        (dict(noise_schedule="linear", diffusion_steps=20), ["diffusion_steps 20", "give 21 or more", "cosine"]),
+        (dict(noise_schedule="linear", diffusion_steps=19), ["diffusion_steps 19", "20", "cosine"]),
         (dict(timestep_respacing="2000"), ["timestep_respacing 2000", "1000"]),
         (dict(timestep_respacing="ddim999"), ["ddim999", "ddim1000"]),
         (dict(timestep_respacing="many"), ["timestep_respacing 'many'", "ddim50"]),

@@ -1,5 +1,6 @@
-"""From noise to data: whole chains, their steps, and DDIM there and back."""
+"""From noise to data: the table of samplers, whole chains, their steps, and DDIM there and back."""
 
+import inspect
 import math
 
 import pytest
@@ -16,8 +17,86 @@ from improved_diffusion.gaussian_diffusion import (
     ModelVarType,
     get_named_beta_schedule,
 )
+from improved_diffusion.respace import space_timesteps
+from improved_diffusion.samplers import SAMPLERS
 
 LOOP_NAMES = ["p_sample_loop", "ddim_sample_loop"]
+
+
+# ---------------------------------------------------------------- the table
+
+
+def test_samplers_have_one_signature():
+    """What each takes beyond it has a default."""
+    common = ["diffusion", "model", "x_T", "timesteps", "model_kwargs", "noise_fn", "clip_denoised", "denoised_fn"]
+    for sampler in SAMPLERS.values():
+        parameters = list(inspect.signature(sampler).parameters.values())
+        assert [p.name for p in parameters][:9] == [*common, "callback"]
+        assert all(p.kind == p.KEYWORD_ONLY and p.default is not p.empty for p in parameters[3:])
+
+
+@pytest.mark.parametrize("kwargs", [{}, dict(clip_denoised=False), dict(denoised_fn=lambda x: x / 2)], ids=str)
+@pytest.mark.parametrize(
+    ("name", "loop"), [("ancestral", "p_sample_loop"), ("ddim", "ddim_sample_loop")], ids=["ancestral", "ddim"]
+)
+def test_samplers_draw_what_the_loops_draw(name, loop, kwargs):
+    d, shape, y = make_diffusion(30, var="LEARNED_RANGE", respacing="8"), (2, 3, 5), th.tensor([1, 4])
+    eta = dict(eta=0.7) if name == "ddim" else {}
+    for noise_fn in (None, lambda x: 0.5 * th.randn_like(x)):
+        th.manual_seed(0)
+        want = getattr(d, loop)(
+            ToyModel(True), shape, noise_fn=noise_fn, model_kwargs=dict(y=y), device="cpu", **eta, **kwargs
+        )
+        th.manual_seed(0)
+        x_T = (noise_fn or th.randn_like)(th.empty(shape))
+        got = SAMPLERS[name](d, ToyModel(True), x_T, noise_fn=noise_fn, model_kwargs=dict(y=y), **eta, **kwargs)
+        assert th.equal(got, want) and not got.requires_grad
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_samplers_at_chosen_timesteps(name):
+    """As a process that was made for them."""
+    x_T, model = tensor("x", 2, 3), ToyModel(True)
+    config = dict(steps=40, schedule="cosine", var="LEARNED_RANGE", rescale=True)
+    d = make_diffusion(**config, respacing="40")
+    timesteps = sorted(space_timesteps(40, "3,4"), reverse=True)
+    samples = []
+    for args, kwargs in ((make_diffusion(**config, respacing="3,4"), {}), (d, dict(timesteps=timesteps))):
+        th.manual_seed(0)
+        samples.append(SAMPLERS[name](args, model, x_T, **kwargs))
+    th.testing.assert_close(*samples)
+    assert model.seen[:7] == model.seen[7:] == [[25.0 * t] * 2 for t in timesteps]
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("timesteps", [None, [29, 20, 9]], ids=str)
+def test_the_callback_sees_every_step(name, timesteps):
+    seen, model = [], ToyModel()
+    d = make_diffusion(30, respacing="2,3,3")
+    sample = SAMPLERS[name](d, model, tensor("x", 2, 3), timesteps=timesteps, callback=seen.append)
+    trained = timesteps or d.timestep_map[::-1]
+    assert [(step["i"], step["t"]) for step in seen] == list(enumerate(trained))
+    assert [t[0] for t in model.seen] == trained
+    assert seen[-1]["sample"] is sample and not th.equal(seen[0]["sample"], sample)
+    assert all(step["pred_xstart"].abs().max() <= 1 for step in seen)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_samplers_call_the_steps_that_a_subclass_overrides(name):
+    class Marked(GaussianDiffusion):
+        def p_sample(self, *args, **kwargs):
+            return super().p_sample(*args, **kwargs) | {"sample": th.full((2, 3), 7.0)}
+
+        def ddim_sample(self, *args, **kwargs):
+            return super().ddim_sample(*args, **kwargs) | {"sample": th.full((2, 3), 7.0)}
+
+    d = Marked(
+        betas=get_named_beta_schedule("cosine", 7),
+        model_mean_type=ModelMeanType.EPSILON,
+        model_var_type=ModelVarType.FIXED_LARGE,
+        loss_type=LossType.KL,
+    )
+    assert (SAMPLERS[name](d, ToyModel(), tensor("x", 2, 3)) == 7).all()
 
 
 # ---------------------------------------------------------------- whole chains
@@ -198,6 +277,84 @@ def test_steps_of_a_subclass_written_for_the_original():
         assert th.equal(*samples)
         with pytest.raises(TypeError, match="noise_fn"):
             getattr(Old(**parameters), loop)(ToyModel(), (2, 3), noise_fn=th.randn_like)
+
+
+def test_loops_of_a_subclass_written_for_the_original():
+    class Old(GaussianDiffusion):
+        def p_sample_loop_progressive(
+            self, model, shape, noise=None, clip_denoised=True, denoised_fn=None, model_kwargs=None, device=None,
+            progress=False,
+        ):  # fmt: skip
+            yield {"sample": th.full(shape, 7.0)}
+
+        def ddim_sample_loop_progressive(
+            self, model, shape, noise=None, clip_denoised=True, denoised_fn=None, model_kwargs=None, device=None,
+            progress=False, eta=0.0,
+        ):  # fmt: skip
+            yield {"sample": th.full(shape, eta)}
+
+    d = Old(
+        betas=get_named_beta_schedule("cosine", 7),
+        model_mean_type=ModelMeanType.EPSILON,
+        model_var_type=ModelVarType.FIXED_LARGE,
+        loss_type=LossType.KL,
+    )
+    assert (d.p_sample_loop(ToyModel(), (2, 3)) == 7).all()
+    assert (d.ddim_sample_loop(ToyModel(), (2, 3), eta=0.5) == 0.5).all()
+
+
+@pytest.mark.parametrize("loop", LOOP_NAMES)
+def test_models_without_parameters(loop):
+    """They have no device: it is the noise's, else torch's default."""
+
+    class Scale(th.nn.Module):
+        def forward(self, x, t):
+            return 0.5 * x
+
+    d, start = make_diffusion(steps=3, schedule="cosine"), th.zeros(2, 3, device="meta")
+    for model in (Scale(), lambda x, t: 0.5 * x):
+        assert getattr(d, loop)(model, (2, 3), noise=start).device.type == "meta"
+        assert getattr(d, loop)(model, (2, 3)).device.type == "cpu"
+
+
+@pytest.mark.parametrize("mean", ["EPSILON", "START_X"])
+def test_noise_lies_in_memory_as_the_arithmetic_of_the_original_has_it(mean):
+    """
+    th.randn_like() fills memory in its order, so a seed's samples depend on the strides of each x_t: those of the
+    first operand of each sum that has any. The chain written out below has the original's order of operands.
+    """
+    d, shape = make_diffusion(steps=6, schedule="cosine", mean=mean, var="FIXED_SMALL"), (2, 3, 4, 5)
+
+    def model(x, t):
+        return th.tanh(0.7 * x).contiguous(memory_format=th.channels_last)
+
+    def table(name, i):
+        return th.full(shape[:1], getattr(d, name)[i]).float().view(-1, 1, 1, 1).expand(shape)
+
+    def chain(ddim):
+        x = th.randn(shape)
+        for i in reversed(range(6)):
+            x_0 = model(x, None)
+            if mean == "EPSILON":
+                x_0 = table("sqrt_recip_alphas_cumprod", i) * x - table("sqrt_recipm1_alphas_cumprod", i) * x_0
+            x_0 = x_0.clamp(-1, 1)
+            if ddim:
+                eps = (table("sqrt_recip_alphas_cumprod", i) * x - x_0) / table("sqrt_recipm1_alphas_cumprod", i)
+                noise, abar_prev = th.randn_like(x), table("alphas_cumprod_prev", i)
+                x = x_0 * abar_prev.sqrt() + (1 - abar_prev).sqrt() * eps + 0 * noise
+            else:
+                drift = table("posterior_mean_coef1", i) * x_0 + table("posterior_mean_coef2", i) * x
+                std = (0.5 * table("posterior_log_variance_clipped", i)).exp()
+                x = drift + (i > 0) * std * th.randn_like(x)
+        return x
+
+    for ddim, loop in enumerate(LOOP_NAMES):
+        th.manual_seed(0)
+        want = chain(ddim)
+        th.manual_seed(0)
+        got = getattr(d, loop)(model, shape)
+        assert got.stride() == want.stride()
+        th.testing.assert_close(got, want)
 
 
 @pytest.mark.parametrize("loop", LOOP_NAMES)
