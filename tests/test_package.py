@@ -166,6 +166,15 @@ def test_make_test_lints_and_runs_the_suite_with_coverage():
     assert any(words[-1] == ".[test]" for words in ran)
 
 
+def test_make_compatibility_tests_the_newest_and_the_oldest_versions():
+    ran = commands("compatibility")
+    newest, oldest = (words for words in ran if words[-1] == ".[test]")
+    assert "--constraint" not in newest
+    assert oldest[oldest.index("--constraint") + 1] == "constraints-oldest.txt"
+    suites = [words for words in ran if words[1:3] == ["-m", "pytest"]]
+    assert [words[0] for words in suites] == [newest[0], oldest[0]]
+
+
 def test_make_demo_calls_the_scripts_with_flags_that_they_have():
     ran = commands("demo")
     assert any(words[-1] == ".[demo]" for words in ran)
