@@ -37,7 +37,7 @@ def betas_for_alpha_bar(num_diffusion_timesteps, alpha_bar, max_beta=0.999):
     return np.array([min(1 - alpha_bar((i + 1) / n) / alpha_bar(i / n), max_beta) for i in range(n)])
 
 
-_copies = {}  # (device, axes, ids of the arrays) -> (their bytes, their copy), for as long as the arrays live
+_copies: dict = {}  # (device, axes, ids of the arrays) -> (their bytes, their copy), for as long as the arrays live
 
 
 def at_timesteps(tables, timesteps, dims):

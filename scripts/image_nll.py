@@ -75,5 +75,9 @@ def create_argparser():
     return create_parser(flags, description=__doc__)
 
 
-if __name__ == "__main__":
+def cli():
     run(main)
+
+
+if __name__ == "__main__":
+    cli()

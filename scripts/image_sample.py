@@ -37,5 +37,9 @@ def create_argparser():
     return create_parser({**sampling_defaults(), "classes": "", **MODEL_FLAGS}, description=__doc__)
 
 
-if __name__ == "__main__":
+def cli():
     run(main)
+
+
+if __name__ == "__main__":
+    cli()

@@ -26,5 +26,9 @@ def create_argparser():
     return create_parser({**training_defaults(), **MODEL_FLAGS}, description=__doc__)
 
 
-if __name__ == "__main__":
+def cli():
     run(main)
+
+
+if __name__ == "__main__":
+    cli()

@@ -11,7 +11,7 @@ from improved_diffusion.cli.parser import parse_flags
 from improved_diffusion.options import FLAGS, GROUPS
 
 SCRIPTS = ["image_train", "image_sample", "image_nll", "super_res_train", "super_res_sample"]
-OTHERS = sorted({path.stem for path in (ROOT / "scripts").glob("*.py")} - set(SCRIPTS))
+OTHERS = sorted({path.stem for path in (ROOT / "scripts").glob("[!_]*.py")} - set(SCRIPTS))
 
 
 def flags_of(script):
