@@ -2,11 +2,15 @@
 # make test    lint and the whole test suite
 # make soak    kill training runs 300 times at random moments (at most half an hour)
 # make benchmark    measure speed and memory (an hour or more; on a machine that does nothing else)
+# make compatibility    the fast tests on the newest versions and on the oldest that pyproject.toml claims (downloads 6 GB)
 # make clean   forget the demo's results; the environment in .venv stays
 
 PYTHON ?= python3
+OLDEST_PYTHON ?= python3.10
 PY := .venv/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+FAST := --numprocesses 2 --dist loadfile --ignore tests/faults -m "not slow"
 
 # the demo's model: 1.2 million parameters; what samples from it reads these flags from its config.json
 DIGITS := --image_size 16 --image_channels 1 --class_cond True --num_classes 10 \
@@ -16,7 +20,7 @@ LAST_DIGIT := demo/digits/8_01796.png
 WEIGHTS := demo/run/ema_0.99_001000.pt
 SAMPLES := demo/samples/samples_500x16x16x1.npz
 
-.PHONY: demo test soak lint benchmark benchmark-digits clean
+.PHONY: demo test soak lint benchmark benchmark-digits compatibility clean
 
 demo: demo/progress.png $(SAMPLES)
 	@echo "How it learned: $(CURDIR)/demo/progress.png"
@@ -53,9 +57,24 @@ soak: .venv/test
 lint: .venv/test
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+compatibility: .venv-newest/test .venv-oldest/test
+	.venv-newest/bin/python -m pytest $(FAST)
+	.venv-oldest/bin/python -m pytest $(FAST)
+
+.venv-newest/test: pyproject.toml
+	$(PYTHON) -m venv --clear $(@D)
+	$(@D)/bin/python -m pip install --quiet --editable ".[test]"
+	touch $@
+
+.venv-oldest/test: pyproject.toml constraints-oldest.txt
+	$(OLDEST_PYTHON) -m venv --clear $(@D)
+	$(@D)/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable ".[test]"
+	touch $@
 
 # .venv/NAME marks that the extra NAME is installed
-.venv/demo .venv/test: setup.py constraints.txt | .venv/bin/python
+.venv/demo .venv/test: pyproject.toml constraints.txt | .venv/bin/python
 	$(PIP) --editable ".[$(@F)]"
 	touch $@
 

@@ -229,7 +229,7 @@ def seed_anew(step):
 
 def mixed_seed(*numbers):
     """A seed for a generator of torch that looks like no other, whichever of the whole numbers differs."""
-    return int(np.random.SeedSequence(numbers[0], spawn_key=numbers[1:]).generate_state(1, np.uint64)[0] >> 1)
+    return int(np.random.SeedSequence(numbers[0], spawn_key=numbers[1:]).generate_state(1, np.uint64)[0]) >> 1
 
 
 def _seed_generators(seed):
@@ -372,7 +372,7 @@ def any_rank(flag):
     return bool(flags)
 
 
-_groups = {}  # the default group -> one of the same ranks over gloo
+_groups: dict = {}  # the default group -> one of the same ranks over gloo
 
 
 def _cpu_group():

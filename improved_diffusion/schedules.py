@@ -55,7 +55,7 @@ def _extract_into_tensor(arr: np.ndarray, timesteps: th.Tensor, broadcast_shape:
     return values.view(*values.shape, *[1] * (len(broadcast_shape) - values.dim())).expand(broadcast_shape)
 
 
-_copies = {}  # (id of a read-only array, device) -> its copy there, for as long as the array lives
+_copies: dict = {}  # (id of a read-only array, device) -> its copy there, for as long as the array lives
 
 
 def _on_device(arr, like):

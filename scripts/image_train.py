@@ -66,5 +66,9 @@ def create_argparser():
     return create_parser(TrainOptions(), __doc__)
 
 
-if __name__ == "__main__":
+def cli():
     run(main)
+
+
+if __name__ == "__main__":
+    cli()

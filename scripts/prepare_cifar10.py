@@ -100,5 +100,9 @@ def create_argparser():
     return parser
 
 
-if __name__ == "__main__":
+def cli():
     run(main)
+
+
+if __name__ == "__main__":
+    cli()

@@ -114,6 +114,11 @@ def test_mixed_seeds_differ_where_a_number_does(one, other):
     assert (seeds[0] == seeds[1]) == (one == other)
 
 
+def test_mixed_seeds_are_the_same_on_every_numpy():
+    assert dist_util.mixed_seed(0, 1, 2) == 4623916464444550638
+    assert dist_util.mixed_seed(2**40, 3) == 6542386998086237330
+
+
 # ---------------------------------------------------------------- checkpoint files
 
 

@@ -14,12 +14,14 @@ import torch as th
 from harness import ROOT, load_script
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 from PIL import Image
 from test_script_util import ORIGINAL_FLAGS
 
+import improved_diffusion
 from improved_diffusion.cli.parser import parse_flags
 
-MODULES = sorted(path.stem for path in (ROOT / "improved_diffusion").glob("*.py") if path.stem != "__init__")
+MODULES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "improved_diffusion").rglob("*.py"))
 SCRIPTS = ["image_train", "image_sample", "image_nll", "super_res_train", "super_res_sample"]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -33,9 +35,8 @@ def installed(tmp_path_factory):
     copy, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("installed")
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy)
-    shutil.copytree(
-        ROOT / "improved_diffusion", copy / "improved_diffusion", ignore=shutil.ignore_patterns("__pycache__")
-    )
+    for name in ("improved_diffusion", "scripts"):
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
     words = ["install", "--quiet", "--no-deps", "--no-index", "--no-build-isolation", "--target", target, copy]
     done = subprocess.run([sys.executable, "-m", "pip", *words], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -50,12 +51,16 @@ def metadata(installed):
 
 @pytest.mark.slow
 def test_an_installed_package_works_elsewhere(installed, tmp_path):
-    assert sorted(path.stem for path in (installed / "improved_diffusion").glob("*.py")) == ["__init__", *MODULES]
+    scripts = [f"improved_diffusion/scripts/{path.name}" for path in (ROOT / "scripts").glob("*.py")]
+    shipped = [str(path.relative_to(installed)) for path in (installed / "improved_diffusion").rglob("*.py")]
+    assert sorted(shipped) == sorted(MODULES + scripts)
+    assert (installed / "improved_diffusion/py.typed").exists()
+    names = [path.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for path in shipped]
     program = f"""if True:
         import importlib, sys
         sys.path.insert(0, {str(installed)!r})
-        for name in {MODULES}:
-            module = importlib.import_module("improved_diffusion." + name)
+        for name in {names}:
+            module = importlib.import_module(name)
             assert module.__file__.startswith({str(installed)!r}), module.__file__
         assert "mpi4py" not in sys.modules  # an installed MPI may be broken, and one process needs none
     """
@@ -64,8 +69,26 @@ def test_an_installed_package_works_elsewhere(installed, tmp_path):
 
 
 @pytest.mark.slow
+def test_every_script_has_a_console_command(installed, metadata, tmp_path):
+    """But for those that prepare data sets."""
+    commands = {entry.name: entry.value for entry in metadata.entry_points if entry.group == "console_scripts"}
+    scripts = {path.stem for path in (ROOT / "scripts").glob("[!_]*.py") if not path.stem.startswith("prepare_")}
+    assert sorted(commands.values()) == sorted(f"improved_diffusion.scripts.{script}:cli" for script in scripts)
+    for command in commands:
+        words, env = [installed / "bin" / command, "--help"], {**os.environ, "PYTHONPATH": str(installed)}
+        done = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout.startswith(f"usage: {command} ")
+
+
+@pytest.mark.slow
+def test_the_version_has_one_source(metadata):
+    assert metadata.version == improved_diffusion.__version__
+
+
+@pytest.mark.slow
 def test_extras(metadata):
-    assert (metadata.name, metadata.metadata["License"]) == ("improved-diffusion", "MIT")
+    assert (metadata.name, metadata.metadata["License-Expression"]) == ("improved-diffusion", "MIT")
     assert {"mpi", "demo", "tensorboard", "lsun", "test"} <= set(metadata.metadata.get_all("Provides-Extra"))
     named = {(extra, r.name) for extra in ("mpi", "demo", "tensorboard", "lsun") for r in required(metadata, extra)}
     assert {("mpi", "mpich"), ("demo", "scikit-learn"), ("demo", "matplotlib"), ("lsun", "lmdb")} <= named
@@ -78,17 +101,29 @@ def required(metadata, extra):
     return [r for r in requirements if r.marker is not None and r.marker.evaluate({"extra": extra})]
 
 
+def pins(name):
+    """The versions that a file of constraints names: {package: version}."""
+    lines = [line for line in (ROOT / name).read_text().splitlines() if line and not line.startswith("#")]
+    return {canonicalize_name(package): version for package, version in (line.split("==") for line in lines)}
+
+
 @pytest.mark.slow
 def test_the_tested_versions_lie_in_the_required_ranges(metadata):
-    lines = (ROOT / "constraints.txt").read_text().splitlines()
-    pinned = dict(line.split("==") for line in lines if line and not line.startswith("#"))
-    pinned = {canonicalize_name(name): version for name, version in pinned.items()}
-    assert pinned["torch"] == "2.13.0"
-    requirements = [Requirement(text) for text in metadata.requires]
-    assert {"torch", "numpy", "blobfile", "pillow", "tqdm", "pytest", "ruff"} <= {r.name for r in requirements}
+    tested, oldest = pins("constraints.txt"), pins("constraints-oldest.txt")
+    assert tested["torch"] == "2.13.0"
+    requirements = [r for r in map(Requirement, metadata.requires) if not r.extras]
+    assert {"torch", "numpy", "blobfile", "mpi4py", "pillow", "tqdm", "pytest", "ruff"} <= {
+        r.name for r in requirements
+    }
     for requirement in requirements:
-        version = pinned[canonicalize_name(requirement.name)]
-        assert version in requirement.specifier, f"{requirement.name} {version} is not in {requirement.specifier}"
+        name = canonicalize_name(requirement.name)
+        assert tested[name] in requirement.specifier, f"{name} {tested[name]} is not in {requirement.specifier}"
+        assert {part.operator for part in requirement.specifier} == {">="}, f"{name} has an upper bound"
+        (least,) = (Version(part.version) for part in requirement.specifier)
+        if name in oldest:  # the tests' tools may be newer
+            assert Version(oldest[name]) == least, f"{name}: {requirement.specifier} is not what was tested"
+    plain = {canonicalize_name(r.name) for r in requirements if r.marker is None}
+    assert plain <= set(oldest)
 
 
 # ---------------------------------------------------------------- commands
@@ -123,11 +158,21 @@ def test_make_test_lints_and_runs_the_suite_with_coverage():
     python = ".venv/bin/python"
     assert [python, "-m", "ruff", "check", "."] in ran
     assert [python, "-m", "ruff", "format", "--check", "."] in ran
+    assert [python, "-m", "mypy"] in ran
     suite, faults = ran[-2:]
     assert suite[:3] == faults[:3] == [python, "-m", "pytest"]
     assert {"--cov", "--cov-fail-under=90"} <= set(suite)
     assert suite[suite.index("--ignore") + 1] == faults[3] == "tests/faults"  # which want the machine to themselves
     assert any(words[-1] == ".[test]" for words in ran)
+
+
+def test_make_compatibility_tests_the_newest_and_the_oldest_versions():
+    ran = commands("compatibility")
+    newest, oldest = (words for words in ran if words[-1] == ".[test]")
+    assert "--constraint" not in newest
+    assert oldest[oldest.index("--constraint") + 1] == "constraints-oldest.txt"
+    suites = [words for words in ran if words[1:3] == ["-m", "pytest"]]
+    assert [words[0] for words in suites] == [newest[0], oldest[0]]
 
 
 def test_make_demo_calls_the_scripts_with_flags_that_they_have():
@@ -188,7 +233,7 @@ def test_the_readmes_calls_of_scripts_have_flags_that_work(monkeypatch, script, 
 
 def test_the_readme_calls_every_script():
     called = {parameters.values[0] for parameters in script_calls()}
-    assert called == {path.stem for path in (ROOT / "scripts").glob("*.py")}
+    assert called == {path.stem for path in (ROOT / "scripts").glob("[!_]*.py")}
 
 
 def test_the_readmes_pictures_and_links_are_there():
@@ -207,7 +252,7 @@ def test_the_readmes_pictures_and_links_are_there():
 
 
 def test_the_readme_names_no_flag_that_does_not_exist():
-    scripts = [path.stem for path in (ROOT / "scripts").glob("*.py")]
+    scripts = [path.stem for path in (ROOT / "scripts").glob("[!_]*.py")]
     helps = "".join(load_script(name).create_argparser().format_help() for name in scripts)
     known = {"out_dir", *re.findall(r"--(\w+)", helps)}  # the first is an example's
     others = {"nproc_per_node", "nnodes", "node_rank", "master_addr", "max_restarts", "ntasks", "gpus"}  # launchers'

@@ -1,0 +1,1 @@
+"""The scripts. An installed package holds them as improved_diffusion.scripts."""
