@@ -1,0 +1,130 @@
+"""Sinks of data preparation: a source's images as a folder of PNG files, or packed."""
+
+import functools
+import os
+import re
+import struct
+
+import numpy as np
+from PIL import Image
+from torch.utils.data import Dataset
+
+from ..batch_stream import BatchesInOrder
+from ..errors import InputError, first_line
+from ..files import is_remote, write_files
+from ..progress import Progress
+from .packed import ENDING, OLD_ENDING, check_new, write_packed
+
+PNG_BEGIN, PNG_END = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", b"\0\0\0\0IEND\xaeB`\x82"
+
+
+def write(source, out):
+    """
+    Write images to a folder of PNG files named by class, or pack them if the name of `out` ends in .packed. Print a
+    line for each folder.
+
+    PNG files that exist stay: called again with the same source, it continues. Packed images are whole or absent.
+
+    :param source: a Source, or {name of a folder in `out`: Source}.
+    :raises InputError: if `out` cannot be written, or an image cannot be read.
+    """
+    out = out.rstrip("/") or out
+    if out.endswith(OLD_ENDING):
+        raise InputError(f"{out}: packed images are a folder whose name ends in {ENDING}")
+    parts = {os.path.join(out, k): v for k, v in source.items()} if isinstance(source, dict) else {out: source}
+    if out.endswith(ENDING):
+        check, sink = lambda path, _: check_new(path), _pack
+    else:
+        check, sink = _check_folder, _write_folder
+    for path, part in parts.items():
+        check(path, part)
+    for path, part in parts.items():
+        sink(path, part)
+
+
+def _pack(path, source):
+    def batches():
+        with Progress("packing", len(source), "images", say=print) as progress:
+            for batch in BatchesInOrder(source, 64, source.num_workers, collate_fn=np.stack):
+                yield batch
+                progress.update(len(batch))
+
+    write_packed(path, batches(), (len(source), *source.shape), source.labels, source.classes)
+    size, _, channels = source.shape
+    print(
+        f"wrote {len(source)} images of {_classes(len(source.classes))}, {size}x{size} with {channels} channels, "
+        f"{len(source) * size * size * channels / 1e6:.1f} MB: {path}"
+    )
+
+
+def _classes(count):
+    return f"{count} class{'es' * (count != 1)}"
+
+
+# ---------------------------------------------------------------- a folder
+
+
+def _check_folder(path, source):
+    if is_remote(path):
+        raise InputError(f"{path}: name a local folder")
+    for name in sorted({source.classes[label] for label in np.unique(source.labels)}):
+        if not re.fullmatch(r"(?!\.)[^_/\\\0-\x1f]+", name):
+            raise InputError(f"class {name!r}: cannot begin file names; give a name without _ and / and leading dot")
+    if source.folder and not is_remote(source.folder):
+        inside = os.path.realpath(source.folder)
+        if os.path.commonpath([inside, os.path.realpath(path)]) == inside:
+            raise InputError(f"{path}: lies in {source.folder}, whose images are read; name a folder outside")
+    try:
+        os.makedirs(path, exist_ok=True)
+    except OSError as e:
+        raise InputError(f"{path}: cannot be made a folder ({first_line(e)})") from None
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise InputError(f"{path}: may not be written to; name another folder, or change its permissions")
+
+
+def _write_folder(path, source):
+    there = 0
+    with Progress(path, len(source), "images", say=print) as progress:
+        for were_there in BatchesInOrder(_Files(path, source), 64, source.num_workers, collate_fn=list):
+            there += sum(were_there)
+            progress.update(len(were_there))
+    classes = _classes(len(np.unique(source.labels)))
+    print(f"wrote {len(source)} images of {classes} to {path}{f' ({there} were there already)' * (there > 0)}")
+
+
+class _Files(Dataset):
+    """Item i writes image i unless it exists, and is whether it did. Each file is whole or absent."""
+
+    def __init__(self, folder, source):
+        super().__init__()
+        self._folder, self._source = folder, source
+
+    def __len__(self):
+        return len(self._source)
+
+    def __getitem__(self, i):
+        source = self._source
+        name = f"{source.classes[source.labels[i]]}_{i:0{source.digits}d}.png"
+        there = _is_there(os.path.join(self._folder, name), source.shape[0])
+        if not there:
+            pixels = source[i]
+            image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
+            save = functools.partial(image.save, format="PNG", compress_level=source.compress_level)
+            write_files(self._folder, {name: save}, flush=False)
+        return there
+
+
+def _is_there(path, size):
+    """Whether a PNG file is there from its beginning to its end: a crash of the machine cuts files short."""
+    try:
+        with open(path, "rb") as f:
+            begin = f.read(len(PNG_BEGIN) + 8)
+            f.seek(max(f.seek(0, os.SEEK_END) - len(PNG_END), 0))
+            if not (begin.startswith(PNG_BEGIN) and f.read() == PNG_END):
+                return False
+    except OSError:  # if it exists but cannot be read, writing it raises
+        return False
+    width, height = struct.unpack(">II", begin[len(PNG_BEGIN) :])
+    if (width, height) != (size, size):
+        raise InputError(f"{path}: exists as {width}x{height}, not {size}x{size}; name another folder")
+    return True
