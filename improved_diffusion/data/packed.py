@@ -96,7 +96,7 @@ def read_packed(path, with_labels):
         if os.path.isdir(path):
             images, labels = _map(os.path.join(path, IMAGES)), os.path.join(path, LABELS)
         else:
-            (images,), labels = _read_archive(path, "images"), path
+            (images,), labels = read_npz(path, "images"), path
         if images.dtype != np.uint8 or not _is_square(images.shape):
             wanted = "uint8 of shape (N, S, S, 1 or 3)"
             raise InputError(f"{path}: images are {images.dtype} of shape {images.shape}; {wanted} is wanted")
@@ -128,8 +128,11 @@ def _map(path):
     return images.view(np.ndarray)
 
 
-def _read_archive(path, *names):
-    """Arrays of an npz file, checksums verified."""
+def read_npz(path, *names):
+    """
+    :return: a list of the arrays of these names, their checksums verified.
+    :raises: InputError if one is missing, and whatever numpy and zipfile raise for damaged files.
+    """
     arrays = []
     with zipfile.ZipFile(path) as archive:
         there = archive.namelist()
@@ -145,7 +148,7 @@ def _read_archive(path, *names):
 
 
 def _read_labels(path, count):
-    labels, classes = _read_archive(path, "labels", "classes")
+    labels, classes = read_npz(path, "labels", "classes")
     if labels.dtype.kind not in "iu" or labels.shape != (count,):
         raise InputError(f"{path}: labels are {labels.dtype} of shape {labels.shape}; {count} integers are wanted")
     if classes.dtype.kind != "U" or classes.ndim != 1:

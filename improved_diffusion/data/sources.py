@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 
 from ..errors import InputError, first_line
 from ..image_datasets import ImageDataset, decode_image, find_images, label_by_name, scale_and_crop
-from .packed import is_packed, read_packed
+from .packed import is_packed, read_npz, read_packed
 
 
 class Source(Dataset):
@@ -180,11 +180,11 @@ def _read_batch(path, name):
     if not path.endswith(".npz"):
         return load_pickle(functools.partial(open, path, "rb"), path).get(name)
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return arrays[name]
+        return read_npz(path, name)[0]
+    except InputError:
+        raise
     except Exception as e:  # damaged ones raise anything
-        reason = e.args[0] if isinstance(e, KeyError) else first_line(e)
-        raise InputError(f"{path}: not a whole npz file of data and labels ({reason})") from None
+        raise InputError(f"{path}: not a whole npz file of data and labels ({first_line(e)})") from None
 
 
 class _Lsun(Source):
