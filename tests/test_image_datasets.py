@@ -586,8 +586,8 @@ def flipped(path):
     [
         (dict(data_dir=""), ["data_dir", "name a folder"]),
         (dict(data_dir=None), ["data_dir", "name a folder"]),
-        (dict(data_dir="{folder}/nowhere"), ["data_dir", "nowhere", "no such folder"]),
-        (dict(data_dir="{folder}/empty"), ["data_dir", "empty", "no images", "jpg, jpeg, png, gif"]),
+        (dict(data_dir="{folder}/nowhere"), ["nowhere: ", "no such folder"]),
+        (dict(data_dir="{folder}/empty"), ["empty: ", "no images", "jpg, jpeg, png, gif"]),
         (dict(class_cond=True, num_classes=2), ["3 different prefixes", "a, b, c", "num_classes is 2"]),
     ],
 )
