@@ -1,7 +1,9 @@
 """Packed images: what is written, who can read it, and what is refused."""
 
+import io
 import random
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -237,6 +239,20 @@ def also(change):
     return make
 
 
+def append(path):
+    with open(path, "ab") as f:
+        f.write(b"more")
+
+
+def longer_labels(path):
+    """A whole archive of an array with more behind it than its header says."""
+    member = io.BytesIO()
+    np.save(member, np.array(LABELS))
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("labels.npy", member.getvalue() + b"more")
+        archive.writestr("classes.npy", member.getvalue())
+
+
 NOT_WHOLE = ["not a whole set of packed images", "prepare.py"]
 
 
@@ -250,6 +266,8 @@ NOT_WHOLE = ["not a whole set of packed images", "prepare.py"]
         (also(lambda path: (path / "images.npy").write_bytes(pixels().tobytes())), NOT_WHOLE),
         (also(lambda path: savez(path / "images.npy", pixels())), NOT_WHOLE),
         (also(lambda path: (path / "labels.npz").write_bytes(b"labels")), NOT_WHOLE),
+        (also(lambda path: append(path / "images.npy")), NOT_WHOLE),
+        (also(lambda path: longer_labels(path / "labels.npz")), NOT_WHOLE),
         (lambda path: path.touch(), NOT_WHOLE),
         (lambda path: path.write_text("images"), NOT_WHOLE),
         (lambda path: savez(path, pixels(), LABELS), ["no images", "arr_0.npy, arr_1.npy"]),
