@@ -9,7 +9,7 @@ setup(
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",
-    packages=["improved_diffusion"],
+    packages=["improved_diffusion", "improved_diffusion.data"],
     python_requires=">=3.11,<3.12",
     # the ranges hold what the test suite has been run on; constraints.txt has the exact versions
     install_requires=[

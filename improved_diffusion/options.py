@@ -51,7 +51,7 @@ GROUPS = (DATA, MODEL, DIFFUSION, TRAINING, SAMPLING, OUTPUT, COMPUTING)  # in t
 
 FLAGS = {
     # ---- data
-    "data_dir": Flag(DATA, "folder of images, searched recursively, or a file that prepare_images.py packed"),
+    "data_dir": Flag(DATA, "folder of images, searched recursively, or packed images"),
     "base_samples": Flag(DATA, "npz file of small images to enlarge, such as image_sample.py writes"),
     "random_flip": Flag(DATA, "mirror half of the images, drawn anew each time an image comes"),
     "num_workers": Flag(
@@ -62,6 +62,13 @@ FLAGS = {
         "0 or more, or -1",
     ),
     "pin_memory": Flag(DATA, "where there is a GPU, read images into page-locked memory, for quicker copies to it"),
+    "class_name": Flag(DATA, "class of all images; by default the folder's name up to its first underscore"),
+    "split": Flag(
+        DATA,
+        "train or val; by default train, or val if it is alone",
+        (lambda v: v in ("", "train", "val")),
+        "train or val",
+    ),
     "max_images": Flag(DATA, "use only so many images; 0 for all", *_at_least(0)),
     "batch_size": Flag(DATA, "images at once on each rank", *_between(1, 2**24)),
     # ---- model

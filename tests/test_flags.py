@@ -37,16 +37,24 @@ def test_help_has_a_line_for_each_flag_with_its_group_and_default(monkeypatch, s
     assert len(flags) > 20 and sections.keys() - {"options"} <= set(GROUPS)
 
 
+def parsers_of(script):
+    """A script's parser, and those of its sub-commands."""
+    parser = load_script(script).create_argparser()
+    commands = [action.choices for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    return [parser, *(command for choices in commands for command in choices.values())]
+
+
 def test_no_flag_is_described_in_vain():
-    help_of_others = "".join(load_script(name).create_argparser().format_help() for name in OTHERS)
+    help_of_others = "".join(parser.format_help() for name in OTHERS for parser in parsers_of(name))
     named = set(re.findall(r"--(\w+)", help_of_others))
     assert FLAGS.keys() <= named.union(*(flags_of(script) for script in SCRIPTS))
 
 
 @pytest.mark.parametrize("script", OTHERS)
 def test_the_other_scripts_describe_all_that_they_take(script):
-    for action in load_script(script).create_argparser()._actions:
-        assert action.help, action.dest
+    for parser in parsers_of(script):
+        for action in parser._actions:
+            assert action.help, action.dest
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
