@@ -39,7 +39,7 @@ $(WEIGHTS): $(LAST_DIGIT)
 		--batch_size 32 --lr 2e-3 --lr_anneal_steps 1000 --ema_rate 0.99 --save_interval 500 --log_interval 100 --seed 0
 
 $(LAST_DIGIT): .venv/demo
-	$(PY) scripts/prepare_digits.py demo/digits
+	$(PY) scripts/prepare.py digits demo/digits
 
 benchmark: .venv/demo
 	$(PY) benchmarks/run.py all

@@ -3,7 +3,7 @@ How many of a model's handwritten digits are what they were asked to be.
 
     python benchmarks/digits.py SAMPLES.npz FOLDER
 
-A support-vector classifier is fitted to the real digits that prepare_digits.py wrote to FOLDER, and
+A support-vector classifier is fitted to the real digits that `prepare.py digits` wrote to FOLDER, and
 reads the samples that image_sample.py wrote. Prints the share on which it agrees with the label
 that was asked for, and, as the scale of that figure, its accuracy on real digits it has not seen.
 """
@@ -26,7 +26,7 @@ def main():
     images, labels = load_labelled_samples(args.samples)
     paths = sorted(glob.glob(os.path.join(args.digits, "*_*.png")))
     if not paths:
-        raise InputError(f"digits {args.digits}: no digits there; scripts/prepare_digits.py writes them")
+        raise InputError(f"digits {args.digits}: no digits there; scripts/prepare.py digits writes them")
 
     real = features(np.stack([np.asarray(Image.open(path)) for path in paths]))
     real_labels = np.array([int(os.path.basename(path).split("_")[0]) for path in paths])

@@ -1,4 +1,4 @@
-"""Sub-command load: images a second, from a folder of JPEGs and from a packed file."""
+"""Sub-command load: images a second, from a folder of JPEGs and from packed images."""
 
 import itertools
 import os
@@ -15,7 +15,7 @@ from timing import spread
 
 from improved_diffusion.image_datasets import load_data
 
-PACK = Path(__file__).resolve().parent.parent / "scripts" / "prepare_images.py"
+PACK = Path(__file__).resolve().parent.parent / "scripts" / "prepare.py"
 
 
 def load(args):
@@ -24,8 +24,10 @@ def load(args):
         sources = {"JPEG folder": write_photos(os.path.join(folder, "photos"), args.num_images)}
         workers = {"JPEG folder": args.workers}
         for image_size, batch_size in itertools.product(args.image_sizes, args.batch_sizes):
-            sources["packed file"] = pack(sources["JPEG folder"], os.path.join(folder, "photos.npz"), image_size)
-            workers["packed file"] = [0, *args.workers]
+            sources["packed images"] = pack(
+                sources["JPEG folder"], os.path.join(folder, f"{image_size}x{batch_size}.packed"), image_size
+            )
+            workers["packed images"] = [0, *args.workers]
             runs = [(source, n) for source in sources for n in workers[source]]
             rates = {run: [] for run in runs}
             for _ in range(args.repetitions):
@@ -49,7 +51,7 @@ def rate(data_dir, image_size, batch_size, num_workers, args):
     data = load_data(data_dir=data_dir, batch_size=batch_size, image_size=image_size, num_workers=num_workers)
     for _ in range(2 * num_workers + 1):  # workers fetch as much ahead: what is counted is decoded while it is
         next(data)
-    # a packed file is read too quickly for few batches to tell
+    # packed images are read too quickly for few batches to tell
     count, start = 0, time.perf_counter()
     while count < args.num_images or time.perf_counter() - start < args.load_seconds:
         count += len(next(data)[0])
@@ -72,6 +74,6 @@ def write_photos(folder, count):
 
 
 def pack(folder, path, image_size):
-    command = [sys.executable, PACK, folder, path, "--image_size", str(image_size)]
+    command = [sys.executable, PACK, "images", folder, path, "--image_size", str(image_size)]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return path

@@ -1,4 +1,4 @@
-"""Images, from a folder or packed in one file, as endless batches."""
+"""Images, from a folder or packed, as endless batches."""
 
 import functools
 import io
@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate  # noqa: F401 
 
 from . import dist_util
 from .data.loader import BatchesInOrder, BatchStream
-from .data.packed import ENDING, read_packed_images
+from .data.packed import is_packed, read_packed
 from .utils.errors import InputError, first_line
 from .utils.files import is_remote
 
@@ -43,10 +43,10 @@ def load_data(
     pin_memory=True,
 ):
     """
-    Endless batches of this rank's share of the images below a folder, or of those that prepare_images.py
-    packed of one: the same batches.
+    Endless batches of this rank's share of the images below a folder, or of packed ones (data/packed.py): the same
+    batches.
 
-    :param data_dir: folder, or any URL that blobfile lists, searched recursively; or a file of packed images.
+    :param data_dir: folder, or any URL that blobfile lists, searched recursively; or packed images.
     :param batch_size: images a batch, on this rank.
     :param image_size: images are scaled and centre-cropped to this square size.
     :param class_cond: also give labels. The label of "dog_17.png" is the place of "dog" among the
@@ -66,13 +66,13 @@ def load_data(
              (of all ranks) and class_names.
     :raises InputError: (a ValueError) here, not at the first batch, if the folder is missing, has no
                         images, fewer than a batch, an unreadable one, or too many classes; or if the
-                        packed file is damaged, or holds images of another size.
+                        packed images are damaged, or of another size.
     """
     dataset = _open_dataset(data_dir, image_size, class_cond, image_channels, num_classes, class_names)
     if len(dataset) < batch_size:
         share = f" for this one of {dist_util.world_size()} ranks" if dist_util.world_size() > 1 else ""
         raise InputError(
-            f"data_dir {data_dir}: {len(dataset)} images{share} are fewer than a batch; "
+            f"{data_dir}: {len(dataset)} images{share} are fewer than a batch; "
             f"give batch_size {len(dataset)} or less, or more images"
         )
     num_workers = _workers(num_workers, dataset)
@@ -128,35 +128,20 @@ def load_data_once(
     return BatchesInOrder(dataset, batch_size, _workers(num_workers, dataset), _collate, pin_memory)
 
 
-def decode_folder(folder, *, image_size, image_channels=3, num_workers=0, batch_size=64):
-    """
-    Each image of a folder once, on this rank alone, as what write_packed_images() takes.
-
-    :param folder: as data_dir of load_data(), but SRC in messages.
-    :return: (iterator of uint8 arrays [n, S, S, C], shape (N, S, S, C) of all together, list of N labels, sorted list
-             of class names).
-    :raises InputError: if the folder is missing or has no images; from the iterator, at an unreadable one.
-    """
-    paths = _find_images(folder, "SRC")
-    dataset = _PixelDataset(image_size, paths, image_channels=image_channels)
-    batches = BatchesInOrder(dataset, batch_size, num_workers, collate_fn=np.stack)
-    return batches, (len(paths), image_size, image_size, image_channels), *_label(paths)
-
-
 def _workers(num_workers, dataset):
     return dataset.enough_workers if num_workers < 0 else num_workers
 
 
 def _open_dataset(data_dir, image_size, class_cond, image_channels, num_classes, class_names, limit=None):
     if not data_dir:
-        raise InputError("data_dir is not given: name a folder of images, or a file of packed ones")
+        raise InputError("no data_dir: name a folder of images, or packed ones")
     share = slice(dist_util.rank(), limit, dist_util.world_size())
-    if not os.path.isdir(data_dir) and (data_dir.endswith(ENDING) or os.path.isfile(data_dir)):
+    if is_packed(data_dir):
         return _open_packed(data_dir, image_size, class_cond, image_channels, num_classes, class_names, share)
-    paths = _find_images(data_dir, "data_dir")
+    paths = find_images(data_dir)
     labels = names = None
     if class_cond:
-        labels, names = _label(paths)
+        labels, names = label_by_name(paths)
         what = "different prefixes before the first underscore of its file names, which are the classes"
         _check_num_classes(data_dir, what, names, num_classes)
         labels, names = _relabel(data_dir, np.array(labels), names, class_names)
@@ -168,13 +153,12 @@ def _open_dataset(data_dir, image_size, class_cond, image_channels, num_classes,
 
 
 def _open_packed(path, image_size, class_cond, image_channels, num_classes, class_names, share):
-    images, labels, names = read_packed_images(path, with_labels=class_cond)
+    images, labels, names = read_packed(path, with_labels=class_cond)
     size, channels = images.shape[2:]
     if (size, channels) != (image_size, image_channels):
         raise InputError(
-            f"data_dir {path}: its images are {size}x{size} with {channels} channels, {image_size}x{image_size} with "
-            f"{image_channels} are wanted; make them with: python scripts/prepare_images.py SRC OUT{ENDING} "
-            f"--image_size {image_size} --image_channels {image_channels}"
+            f"{path}: its images are {size}x{size} with {channels} channels, {image_size}x{image_size} with "
+            f"{image_channels} are wanted; scripts/prepare.py images scales a folder or packed images"
         )
     if class_cond:
         _check_num_classes(path, "classes", names, num_classes)
@@ -195,7 +179,7 @@ def _relabel(data_dir, labels, names, class_names):
         return labels, names
     if unknown := set(names) - set(class_names):
         raise InputError(
-            f"data_dir {data_dir}: the class {min(unknown)} is none of those that the model was trained on "
+            f"{data_dir}: the class {min(unknown)} is none of those that the model was trained on "
             f"({', '.join(class_names[:5])}{', ...' if len(class_names) > 5 else ''})"
         )
     place = {name: i for i, name in enumerate(class_names)}
@@ -205,26 +189,29 @@ def _relabel(data_dir, labels, names, class_names):
 def _check_num_classes(data_dir, what, names, num_classes):
     if num_classes is not None and len(names) > num_classes:
         raise InputError(
-            f"data_dir {data_dir} has {len(names)} {what} ({', '.join(names[:3])}, ...), "
-            f"but num_classes is {num_classes}"
+            f"{data_dir}: has {len(names)} {what} ({', '.join(names[:3])}, ...), but num_classes is {num_classes}"
         )
 
 
-def _find_images(folder, flag):
-    """:param flag: what the folder was given as, for messages."""
+def find_images(folder):
+    """
+    Paths of all images below a folder, or a URL that blobfile lists.
+
+    :raises InputError: if there is no such folder, or no image in it.
+    """
     try:
         if not bf.isdir(folder):
-            raise InputError(f"{flag} {folder}: there is no such folder")
+            raise InputError(f"{folder}: there is no such folder")
         paths = _list_image_files_recursively(folder)
     except OSError as e:
-        raise InputError(f"{flag} {folder}: cannot be listed ({e.filename}: {first_line(e)})") from None
+        raise InputError(f"{folder}: cannot be listed ({e.filename}: {first_line(e)})") from None
     if not paths:
-        raise InputError(f"{flag} {folder} holds no images ({', '.join(EXTENSIONS)})")
+        raise InputError(f"{folder}: holds no images ({', '.join(EXTENSIONS)})")
     return paths
 
 
-def _label(paths):
-    """:return: (the labels of paths, the sorted names that they are places in)."""
+def label_by_name(paths):
+    """:return: (label of each path, the sorted classes that they are indices into)."""
     prefixes = [path.rpartition("/")[2].split("_")[0] for path in paths]
     names = sorted(set(prefixes))
     place = {name: i for i, name in enumerate(names)}
@@ -405,13 +392,6 @@ def _halved(image):
     # where a side is even each box is two pixels, and their mean is had in half the time
     image = image.reduce((2, 1)) if width % 2 == 0 else image.resize((half[0], height), resample=Image.Resampling.BOX)
     return image.reduce((1, 2)) if height % 2 == 0 else image.resize(half, resample=Image.Resampling.BOX)
-
-
-class _PixelDataset(ImageDataset):
-    """Its samples are pixels()."""
-
-    def __getitem__(self, idx):
-        return self.pixels(idx)
 
 
 class PackedDataset(_Samples):

@@ -318,6 +318,20 @@ class GeneralOptions(Group):
     dry_run: bool = option(False, "print the flags, the model's size and memory, and the timesteps, and stop")
 
 
+@dataclass(frozen=True)
+class PrepareOptions(Group):
+    """Options of the sources in data/sources.py; each takes some of them."""
+
+    title = "source"
+
+    image_size: int = option(64, "height and width to scale and crop to, in pixels", minimum=1, maximum=MAX_PIXELS)
+    image_channels: int = option(3, "3 for RGB, 1 for greyscale", choices=(1, 3))
+    num_workers: int = option(-1, "processes that decode images; 0 = the main process; -1 = one per core", minimum=-1)
+    max_images: int = option(0, "number of images; 0 = all", minimum=0)
+    class_name: str = option("", "start of the files' names; by default SRC's name up to its first _")
+    split: str = option("", "train or val, of a folder with both; by default train", choices=("", "train", "val"))
+
+
 # ---------------------------------------------------------------- what each script takes
 
 

@@ -83,7 +83,7 @@ def test_sample(benchmark):
 def test_load(benchmark):
     status, rows, _ = benchmark("load")
     assert status == 0
-    assert {row["source"] for row in rows} == {"JPEG folder", "packed file"}
+    assert {row["source"] for row in rows} == {"JPEG folder", "packed images"}
     assert_sound([{**row, "workers": None} for row in rows])
 
 

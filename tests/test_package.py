@@ -185,9 +185,9 @@ def test_make_demo_calls_the_scripts_with_flags_that_they_have():
             name = names[0].removeprefix("scripts/").removesuffix(".py")
             rest = words[words.index(names[0]) + 1 :]
             calls[name] = load_script(name).create_argparser().parse_args(rest)
-    assert list(calls) == ["prepare_digits", "image_train", "plot_progress", "image_sample"]
+    assert list(calls) == ["prepare", "image_train", "plot_progress", "image_sample"]
     trained, drawn = vars(calls["image_train"]), vars(calls["image_sample"])
-    assert trained["data_dir"] == calls["prepare_digits"].out_dir
+    assert trained["data_dir"] == calls["prepare"].out
     last = min(trained[flag] for flag in ("max_steps", "lr_anneal_steps") if trained[flag])
     assert drawn["model_path"] == f"{trained['log_dir']}/ema_{trained['ema_rate']}_{last:06d}.pt"  # config.json beside
     size = trained["image_size"]

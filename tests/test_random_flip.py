@@ -5,8 +5,9 @@ import torch as th
 from harness import write_images
 from PIL import Image
 
-from improved_diffusion.data.packed import write_packed_images
-from improved_diffusion.image_datasets import decode_folder, load_data, load_data_once, load_superres_data
+from improved_diffusion.data.prepare import write
+from improved_diffusion.data.sources import SOURCES
+from improved_diffusion.image_datasets import load_data, load_data_once, load_superres_data
 
 COUNT = 11
 WORDS = dict(batch_size=3, class_cond=True)
@@ -24,8 +25,8 @@ def images(tmp_path_factory):
             assert image.tobytes() != image.transpose(Image.Transpose.FLIP_LEFT_RIGHT).tobytes()
     paths = {"folder": str(folder)}
     for channels in (1, 3):
-        paths[channels] = str(root / f"{channels}.npz")
-        write_packed_images(paths[channels], *decode_folder(paths["folder"], image_size=8, image_channels=channels))
+        paths[channels] = str(root / f"{channels}.packed")
+        write(SOURCES["images"](paths["folder"], image_size=8, image_channels=channels), paths[channels])
     return paths
 
 

@@ -122,12 +122,12 @@ def test_sampling_measuring_and_enlarging(tmp_path, bucket):
     assert np.load(tmp_path / "large" / "samples_3x16x16x3.npz")["arr_0"].std() > 0
 
 
-def test_a_remote_folder_is_packed_into_a_local_file(tmp_path, bucket, capfd):
+def test_a_remote_folder_is_packed_into_a_local_one(tmp_path, bucket, capfd):
     write_images(bucket / "images")
     write_images(bucket / "images" / "more", count=2)
-    packed = str(tmp_path / "packed.npz")
-    words = [f"{BUCKET}/images", packed, *flags(image_size=8, num_workers=0)]
-    assert run_script("prepare_images", words, tmp_path) == 0
+    packed = str(tmp_path / "a.packed")
+    words = ["images", f"{BUCKET}/images", packed, *flags(image_size=8, num_workers=0)]
+    assert run_script("prepare", words, tmp_path) == 0
     for name, folder in ((packed, tmp_path / "of packed"), (f"{BUCKET}/images", tmp_path / "of folder")):
         assert train(folder, data_dir=name, max_steps=2, num_workers=0) == 0
         (bucket / "run").rename(folder / "checkpoints")
@@ -135,7 +135,7 @@ def test_a_remote_folder_is_packed_into_a_local_file(tmp_path, bucket, capfd):
         ours, theirs = (load(tmp_path / which / "checkpoints" / name) for which in ("of packed", "of folder"))
         assert_same(ours, theirs, name)
 
-    (tmp_path / "packed.npz").rename(bucket / "packed.npz")
+    (tmp_path / "a.packed").rename(bucket / "a.packed")
     capfd.readouterr()
-    assert train(tmp_path / "log", data_dir=f"{BUCKET}/packed.npz", num_workers=0) == 2
-    assert f"data_dir {BUCKET}/packed.npz: packed images are mapped from a local disk" in capfd.readouterr().err
+    assert train(tmp_path / "log", data_dir=f"{BUCKET}/a.packed", num_workers=0) == 2
+    assert f"{BUCKET}/a.packed: packed images are mapped from a local disk" in capfd.readouterr().err

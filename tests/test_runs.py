@@ -219,7 +219,7 @@ def test_checkpoints_elsewhere(tmp_path, images, capfd):
 @pytest.mark.parametrize("elsewhere", [False, True])
 def test_a_folder_has_one_run(tmp_path, images, elsewhere, monkeypatch, capfd):
     """A second one ends before it changes a file; the log directory counts only where checkpoints go there."""
-    monkeypatch.setattr(runs, "FolderLock", functools.partial(files.FolderLock, patience=0))
+    monkeypatch.setattr(parser, "FolderLock", functools.partial(files.FolderLock, patience=0))
     log, blob = (tmp_path / name for name in ("log", "blob" if elsewhere else "log"))
     words = flags(**dict(TRAIN, data_dir=images, resume_checkpoint="auto"))
     variables = {"DIFFUSION_BLOB_LOGDIR": str(blob)} if elsewhere else {}

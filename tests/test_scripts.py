@@ -71,7 +71,7 @@ def largest_difference(a, b):
         "image_nll",
         "super_res_train",
         "super_res_sample",
-        "prepare_digits",
+        "prepare",
     ],
 )
 def test_help(tmp_path, capfd, script):
@@ -580,7 +580,7 @@ def test_digits_are_drawn_end_to_end(tmp_path, capfd):
     from sklearn.datasets import load_digits
 
     folder = tmp_path / "digits"
-    assert run_script("prepare_digits", [str(folder)], tmp_path / "log") == 0
+    assert run_script("prepare", ["digits", str(folder)], tmp_path / "log") == 0
     assert f"wrote 1797 images of 10 classes to {folder}" in capfd.readouterr().out
     digits = load_digits()
     names = [f"{label}_{i:05d}.png" for i, label in enumerate(digits.target)]
@@ -612,6 +612,6 @@ def test_digits_are_drawn_end_to_end(tmp_path, capfd):
 def test_an_unusable_output_ends_in_one_line(tmp_path, capfd):
     file = tmp_path / "file"
     file.touch()
-    assert run_script("prepare_digits", [str(file)], tmp_path) == 2
+    assert run_script("prepare", ["digits", str(file)], tmp_path) == 2
     err = capfd.readouterr().err
-    assert err.count("\n") == 1 and f"error: out_dir {file}" in err
+    assert err.count("\n") == 1 and f"error: {file}: " in err

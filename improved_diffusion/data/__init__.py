@@ -1,0 +1,1 @@
+"""Images on disk: packed data sets, and their preparation."""

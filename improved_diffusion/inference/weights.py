@@ -40,7 +40,7 @@ def load_weights(model: th.nn.Module, state_dict: dict[str, th.Tensor], path: st
             f"{path}: does not fit the flags: {tensors}{', ...' if len(wrong) > 3 else ''}; "
             f"the likely cause is {_likely_cause(infer_architecture(there), infer_architecture(here))}"
         )
-    check_weights(state_dict, model, f"{flag} {path}")
+    check_weights(state_dict, model, path)
     model.load_state_dict(state_dict)
 
 

@@ -1,0 +1,50 @@
+"""
+Prepare images for training: read a data set as it is published, or any folder of images, and write a folder of PNG
+files named by class, or packed images if the name of OUT ends in .packed.
+
+    python scripts/prepare.py images photos photos64.packed --image_size 64
+
+A folder may be continued after an interruption, by the same command; packed images are whole or absent.
+"""
+
+import inspect
+
+from improved_diffusion.cli.parser import FlagParser, add_flag, run
+from improved_diffusion.data.prepare import write
+from improved_diffusion.data.sources import SOURCES
+from improved_diffusion.options import PrepareOptions, check, rows
+
+ROWS = {row.name: row for row in rows(PrepareOptions)}
+
+
+def main():
+    args = create_argparser().parse_args()
+    source = SOURCES[args.source]
+    arguments = {name: getattr(args, name) for name in inspect.signature(source).parameters}
+    for name in arguments.keys() & ROWS.keys():
+        check(ROWS[name], arguments[name])
+    write(source(**arguments), args.out)
+
+
+def create_argparser():
+    parser = FlagParser(description=__doc__)
+    commands = parser.add_subparsers(dest="source", metavar="SOURCE", required=True, help="SOURCE --help tells more:")
+    for name, source in SOURCES.items():
+        summary = inspect.getdoc(source).partition("\n")[0]
+        command = commands.add_parser(name, help=summary, description=source.__doc__)
+        parameters = inspect.signature(source).parameters
+        if "src" in parameters:
+            command.add_argument("src", metavar="SRC", help="what is read")
+        command.add_argument("out", metavar="OUT", help="folder to write; packed images if its name ends in .packed")
+        for parameter in parameters.values():
+            if parameter.name in ROWS:
+                add_flag(command, ROWS[parameter.name], parameter.default)
+    return parser
+
+
+def cli():
+    run(main)
+
+
+if __name__ == "__main__":
+    cli()
