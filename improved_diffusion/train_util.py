@@ -12,8 +12,12 @@ import contextlib
 import copy
 import math
 import os
+import traceback
 
+import blobfile as bf  # noqa: F401 (star imports of the original's module give it, as np and dist)
+import numpy as np  # noqa: F401
 import torch as th
+import torch.distributed as dist  # noqa: F401
 from torch.nn.parallel.distributed import DistributedDataParallel as DDP
 from torch.optim import AdamW
 
@@ -29,27 +33,39 @@ from .nn import match_gradients, update_ema
 from .resample import LossAwareSampler, UniformSampler
 from .training.checkpoints import (
     delete_old_sets,
+    ema_filename,
     find_ema_checkpoint,  # noqa: F401 (part of this module, as in the original)
     is_in,
-    is_of_a_run,
-    parse_resume_step_from_filename,
+    optimizer_filename,
+    parse_resume_step_from_filename,  # noqa: F401
     save_set,
 )
-from .training.resume import Resumable, find_checkpoint, load_model, warn_of_other_checkpoints
+from .training.contents import check_weights
+from .training.position import Position
+from .training.resume import (
+    RNG,
+    CheckpointIO,
+    find_checkpoint,
+    load_optimizer,
+    log_changes,
+    warn_of_other_checkpoints,
+)
 from .training.signals import StopSignals
 from .training.statistics import StepStatistics, log_loss_dict  # noqa: F401 (the second is part of this module)
-from .training.stopping import Stoppable
-from .utils.errors import TrainingError
+from .training.stopping import errors_of_ranks, leave
+from .training.weights import load_weights
+from .utils.errors import TrainingError, is_out_of_memory
 from .utils.progress import Progress
 
 # In float16 the loss is multiplied by 2^lg_loss_scale, lest small gradients vanish. The scale grows
 # slowly, is halved whenever a gradient overflows, and begins high enough to find its place quickly.
 INITIAL_LOG_LOSS_SCALE = 20.0
-# So many overflows in a row no scale explains: the network itself yields NaN.
+LONGEST_OVERFLOW = 20  # steps until the loss scale that a run begins with is small enough
+# More overflows in a row are not the scale's fault: the network itself yields NaN.
 MAX_OVERFLOWS_IN_A_ROW = 20
 
 
-class TrainLoop(Resumable, Stoppable):
+class TrainLoop:
     """
     :param model: the network, on dist_util.dev().
     :param diffusion: the GaussianDiffusion to train it for.
@@ -62,21 +78,39 @@ class TrainLoop(Resumable, Stoppable):
     :param log_interval: steps between rows of the log.
     :param save_interval: steps between checkpoints.
     :param resume_checkpoint: a model file to continue from, or "". With the state file beside it, the
-                              run goes on as if it had not stopped; without, as the original would.
+                              run continues as if it had not stopped; without, as in the original.
                               "auto" is the newest complete one of get_blob_logdir(), if there is any.
+                              A script hands in a Checkpoint that it has opened.
     :param use_fp16: compute the network's torso in float16, with a dynamic loss scale.
     :param fp16_scale_growth: growth of the loss scale's log2 a step.
     :param schedule_sampler: which timesteps to train on; uniform if None.
     :param weight_decay: of AdamW.
-    :param lr_anneal_steps: stop after this many steps, 0 for never.
+    :param lr_anneal_steps: number of steps; 0 = no limit.
     :param max_steps: the same without touching the learning rate.
-    :param keep_checkpoints: so many of the newest checkpoints are kept; 0 for all.
+    :param keep_checkpoints: number of the newest checkpoints to keep; 0 = all.
     :param flags: plain values that describe the run, a dict, kept in the state file. A resumed run
                   logs which of them have changed.
     :param preview: called on rank 0 after each save, with a function that gives a copy of the network with the first
                     average's weights, the folder, and the step of the save.
     :raises InputError: if the checkpoint cannot be read or does not belong to this model.
     """
+
+    # of a subclass that replaces __init__ by the original's
+    max_steps = keep_checkpoints = 0
+    flags: dict = {}
+    preview = None
+
+    def __new__(cls, *_, **__):
+        self = super().__new__(cls)
+        self.position = Position()
+        self._checkpoint = None  # that the run continues
+        self._last_checkpoint = None  # the path of the last good one
+        self._overflows_in_a_row = 0
+        self._statistics = StepStatistics()
+        self._progress = None
+        self._before_batch = None  # state of data and random numbers before the batch of this step
+        self._computing = None  # within a step: whether it has changed nothing but gradients and random numbers
+        return self
 
     def __init__(
         self,
@@ -121,35 +155,31 @@ class TrainLoop(Resumable, Stoppable):
         self.flags = dict(flags or {})
         self.preview = preview
 
-        # Steps are counted from resume_step where a run of the original is resumed, which is also how it
-        # counted. With a state file, step itself goes on, and resume_step stays 0.
         self.step = 0
         self.resume_step = 0
         self.global_batch = self.batch_size * dist_util.world_size()
         self.lg_loss_scale = INITIAL_LOG_LOSS_SCALE
-        self._updates = 0  # steps done since the run's very beginning
-        self._saved = None  # of the last checkpoint: the number in its name, and the updates it follows
-        self._last_checkpoint = None
-        self._overflows_in_a_row = 0
-        self._statistics = StepStatistics()
-        self._progress = None
 
         self.model_params = list(self.model.parameters())
         self.master_params = self.model_params
-        found = find_resume_checkpoint()  # by each rank, as in the original; what rank 0 finds counts
-        main_checkpoint = dist_util.from_rank_0(lambda: found) or find_checkpoint(resume_checkpoint, get_blob_logdir())
-        warn_of_other_checkpoints(main_checkpoint, get_blob_logdir())
-        if main_checkpoint:
-            load_model(self.model, main_checkpoint)
-            self.resume_step = parse_resume_step_from_filename(main_checkpoint)
-        dist_util.sync_params(self.model_params)
+        checkpoint = self._find_checkpoint()
+        warn_of_other_checkpoints(checkpoint, get_blob_logdir())
+        self._load_and_sync_parameters()
         if self.use_fp16:
             self._setup_fp16()
         self.opt = AdamW(self.master_params, lr=self.lr, weight_decay=self.weight_decay, fused=True)
         self.opt.register_step_pre_hook(match_gradients)
-        self.ema_params = [copy.deepcopy(self.master_params) for _ in self.ema_rate]
-        if main_checkpoint:
-            self._resume(main_checkpoint, get_blob_logdir())
+        # a subclass that loads weights for a new run leaves resume_step at 0
+        if checkpoint and checkpoint.step == self.resume_step:
+            state = checkpoint.read_state(self.data, self.schedule_sampler)
+            self._load_optimizer_state()
+            self.ema_params = [self._load_ema_parameters(rate) for rate in self.ema_rate]
+            if state:
+                self._load_state(state)
+            self.position.saved = checkpoint.step, self.position.updates
+            self._last_checkpoint = checkpoint.path
+        else:
+            self.ema_params = [copy.deepcopy(self.master_params) for _ in self.ema_rate]
 
         self.use_ddp = dist_util.world_size() > 1
         self.ddp_model = self.model
@@ -160,9 +190,129 @@ class TrainLoop(Resumable, Stoppable):
                 bucket_cap_mb=128,
             )
 
+    @property
+    def step(self):
+        """Steps done by this loop; clients may set it."""
+        return self.position.step
+
+    @step.setter
+    def step(self, step):
+        self.position.move_to(step)
+
+    @property
+    def resume_step(self):
+        """Steps done before it, where a run without a state file is resumed."""
+        return self.position.resume_step
+
+    @resume_step.setter
+    def resume_step(self, step):
+        self.position.resume_step = step
+
+    def last_step(self):
+        """The step that the run ends at, None for no end."""
+        return min((limit for limit in (self.lr_anneal_steps, self.max_steps) if limit), default=None)
+
+    # ---------------------------------------------------------------- a checkpoint to continue from
+
+    def _find_checkpoint(self):
+        """The checkpoint that the run continues, found once; None for a new run."""
+        if self._checkpoint is None:
+            own = find_resume_checkpoint()  # by each rank, as in the original; what rank 0 finds counts
+            own = dist_util.from_rank_0(lambda: own)
+            self._checkpoint = find_checkpoint(own or self.resume_checkpoint, get_blob_logdir())
+            if not own:
+                self.resume_checkpoint = self._checkpoint.path if self._checkpoint else ""
+        return self._checkpoint
+
+    def _load_and_sync_parameters(self):
+        """Load the model's weights, and set resume_step if they are a run's."""
+        checkpoint = self._find_checkpoint()
+        if checkpoint:
+            logger.log(f"loading model from checkpoint: {checkpoint.path}...")
+            dist_util.from_rank_0(lambda: load_weights(self.model, checkpoint.take(), checkpoint.path))
+            if checkpoint.step is None:
+                logger.log(f"{checkpoint.path} is not a model000000.pt: a new run starts from its weights")
+            self.resume_step = checkpoint.step or 0
+        dist_util.sync_params([*self.model.parameters(), *self.model.buffers()])
+
+    def _load_ema_parameters(self, rate):
+        """The averages of a rate from the checkpoint, else a copy of the parameters."""
+        ema_params = copy.deepcopy(self.master_params)
+        checkpoint, name = self._find_checkpoint(), ema_filename(rate, self.resume_step)
+        path = checkpoint and checkpoint.find(name)
+        if not path:
+            logger.log(f"there is no checkpoint of EMA {rate}: it starts at the model's parameters")
+            return ema_params
+
+        def load():
+            state_dict = checkpoint.take(name)
+            check_weights(state_dict, self.model, path, strict=True)
+            with th.no_grad():
+                for mine, value in zip(ema_params, self._state_dict_to_master_params(state_dict), strict=True):
+                    mine.copy_(value)
+
+        logger.log(f"loading EMA from checkpoint: {path}...")
+        dist_util.from_rank_0(load)
+        dist_util.sync_params(ema_params)
+        return ema_params
+
+    def _load_optimizer_state(self):
+        """Continue with the checkpoint's moments, if it has some."""
+        checkpoint, name = self._find_checkpoint(), optimizer_filename(self.resume_step)
+        path = checkpoint and checkpoint.find(name)
+        if not path:
+            logger.log("there is no checkpoint of the optimizer: it starts without moments")
+            return
+        logger.log(f"loading optimizer state from checkpoint: {path}")
+        # parameters without a gradient so far have no moments; nor has any while all float16 gradients overflow
+        allowed = [len(self.master_params), *([0] if self.use_fp16 and self.resume_step <= LONGEST_OVERFLOW else [])]
+        if checkpoint.state and "moments" in checkpoint.state:
+            allowed = [checkpoint.state["moments"]]
+        # an annealed learning rate changes at every step
+        report = ["weight_decay"] if self.lr_anneal_steps else ["lr", "weight_decay"]
+        load_optimizer(self.opt, lambda: checkpoint.take(name), path, allowed, report)
+
+    def _load_state(self, state):
+        """Continue from a state file as if the run had not stopped."""
+        self.step, self.resume_step = state["updates"], 0
+        self.lg_loss_scale = state["lg_loss_scale"]
+        self._overflows_in_a_row = state["overflows_in_a_row"]
+        unreported = {"resume_checkpoint", "seed", "lr", "weight_decay"}  # the last two by the optimizer
+        log_changes(state.get("flags", {}), {k: v for k, v in self.flags.items() if k not in unreported})
+        self._parts().load_state_dict(state, self.step)
+        if is_in(self._checkpoint.path, get_blob_logdir()):
+            logger.get_current().drop_from("step", self.step)  # rows that will be written again
+
+    def _state(self):
+        return {
+            "updates": self.position.updates,
+            "lg_loss_scale": self.lg_loss_scale,
+            "overflows_in_a_row": self._overflows_in_a_row,
+            "moments": sum(map(bool, self.opt.state.values())),
+            "flags": self.flags,
+            **self._parts().state_dict(),
+        }
+
+    def _parts(self):
+        return CheckpointIO(
+            schedule_sampler=self.schedule_sampler, data=self.data, rng=RNG, statistics=self._statistics
+        )
+
     def _setup_fp16(self):
         self.master_params = make_master_params(self.model_params)
         self.model.convert_to_fp16()
+
+    def _master_params_to_state_dict(self, master_params):
+        """The network's state dict with these parameters, or averages, in float32."""
+        if self.use_fp16:
+            master_params = unflatten_master_params(self.model_params, master_params)
+        names = [name for name, _ in self.model.named_parameters()]
+        return {**self.model.state_dict(), **dict(zip(names, (p.detach() for p in master_params), strict=True))}
+
+    def _state_dict_to_master_params(self, state_dict):
+        """The inverse: the parameters in the network's order, flat in float16 training."""
+        params = [state_dict[name] for name, _ in self.model.named_parameters()]
+        return make_master_params(params) if self.use_fp16 else params
 
     # ---------------------------------------------------------------- the loop
 
@@ -177,50 +327,81 @@ class TrainLoop(Resumable, Stoppable):
         """
         with (
             StopSignals() as stop,
-            Progress("training", self._last_step, "steps", self._total_step, lines=False) as self._progress,
+            Progress("training", self.last_step(), "steps", self.position.updates, lines=False) as self._progress,
         ):
-            batch = self._next_batch(self._total_step, stop)
+            batch = self._next_batch(stop)
             while batch is not None:
-                self._run_step(*batch)
-                self._step_done()  # again, for a run_step() of one's own
+                self._try_step(*batch)
+                self._finish_step()  # subclasses may override run_step() without calling this
                 if self.step % self.log_interval == 0:
                     logger.dumpkvs()
-                if self.step % self.save_interval == 0 and not self._is_resumed_from_here():
-                    self._save_once()
+                if self.position.save_due(self.save_interval):
+                    self._save()
                     if self.step > 0 and dist_util.any_rank(bool(os.environ.get("DIFFUSION_TRAINING_TEST"))):
                         return
-                batch = self._next_batch(self._total_step + 1, stop)
+                batch = self._next_batch(stop)
                 self.step += 1
-            last_was_regular = (self.step - 1) % self.save_interval == 0
-            if not last_was_regular or self._saved != (self._total_step - 1, self._updates):
-                self._save_once()
+            if self.position.closing_save_due(self.save_interval):
+                self._save()
 
-    @property
-    def _total_step(self):
-        """Steps before this one since the run's very beginning; a checkpoint written now has it in its name."""
-        return self.step + self.resume_step
+    def _next_batch(self, stop):
+        """
+        The next batch, None after the last step. Between two steps, with one message, the ranks agree whether to
+        continue: after a signal or a failure of the data on one of them, all save and leave.
+        """
+        self._before_batch = self._stream().local_state()
+        batch = error = None
+        if stop.received is None and self.position.updates < (self.last_step() or math.inf):
+            try:
+                with stop.children():
+                    batch = next(self.data)
+            except Exception as e:  # an image cannot be read, a worker was killed, memory is full
+                error = e
+        if dist_util.any_rank(stop.received is not None or error is not None):
+            self._stop(stop.received, error)
+        return batch
 
-    def _save_once(self):
-        """save(), unless it would write what was written last, or resumed from."""
-        if self._saved != (self._total_step, self._updates):
-            self.save()
-            self._saved = self._total_step, self._updates
+    def _try_step(self, batch, cond):
+        """
+        run_step(). If it fails, the state before it can be saved as long as only gradients have been computed, as when
+        a GPU runs out of memory. An update may be half done, and other ranks may wait within the step: then it cannot.
+        """
+        self._computing = None
+        try:
+            self.run_step(batch, cond)
+        except Exception as e:
+            if not self._computing or dist_util.world_size() > 1 or not self.position.has_news():
+                raise
+            if is_out_of_memory(e):
+                traceback.clear_frames(e.__traceback__)  # they hold activations
+            self.position.move_back()
+            self._stop(None, e)
 
-    @property
-    def _last_step(self):
-        return min((limit for limit in (self.lr_anneal_steps, self.max_steps) if limit), default=None)
+    def _stop(self, signal, error):
+        """
+        Save what the last step left, and leave. All ranks call it.
 
-    def _ends_before(self, step):
-        return self._last_step is not None and step >= self._last_step
+        :param signal: name of the one that this rank has received, or None.
+        :param error: of this rank, or None.
+        """
+        self._stream().load_local_state(self._before_batch)
+        errors = errors_of_ranks(error)
+        for rank, (_, text) in errors.items():
+            logger.log(f"rank {rank} cannot continue: {text}")
+        if self.position.has_news():
+            self._save()
+        reason = "an error" if errors else signal or "a signal to another rank"
+        saved = self._last_checkpoint or "nothing to save"
+        logger.log(f"stopped by {reason} at step {self.position.label()}: {saved}")
+        leave(error, errors)
 
-    def next_save(self):
-        """The step of the next checkpoint, if nothing stops the run before."""
-        waits = -self.step % self.save_interval or self.save_interval * self._is_resumed_from_here()
-        return max(self._total_step, min(self._total_step + waits, self._last_step or math.inf))
+    def _stream(self):
+        """What a batch is drawn from."""
+        return CheckpointIO(data=self.data, rng=RNG)
 
-    def _is_resumed_from_here(self):
-        """Whether a save now would overwrite the checkpoint of the original that this run came from."""
-        return self.step == 0 and self.resume_step > 0
+    def _save(self):
+        self.save()
+        self.position.mark_saved()
 
     def run_step(self, batch, cond):
         """
@@ -234,14 +415,14 @@ class TrainLoop(Resumable, Stoppable):
             self.optimize_fp16()
         else:
             self.optimize_normal()
-        self._step_done()
+        self._finish_step()
         self.log_step()
 
-    def _step_done(self):
-        """Count the step, and give the logger what is due; a second time changes nothing."""
-        self._updates = self._total_step + 1
+    def _finish_step(self):
+        """Count the step and log if due. Idempotent."""
+        self.position.done = True
         if self._progress is not None:
-            self._progress.reach(self._updates)
+            self._progress.reach(self.position.updates)
         if self.step % self.log_interval == 0:
             self._log_statistics()
 
@@ -320,7 +501,7 @@ class TrainLoop(Resumable, Stoppable):
     def _anneal_lr(self):
         if not self.lr_anneal_steps:
             return
-        frac_done = self._total_step / self.lr_anneal_steps
+        frac_done = self.position.label() / self.lr_anneal_steps
         for group in self.opt.param_groups:
             group["lr"] = self.lr * (1 - frac_done)
 
@@ -332,8 +513,8 @@ class TrainLoop(Resumable, Stoppable):
 
     def log_step(self):
         """Log how far the run is."""
-        logger.logkv("step", self._total_step)
-        logger.logkv("samples", (self._total_step + 1) * self.global_batch)
+        logger.logkv("step", self.position.label())
+        logger.logkv("samples", (self.position.label() + 1) * self.global_batch)
         if self.use_fp16:
             logger.logkv("lg_loss_scale", self.lg_loss_scale)
 
@@ -364,7 +545,7 @@ class TrainLoop(Resumable, Stoppable):
         """
         bad = bad or self._statistics.ranks_not_finite("loss") or range(dist_util.world_size())
         return TrainingError(
-            f"{what} at step {self._total_step} on rank {', '.join(map(str, bad))}; "
+            f"{what} at step {self.position.label()} on rank {', '.join(map(str, bad))}; "
             f"the last good checkpoint is {self._last_checkpoint or 'none'}. A lower lr helps, or a look at the data"
         )
 
@@ -380,51 +561,40 @@ class TrainLoop(Resumable, Stoppable):
         norms = th.stack(th._foreach_norm([p.detach() for p in self.master_params]))
         if bad := dist_util.ranks_where(not norms.isfinite().all()):
             raise self._diverged("a parameter is not finite", bad)
-        path = dist_util.from_rank_0(self._write_checkpoint, self._total_step, self._state())
+        model = self._master_params_to_state_dict(self.master_params)
+        averages = [self._master_params_to_state_dict(params) for params in self.ema_params]
+        path = dist_util.from_rank_0(self._write_checkpoint, model, averages, self._state())
         if self._progress is not None:
             self._progress.rate()  # from here on, without the time that saving took
         # overflows may be the network's, not the loss scale's
         if not self._overflows_in_a_row or self._last_checkpoint is None:
             self._last_checkpoint = path
 
-    def _write_checkpoint(self, label, state):
+    def _write_checkpoint(self, model, averages, state):
         logger.log("saving model...")
-        emas = {rate: self._state_dict_of(params) for rate, params in zip(self.ema_rate, self.ema_params, strict=True)}
-        path = save_set(
-            get_blob_logdir(),
-            label,
-            model=self._state_dict_of(self.master_params),
-            emas=emas,
-            optimizer=self.opt.state_dict(),
-            state=state,
-        )
+        directory, label = get_blob_logdir(), self.position.label()
+        emas = dict(zip(self.ema_rate, averages, strict=True))
+        path = save_set(directory, label, model=model, emas=emas, optimizer=self.opt.state_dict(), state=state)
         logger.log(f"saved {path} and its ema, opt and state")
         if self.preview is not None:
-            self.preview(lambda: self._copy_with(emas[self.ema_rate[0]]), get_blob_logdir(), label)
+            self.preview(lambda: self._copy_with(averages[0]), directory, label)
         if self.keep_checkpoints and not self._overflows_in_a_row:
-            delete_old_sets(get_blob_logdir(), label, self.keep_checkpoints)
+            delete_old_sets(directory, label, self.keep_checkpoints)
         return path
 
     def draw_missing_preview(self):
-        """Draw the preview of the checkpoint that the run goes on from, if a kill came before it was there."""
-        path, directory = self._last_checkpoint, get_blob_logdir()
-        if self.preview is None or not path or not is_of_a_run(path) or not is_in(path, directory):
+        """Draw the preview of the checkpoint that the run continues, if it was killed before it drew it."""
+        checkpoint, directory = self._checkpoint, get_blob_logdir()
+        if self.preview is None or not checkpoint or checkpoint.step is None or not is_in(checkpoint.path, directory):
             return
-        step = parse_resume_step_from_filename(path)
-        if self.preview.is_missing(directory, step):
-            average = self._state_dict_of(self.ema_params[0])
-            self.preview(lambda: self._copy_with(average), directory, step)
+        if self.preview.is_missing(directory, checkpoint.step):
+            average = self._master_params_to_state_dict(self.ema_params[0])
+            self.preview(lambda: self._copy_with(average), directory, checkpoint.step)
 
     def _copy_with(self, state_dict):
         model = copy.deepcopy(self.model).eval()
         model.load_state_dict(state_dict)
         return model
-
-    def _state_dict_of(self, master_params):
-        if self.use_fp16:
-            master_params = unflatten_master_params(self.model_params, master_params)
-        names = [name for name, _ in self.model.named_parameters()]
-        return {**self.model.state_dict(), **dict(zip(names, (p.detach() for p in master_params), strict=True))}
 
 
 def get_blob_logdir():
@@ -434,7 +604,6 @@ def get_blob_logdir():
 
 def find_resume_checkpoint():
     """
-    A model file to continue from, found by means of one's own; None for none. To be replaced on
-    infrastructure that looks for a restarted job's checkpoints by itself.
+    A model file to continue from, or None. Replace it on infrastructure that finds a restarted job's checkpoints.
     """
     return None

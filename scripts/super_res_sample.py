@@ -19,9 +19,9 @@ from improved_diffusion.inference.generate import (
     refuse_old_images,
     write_samples,
 )
-from improved_diffusion.inference.weights import load_weights, read_weights
 from improved_diffusion.options import SuperResSampleOptions
 from improved_diffusion.script_util import sr_create_model_and_diffusion
+from improved_diffusion.training.weights import load_weights, read_weights
 
 
 def main():
