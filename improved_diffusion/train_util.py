@@ -31,36 +31,19 @@ from .fp16_util import (
 )
 from .nn import match_gradients, update_ema
 from .resample import LossAwareSampler, UniformSampler
-from .training.checkpoints import (
-    delete_old_sets,
-    ema_filename,
-    find_ema_checkpoint,  # noqa: F401 (part of this module, as in the original)
-    is_in,
-    optimizer_filename,
-    parse_resume_step_from_filename,  # noqa: F401
-    save_set,
-)
-from .training.contents import check_weights
+from .training import checkpoints, resume
+from .training.checkpoints import find_ema_checkpoint, parse_resume_step_from_filename  # noqa: F401 (the original's)
 from .training.position import Position
-from .training.resume import (
-    RNG,
-    CheckpointIO,
-    find_checkpoint,
-    load_optimizer,
-    log_changes,
-    warn_of_other_checkpoints,
-)
 from .training.signals import StopSignals
-from .training.statistics import StepStatistics, log_loss_dict  # noqa: F401 (the second is part of this module)
-from .training.stopping import errors_of_ranks, leave
-from .training.weights import load_weights
-from .utils.errors import TrainingError, is_out_of_memory
+from .training.statistics import StepStatistics, log_loss_dict  # noqa: F401 (the second is the original's)
+from .training.stopping import stop_run, try_next
+from .training.weights import copy_with, load_weights
+from .utils.errors import is_out_of_memory
 from .utils.progress import Progress
 
 # In float16 the loss is multiplied by 2^lg_loss_scale, lest small gradients vanish. The scale grows
 # slowly, is halved whenever a gradient overflows, and begins high enough to find its place quickly.
 INITIAL_LOG_LOSS_SCALE = 20.0
-LONGEST_OVERFLOW = 20  # steps until the loss scale that a run begins with is small enough
 # More overflows in a row are not the scale's fault: the network itself yields NaN.
 MAX_OVERFLOWS_IN_A_ROW = 20
 
@@ -77,10 +60,9 @@ class TrainLoop:
     :param ema_rate: one rate, or a string of several with commas.
     :param log_interval: steps between rows of the log.
     :param save_interval: steps between checkpoints.
-    :param resume_checkpoint: a model file to continue from, or "". With the state file beside it, the
-                              run continues as if it had not stopped; without, as in the original.
-                              "auto" is the newest complete one of get_blob_logdir(), if there is any.
-                              A script hands in a Checkpoint that it has opened.
+    :param resume_checkpoint: a model file (or an opened Checkpoint) to continue from, or "". With the state file beside
+                              it, the run continues as if it had not stopped; without, as in the original. "auto" is
+                              the newest complete one of get_blob_logdir(), if there is any.
     :param use_fp16: compute the network's torso in float16, with a dynamic loss scale.
     :param fp16_scale_growth: growth of the loss scale's log2 a step.
     :param schedule_sampler: which timesteps to train on; uniform if None.
@@ -88,28 +70,25 @@ class TrainLoop:
     :param lr_anneal_steps: number of steps; 0 = no limit.
     :param max_steps: the same without touching the learning rate.
     :param keep_checkpoints: number of the newest checkpoints to keep; 0 = all.
-    :param flags: plain values that describe the run, a dict, kept in the state file. A resumed run
-                  logs which of them have changed.
+    :param flags: a dict of plain values that describe the run, for the state file; a resumed run logs which changed.
     :param preview: called on rank 0 after each save, with a function that gives a copy of the network with the first
                     average's weights, the folder, and the step of the save.
     :raises InputError: if the checkpoint cannot be read or does not belong to this model.
     """
 
-    # of a subclass that replaces __init__ by the original's
-    max_steps = keep_checkpoints = 0
-    flags: dict = {}
-    preview = None
+    # where a subclass has the original's __init__
+    max_steps, keep_checkpoints, flags, preview = 0, 0, {}, None  # type: ignore[var-annotated]
 
     def __new__(cls, *_, **__):
         self = super().__new__(cls)
         self.position = Position()
-        self._checkpoint = None  # that the run continues
-        self._last_checkpoint = None  # the path of the last good one
-        self._overflows_in_a_row = 0
         self._statistics = StepStatistics()
-        self._progress = None
-        self._before_batch = None  # state of data and random numbers before the batch of this step
+        self._overflows_in_a_row = 0
+        self._checkpoint = False  # to continue from; None for none, False before it is looked for
+        self._last_checkpoint = None  # path of the last good one
+        self._before_batch = None  # state of data and random numbers
         self._computing = None  # within a step: whether it has changed nothing but gradients and random numbers
+        self._progress = None
         return self
 
     def __init__(
@@ -135,35 +114,24 @@ class TrainLoop:
         flags=None,
         preview=None,
     ):
-        self.model = model
-        self.diffusion = diffusion
-        self.data = data
+        self.model, self.diffusion, self.data = model, diffusion, data
         self.batch_size = batch_size
         self.microbatch = microbatch if microbatch > 0 else batch_size
-        self.lr = lr
+        self.lr, self.weight_decay, self.lr_anneal_steps = lr, weight_decay, lr_anneal_steps
         self.ema_rate = [float(rate) for rate in str(ema_rate).split(",")]
-        self.log_interval = log_interval
-        self.save_interval = save_interval
+        self.log_interval, self.save_interval = log_interval, save_interval
         self.resume_checkpoint = resume_checkpoint
-        self.use_fp16 = use_fp16
-        self.fp16_scale_growth = fp16_scale_growth
+        self.use_fp16, self.fp16_scale_growth = use_fp16, fp16_scale_growth
         self.schedule_sampler = schedule_sampler or UniformSampler(diffusion)
-        self.weight_decay = weight_decay
-        self.lr_anneal_steps = lr_anneal_steps
-        self.max_steps = max_steps
-        self.keep_checkpoints = keep_checkpoints
-        self.flags = dict(flags or {})
-        self.preview = preview
+        self.max_steps, self.keep_checkpoints = max_steps, keep_checkpoints
+        self.flags, self.preview = dict(flags or {}), preview
 
-        self.step = 0
-        self.resume_step = 0
+        self.step = self.resume_step = 0
         self.global_batch = self.batch_size * dist_util.world_size()
         self.lg_loss_scale = INITIAL_LOG_LOSS_SCALE
-
-        self.model_params = list(self.model.parameters())
-        self.master_params = self.model_params
+        self.master_params = self.model_params = list(self.model.parameters())
         checkpoint = self._find_checkpoint()
-        warn_of_other_checkpoints(checkpoint, get_blob_logdir())
+        resume.warn_of_other_checkpoints(checkpoint, get_blob_logdir())
         self._load_and_sync_parameters()
         if self.use_fp16:
             self._setup_fp16()
@@ -177,7 +145,7 @@ class TrainLoop:
             if state:
                 self._load_state(state)
             self.position.saved = checkpoint.step, self.position.updates
-            self._last_checkpoint = checkpoint.path
+            checkpoint.forget()
         else:
             self.ema_params = [copy.deepcopy(self.master_params) for _ in self.ema_rate]
 
@@ -190,87 +158,51 @@ class TrainLoop:
                 bucket_cap_mb=128,
             )
 
-    @property
-    def step(self):
-        """Steps done by this loop; clients may set it."""
-        return self.position.step
-
-    @step.setter
-    def step(self, step):
-        self.position.move_to(step)
-
-    @property
-    def resume_step(self):
-        """Steps done before it, where a run without a state file is resumed."""
-        return self.position.resume_step
-
-    @resume_step.setter
-    def resume_step(self, step):
-        self.position.resume_step = step
+    # Clients read and set both: steps of this loop, and those before it where a run of the original is resumed.
+    step = property(lambda self: self.position.step, lambda self, step: self.position.move_to(step))
+    resume_step = property(
+        lambda self: self.position.resume_step, lambda self, step: setattr(self.position, "resume_step", step)
+    )
 
     def last_step(self):
         """The step that the run ends at, None for no end."""
         return min((limit for limit in (self.lr_anneal_steps, self.max_steps) if limit), default=None)
 
-    # ---------------------------------------------------------------- a checkpoint to continue from
+    # ---------------------------------------------------------------- resuming: methods that forks override
 
     def _find_checkpoint(self):
-        """The checkpoint that the run continues, found once; None for a new run."""
-        if self._checkpoint is None:
+        """The resume.Checkpoint that the run continues, found once; None for a new run."""
+        if self._checkpoint is False:
             own = find_resume_checkpoint()  # by each rank, as in the original; what rank 0 finds counts
-            own = dist_util.from_rank_0(lambda: own)
-            self._checkpoint = find_checkpoint(own or self.resume_checkpoint, get_blob_logdir())
-            if not own:
-                self.resume_checkpoint = self._checkpoint.path if self._checkpoint else ""
+            path = dist_util.from_rank_0(lambda: own) or self.resume_checkpoint
+            self._checkpoint = resume.find_checkpoint(path, get_blob_logdir())
+            self._last_checkpoint = self._checkpoint and self._checkpoint.path
+            self.resume_checkpoint = self._last_checkpoint or ""
         return self._checkpoint
 
     def _load_and_sync_parameters(self):
         """Load the model's weights, and set resume_step if they are a run's."""
-        checkpoint = self._find_checkpoint()
-        if checkpoint:
+        if checkpoint := self._find_checkpoint():
             logger.log(f"loading model from checkpoint: {checkpoint.path}...")
             dist_util.from_rank_0(lambda: load_weights(self.model, checkpoint.take(), checkpoint.path))
             if checkpoint.step is None:
                 logger.log(f"{checkpoint.path} is not a model000000.pt: a new run starts from its weights")
             self.resume_step = checkpoint.step or 0
-        dist_util.sync_params([*self.model.parameters(), *self.model.buffers()])
+        dist_util.sync_params(self.model.parameters())
 
     def _load_ema_parameters(self, rate):
         """The averages of a rate from the checkpoint, else a copy of the parameters."""
-        ema_params = copy.deepcopy(self.master_params)
-        checkpoint, name = self._find_checkpoint(), ema_filename(rate, self.resume_step)
-        path = checkpoint and checkpoint.find(name)
-        if not path:
-            logger.log(f"there is no checkpoint of EMA {rate}: it starts at the model's parameters")
-            return ema_params
-
-        def load():
-            state_dict = checkpoint.take(name)
-            check_weights(state_dict, self.model, path, strict=True)
-            with th.no_grad():
-                for mine, value in zip(ema_params, self._state_dict_to_master_params(state_dict), strict=True):
-                    mine.copy_(value)
-
-        logger.log(f"loading EMA from checkpoint: {path}...")
-        dist_util.from_rank_0(load)
-        dist_util.sync_params(ema_params)
-        return ema_params
+        params = [p.detach() for p in copy.deepcopy(self.master_params)]
+        to_master_params = self._state_dict_to_master_params
+        resume.load_average(self._find_checkpoint(), rate, self.resume_step, params, self.model, to_master_params)
+        return params
 
     def _load_optimizer_state(self):
         """Continue with the checkpoint's moments, if it has some."""
-        checkpoint, name = self._find_checkpoint(), optimizer_filename(self.resume_step)
-        path = checkpoint and checkpoint.find(name)
-        if not path:
-            logger.log("there is no checkpoint of the optimizer: it starts without moments")
-            return
-        logger.log(f"loading optimizer state from checkpoint: {path}")
-        # parameters without a gradient so far have no moments; nor has any while all float16 gradients overflow
-        allowed = [len(self.master_params), *([0] if self.use_fp16 and self.resume_step <= LONGEST_OVERFLOW else [])]
-        if checkpoint.state and "moments" in checkpoint.state:
-            allowed = [checkpoint.state["moments"]]
+        overflowing = self.use_fp16 and self.resume_step <= MAX_OVERFLOWS_IN_A_ROW  # perhaps at each step
         # an annealed learning rate changes at every step
         report = ["weight_decay"] if self.lr_anneal_steps else ["lr", "weight_decay"]
-        load_optimizer(self.opt, lambda: checkpoint.take(name), path, allowed, report)
+        resume.load_optimizer(self.opt, self._find_checkpoint(), self.resume_step, overflowing, report)
 
     def _load_state(self, state):
         """Continue from a state file as if the run had not stopped."""
@@ -278,25 +210,14 @@ class TrainLoop:
         self.lg_loss_scale = state["lg_loss_scale"]
         self._overflows_in_a_row = state["overflows_in_a_row"]
         unreported = {"resume_checkpoint", "seed", "lr", "weight_decay"}  # the last two by the optimizer
-        log_changes(state.get("flags", {}), {k: v for k, v in self.flags.items() if k not in unreported})
+        resume.log_changes(state.get("flags", {}), {k: v for k, v in self.flags.items() if k not in unreported})
         self._parts().load_state_dict(state, self.step)
-        if is_in(self._checkpoint.path, get_blob_logdir()):
+        if self._checkpoint.is_in(get_blob_logdir()):
             logger.get_current().drop_from("step", self.step)  # rows that will be written again
 
-    def _state(self):
-        return {
-            "updates": self.position.updates,
-            "lg_loss_scale": self.lg_loss_scale,
-            "overflows_in_a_row": self._overflows_in_a_row,
-            "moments": sum(map(bool, self.opt.state.values())),
-            "flags": self.flags,
-            **self._parts().state_dict(),
-        }
-
     def _parts(self):
-        return CheckpointIO(
-            schedule_sampler=self.schedule_sampler, data=self.data, rng=RNG, statistics=self._statistics
-        )
+        parts = dict(schedule_sampler=self.schedule_sampler, data=self.data, statistics=self._statistics)
+        return resume.CheckpointIO(**parts, rng=resume.RNG)
 
     def _setup_fp16(self):
         self.master_params = make_master_params(self.model_params)
@@ -310,7 +231,7 @@ class TrainLoop:
         return {**self.model.state_dict(), **dict(zip(names, (p.detach() for p in master_params), strict=True))}
 
     def _state_dict_to_master_params(self, state_dict):
-        """The inverse: the parameters in the network's order, flat in float16 training."""
+        """The inverse: parameters in the network's order, one flat vector in float16 training."""
         params = [state_dict[name] for name, _ in self.model.named_parameters()]
         return make_master_params(params) if self.use_fp16 else params
 
@@ -349,14 +270,10 @@ class TrainLoop:
         The next batch, None after the last step. Between two steps, with one message, the ranks agree whether to
         continue: after a signal or a failure of the data on one of them, all save and leave.
         """
-        self._before_batch = self._stream().local_state()
+        self._before_batch = self._parts().local_state("data", "rng")
         batch = error = None
         if stop.received is None and self.position.updates < (self.last_step() or math.inf):
-            try:
-                with stop.children():
-                    batch = next(self.data)
-            except Exception as e:  # an image cannot be read, a worker was killed, memory is full
-                error = e
+            batch, error = try_next(self.data, stop)
         if dist_util.any_rank(stop.received is not None or error is not None):
             self._stop(stop.received, error)
         return batch
@@ -378,38 +295,21 @@ class TrainLoop:
             self._stop(None, e)
 
     def _stop(self, signal, error):
-        """
-        Save what the last step left, and leave. All ranks call it.
+        """Save what the last step left, and leave. All ranks call it."""
+        self._parts().load_local_state(self._before_batch)
+        stop_run(signal, error, self._save_news)
 
-        :param signal: name of the one that this rank has received, or None.
-        :param error: of this rank, or None.
-        """
-        self._stream().load_local_state(self._before_batch)
-        errors = errors_of_ranks(error)
-        for rank, (_, text) in errors.items():
-            logger.log(f"rank {rank} cannot continue: {text}")
+    def _save_news(self):
         if self.position.has_news():
             self._save()
-        reason = "an error" if errors else signal or "a signal to another rank"
-        saved = self._last_checkpoint or "nothing to save"
-        logger.log(f"stopped by {reason} at step {self.position.label()}: {saved}")
-        leave(error, errors)
-
-    def _stream(self):
-        """What a batch is drawn from."""
-        return CheckpointIO(data=self.data, rng=RNG)
+        return f"at step {self.position.label()}: {self._last_checkpoint or 'nothing to save'}"
 
     def _save(self):
-        self.save()
+        self.save()  # which subclasses may override
         self.position.mark_saved()
 
     def run_step(self, batch, cond):
-        """
-        One step of the optimizer.
-
-        :param batch: x_start, [N, C, ...].
-        :param cond: dict of tensors [N, ...], keyword arguments of the model.
-        """
+        """One step: `batch` is x_start [N, C, ...], `cond` the model's keyword arguments, tensors [N, ...]."""
         self.forward_backward(batch, cond)
         if self.use_fp16:
             self.optimize_fp16()
@@ -458,6 +358,7 @@ class TrainLoop:
         if isinstance(self.schedule_sampler, LossAwareSampler):
             self.schedule_sampler.update_with_local_losses(t, losses["loss"])
         self._statistics.add_losses(self.diffusion, t, {k: v * weights for k, v in losses.items()})
+        logger.get_current().pending = self._statistics.local_means  # for getkvs() between two rows
 
     def optimize_normal(self):
         """Update the parameters and their averages."""
@@ -476,7 +377,11 @@ class TrainLoop:
         model_grads_to_master_grads(self.model_params, self.master_params)
         grad = self.master_params[0].grad
         if dist_util.any_rank(not grad.isfinite().all()):
-            self._overflow()
+            self._overflows_in_a_row += 1
+            if self._overflows_in_a_row >= MAX_OVERFLOWS_IN_A_ROW:
+                raise self._diverged(f"float16 gradients overflowed {MAX_OVERFLOWS_IN_A_ROW} times in a row")
+            self.lg_loss_scale -= 1
+            logger.log(f"Found NaN, decreased lg_loss_scale to {self.lg_loss_scale}")
             return
         self._overflows_in_a_row = 0
         grad.mul_(1.0 / 2**self.lg_loss_scale)
@@ -486,13 +391,6 @@ class TrainLoop:
         self._update_ema()
         master_params_to_model_params(self.model_params, self.master_params)
         self.lg_loss_scale += self.fp16_scale_growth
-
-    def _overflow(self):
-        self._overflows_in_a_row += 1
-        if self._overflows_in_a_row >= MAX_OVERFLOWS_IN_A_ROW:
-            raise self._diverged(f"float16 gradients overflowed {MAX_OVERFLOWS_IN_A_ROW} times in a row")
-        self.lg_loss_scale -= 1
-        logger.log(f"Found NaN, decreased lg_loss_scale to {self.lg_loss_scale}")
 
     def _update_ema(self):
         for rate, params in zip(self.ema_rate, self.ema_params, strict=True):
@@ -528,7 +426,7 @@ class TrainLoop:
             rate = self._progress.rate() * self.global_batch
             logger.logkv("images/s", rate)
             self._progress.show(**{name: means[name][0] for name in ("loss",) if name in means}, **{"images/s": rate})
-        self._statistics = StepStatistics()
+        self._statistics, logger.get_current().pending = StepStatistics(), None
 
     def _check_finite(self, means):
         if self.use_fp16:
@@ -537,17 +435,8 @@ class TrainLoop:
             if key in means and not math.isfinite(means[key][0]):
                 raise self._diverged(f"{key} is {means[key][0]}")
 
-    def _diverged(self, what, bad=None):
-        """
-        The error to raise, on all ranks together.
-
-        :param bad: the ranks to name; those whose loss is not finite if None.
-        """
-        bad = bad or self._statistics.ranks_not_finite("loss") or range(dist_util.world_size())
-        return TrainingError(
-            f"{what} at step {self.position.label()} on rank {', '.join(map(str, bad))}; "
-            f"the last good checkpoint is {self._last_checkpoint or 'none'}. A lower lr helps, or a look at the data"
-        )
+    def _diverged(self, what, bad=()):
+        return self._statistics.diverged(what, self.position.label(), self._last_checkpoint, bad)
 
     # ---------------------------------------------------------------- saving
 
@@ -563,7 +452,15 @@ class TrainLoop:
             raise self._diverged("a parameter is not finite", bad)
         model = self._master_params_to_state_dict(self.master_params)
         averages = [self._master_params_to_state_dict(params) for params in self.ema_params]
-        path = dist_util.from_rank_0(self._write_checkpoint, model, averages, self._state())
+        state = {
+            "updates": self.position.updates,
+            "lg_loss_scale": self.lg_loss_scale,
+            "overflows_in_a_row": self._overflows_in_a_row,
+            "moments": sum(map(bool, self.opt.state.values())),
+            "flags": self.flags,
+            **self._parts().state_dict(),
+        }
+        path = dist_util.from_rank_0(self._write_checkpoint, model, averages, state)
         if self._progress is not None:
             self._progress.rate()  # from here on, without the time that saving took
         # overflows may be the network's, not the loss scale's
@@ -573,28 +470,22 @@ class TrainLoop:
     def _write_checkpoint(self, model, averages, state):
         logger.log("saving model...")
         directory, label = get_blob_logdir(), self.position.label()
-        emas = dict(zip(self.ema_rate, averages, strict=True))
-        path = save_set(directory, label, model=model, emas=emas, optimizer=self.opt.state_dict(), state=state)
+        emas, optimizer = dict(zip(self.ema_rate, averages, strict=True)), self.opt.state_dict()
+        path = checkpoints.save_set(directory, label, model=model, emas=emas, optimizer=optimizer, state=state)
         logger.log(f"saved {path} and its ema, opt and state")
         if self.preview is not None:
-            self.preview(lambda: self._copy_with(averages[0]), directory, label)
+            self.preview(lambda: copy_with(self.model, averages[0]), directory, label)
         if self.keep_checkpoints and not self._overflows_in_a_row:
-            delete_old_sets(directory, label, self.keep_checkpoints)
+            checkpoints.delete_old_sets(directory, label, self.keep_checkpoints)
         return path
 
     def draw_missing_preview(self):
         """Draw the preview of the checkpoint that the run continues, if it was killed before it drew it."""
-        checkpoint, directory = self._checkpoint, get_blob_logdir()
-        if self.preview is None or not checkpoint or checkpoint.step is None or not is_in(checkpoint.path, directory):
-            return
-        if self.preview.is_missing(directory, checkpoint.step):
+        start, directory = self._checkpoint, get_blob_logdir()
+        here = self.preview is not None and start and start.is_in(directory)
+        if here and self.preview.is_missing(directory, start.step):
             average = self._master_params_to_state_dict(self.ema_params[0])
-            self.preview(lambda: self._copy_with(average), directory, checkpoint.step)
-
-    def _copy_with(self, state_dict):
-        model = copy.deepcopy(self.model).eval()
-        model.load_state_dict(state_dict)
-        return model
+            self.preview(lambda: copy_with(self.model, average), directory, start.step)
 
 
 def get_blob_logdir():
@@ -603,7 +494,5 @@ def get_blob_logdir():
 
 
 def find_resume_checkpoint():
-    """
-    A model file to continue from, or None. Replace it on infrastructure that finds a restarted job's checkpoints.
-    """
+    """A model file to continue from, or None. Replace it where a restarted job's checkpoints are found otherwise."""
     return None

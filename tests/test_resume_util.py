@@ -12,6 +12,7 @@ import torch as th
 from harness import snapshot, write_images
 from training import (
     Killed,
+    TinyNet,
     assert_same,
     batches,
     checkpoint_names,
@@ -33,7 +34,7 @@ from improved_diffusion.image_datasets import load_data
 from improved_diffusion.resample import LossSecondMomentResampler, UniformSampler
 from improved_diffusion.train_util import TrainLoop
 from improved_diffusion.training import resume as resume_module
-from improved_diffusion.utils.errors import InputError
+from improved_diffusion.utils.errors import InputError, TrainingError
 
 
 @pytest.fixture(autouse=True)
@@ -468,13 +469,32 @@ def test_a_path_that_is_no_checkpoint_does_not_begin_anew(tmp_path):
         train(tmp_path, resume_checkpoint=str(tmp_path / "auto"))
 
 
+@pytest.mark.parametrize("how", ["auto", "path", "opened"])
+@pytest.mark.parametrize("cut_off", [False, True])
+def test_each_file_is_read_once(tmp_path, monkeypatch, how, cut_off):
+    """And nothing of it is held when the run begins."""
+    train(tmp_path, max_steps=4)
+    if cut_off and how == "auto":
+        os.rename(tmp_path / "state000004.pt", tmp_path / "state000004.pt.tmp")
+    paths, read = [], dist_util.read_state_dict
+    monkeypatch.setattr(dist_util, "read_state_dict", lambda path, **_: paths.append(Path(path)) or read(path, **_))
+    model, checkpoint = TinyNet(), {"auto": "auto"}.get(how, latest(tmp_path))
+    if how == "opened":
+        checkpoint = resume_module.open_checkpoint(checkpoint, model)
+    with logger.scoped_configure(dir=str(tmp_path), format_strs=["log"]):
+        loop = make_loop(model=model, resume_checkpoint=checkpoint)
+    assert sorted(path.name.removesuffix(".tmp") for path in paths) == checkpoint_names_of(4)
+    assert loop.step == 4 and loop.resume_checkpoint == latest(tmp_path)
+    assert loop._checkpoint._contents == {} and loop._checkpoint.state is None
+
+
 # ---------------------------------------------------------------- what a run must not lose
 
 
 def test_a_used_folder_is_warned_of(tmp_path):
     """A new run among the checkpoints of another overwrites some; one that continues the newest is told nothing."""
     train(tmp_path, max_steps=4)
-    warning = f"{tmp_path} has checkpoints up to step 4 of a run that this one does not continue"
+    warning = f"{tmp_path} has checkpoints up to step 4 that this run does not continue"
     for checkpoint, warned in [("", True), ("ema_0.9_000004.pt", True), ("model000000.pt", True), ("auto", False)]:
         path = checkpoint if checkpoint in ("", "auto") else str(tmp_path / checkpoint)
         before = len((tmp_path / "log.txt").read_text())
@@ -498,7 +518,7 @@ def test_no_checkpoint_of_parameters_that_are_not_finite(tmp_path):
         loop = make_loop(resume_checkpoint=latest(tmp_path), keep_checkpoints=1)
         with th.no_grad():
             loop.master_params[0][0] = math.nan
-        with pytest.raises(train_util.TrainingError, match=r"a parameter is not finite at step 2 .*model000002.pt"):
+        with pytest.raises(TrainingError, match=r"a parameter is not finite at step 2 .*model000002.pt"):
             loop.save()
     assert {name: data for name, data in snapshot(tmp_path).items() if name.endswith(".pt")} == {
         name: data for name, data in before.items() if name.endswith(".pt")
@@ -529,8 +549,8 @@ def test_moments_lie_in_memory_as_their_parameters(tmp_path):
         state = {
             i: {"step": th.tensor(3.0), "exp_avg": moments[2 * i], "exp_avg_sq": moments[2 * i + 1]} for i in range(2)
         }
-        th.save({**opt.state_dict(), "state": state}, tmp_path / "opt.pt")
-        resume_module.load_optimizer(opt, lambda: load(tmp_path / "opt.pt"), "opt.pt")
+        th.save({**opt.state_dict(), "state": state}, tmp_path / "opt000003.pt")
+        resume_module.load_optimizer(opt, resume_module.Checkpoint(str(tmp_path / "model000003.pt")), 3)
         for p in model.parameters():
             p.data.zero_()
             p.grad = th.ones_like(p)

@@ -13,8 +13,10 @@ from .. import dist_util, logger
 from ..data.loader import BatchStream
 from ..resample import LossSecondMomentResampler
 from .checkpoints import (
+    ema_filename,
     is_in,
     newest_step,
+    optimizer_filename,
     read_newest_set,
     refuse_cut_off,
     rng_state,
@@ -22,7 +24,7 @@ from .checkpoints import (
     state_filename,
     step_in,
 )
-from .contents import MOMENTS, check_state, optimizer_in
+from .contents import MOMENTS, check_state, check_weights, optimizer_in
 from .weights import check_fits
 
 # The global random generators as a part with a state_dict()
@@ -73,6 +75,14 @@ class Checkpoint:
         contents = self.read(name)
         del self._contents[name or bf.basename(self.path)]
         return contents
+
+    def forget(self):
+        """Let go of what nobody has taken, such as averages of other rates."""
+        self._contents, self.state = {}, None
+
+    def is_in(self, directory):
+        """Whether this is a run's checkpoint in a folder."""
+        return self.step is not None and is_in(self.path, directory)
 
     def read_state(self, data, schedule_sampler):
         """
@@ -140,39 +150,70 @@ def _newest_checkpoint(directory):
 def warn_of_other_checkpoints(checkpoint, directory):
     """Warn if `directory`, where a run saves, holds newer checkpoints than the one that it continues."""
     newest = dist_util.from_rank_0(newest_step, directory)
-    continues = checkpoint and checkpoint.step is not None and is_in(checkpoint.path, directory)
-    if newest is not None and newest > (checkpoint.step if continues else -1):
+    if newest is not None and newest > (checkpoint.step if checkpoint and checkpoint.is_in(directory) else -1):
         logger.warn(
-            f"WARNING: {directory} has checkpoints up to step {newest} of another run; this one will overwrite some of "
-            "them, and resume_checkpoint auto would take the newest. Give each run its own folder"
+            f"WARNING: {directory} has checkpoints up to step {newest} that this run does not continue; it will "
+            "overwrite some of them, and resume_checkpoint auto would take the newest. Give each run its own folder"
         )
 
 
-# ---------------------------------------------------------------- optimizer
+# ---------------------------------------------------------------- averages and moments
 
 
-def load_optimizer(opt, read, path, allowed=None, report=()):
+def load_average(checkpoint, rate, step, params, model, to_master_params):
     """
-    Continue with the moments, betas and eps of an optimizer file. Learning rate, weight decay and the kind of update
-    stay what they are. All ranks call it.
+    Load the average of an EMA rate into `params`, in place, if the checkpoint has it. All ranks call it.
 
-    :param read: a function that gives the file's contents; rank 0 calls it.
-    :param path: of the file, for messages.
-    :param allowed: numbers of parameters that may have moments; None for all parameters.
+    :param to_master_params: a function from a state dict to tensors like `params`.
+    :raises InputError: if the file does not fit the model.
+    """
+    name = ema_filename(rate, step)
+    path = checkpoint and checkpoint.find(name)
+    if not path:
+        logger.log(f"there is no checkpoint of EMA {rate}: it starts at the model's parameters")
+        return
+
+    @th.no_grad()
+    def load():
+        state_dict = checkpoint.take(name)
+        check_weights(state_dict, model, path, strict=True)
+        for mine, value in zip(params, to_master_params(state_dict), strict=True):
+            mine.copy_(value)
+
+    logger.log(f"loading EMA from checkpoint: {path}...")
+    dist_util.from_rank_0(load)
+    dist_util.sync_params(params)
+
+
+def load_optimizer(opt, checkpoint, step, may_be_empty=False, report=()):
+    """
+    Continue with the moments, betas and eps of an optimizer file, if there is one. Learning rate, weight decay and the
+    kind of update stay what they are. All ranks call it.
+
+    :param may_be_empty: whether a file without moments fits, where the run's state does not say how many there are.
     :param report: which changes to log, of lr and weight_decay.
     :raises InputError: if the contents do not fit.
     """
+    name = optimizer_filename(step)
+    path = checkpoint and checkpoint.find(name)
+    if not path:
+        logger.log("there is no checkpoint of the optimizer: it starts without moments")
+        return
+    logger.log(f"loading optimizer state from checkpoint: {path}")
+    params = [p for group in opt.param_groups for p in group["params"]]
+    allowed = [len(params), 0] if may_be_empty else [len(params)]
+    if checkpoint.state and "moments" in checkpoint.state:
+        allowed = [checkpoint.state["moments"]]  # a parameter that has had no gradient has none
     fitted = {}
 
     def check():
-        fitted.update(optimizer_in(read(), opt, path, allowed))
+        fitted.update(optimizer_in(checkpoint.take(name), opt, path, allowed))
         return fitted["param_groups"], {i: entry["step"] for i, entry in fitted["state"].items()}
 
     groups, steps = dist_util.from_rank_0(check)
-    numbers = [i for group in groups for i in group["params"]]
-    params = dict(zip(numbers, (p for group in opt.param_groups for p in group["params"]), strict=True))
+    like = dict(zip((i for group in groups for i in group["params"]), params, strict=True))
     state = fitted.get("state") or {
-        i: {"step": step, **{key: th.empty_like(params[i]).detach() for key in MOMENTS}} for i, step in steps.items()
+        i: {"step": step, **{key: th.empty_like(like[i]).detach() for key in MOMENTS}} for i, step in steps.items()
     }
     dist_util.sync_params([state[i][key] for i in sorted(state) for key in MOMENTS])
     now = {name: value for name, value in opt.defaults.items() if name not in ("betas", "eps")}
@@ -203,36 +244,36 @@ class CheckpointIO:
     def __init__(self, **parts):
         self.parts = parts
 
-    def local_state(self):
-        """The parts' states on this rank, None for a part without."""
-        return {name: part.state_dict() if hasattr(part, "state_dict") else None for name, part in self.parts.items()}
+    def local_state(self, *names):
+        """{name: state on this rank, None for a part without} of these parts."""
+        parts = [(name, self.parts[name]) for name in names]
+        return {name: part.state_dict() if hasattr(part, "state_dict") else None for name, part in parts}
 
-    def load_local_state(self, state):
-        for name, part in self.parts.items():
-            if state[name] is not None and hasattr(part, "load_state_dict"):
+    def load_local_state(self, states):
+        """Restore the parts that local_state() gave the states of."""
+        for name, state in states.items():
+            if state is not None and hasattr(self.parts[name], "load_state_dict"):
                 try:
-                    part.load_state_dict(state[name])
+                    self.parts[name].load_state_dict(state)
                 except (ValueError, KeyError) as e:
                     logger.warn(f"the {name.replace('_', ' ')} cannot continue where it was: {e}")
 
     def state_dict(self):
         """Plain values and tensors; a list of one entry a rank of what differs between ranks. All ranks call it."""
-        mine = self.local_state()
-        shared = {self.SHARED: mine.pop(self.SHARED)}
-        ranks = dist_util.all_gather_object(mine)
-        return {**shared, **{name: [rank[name] for rank in ranks] for name in mine}}
+        own = [name for name in self.parts if name != self.SHARED]
+        ranks = dist_util.all_gather_object(self.local_state(*own))
+        return {**self.local_state(self.SHARED), **{name: [rank[name] for rank in ranks] for name in own}}
 
     def load_state_dict(self, state, step):
         """
         :param state: of state_dict(), perhaps of another number of ranks.
         :param step: of the run; with another number of ranks it seeds the random numbers.
         """
-        ranks = len(state["rng"])
+        self.load_local_state({self.SHARED: state[self.SHARED]})
+        ranks, rank = len(state["rng"]), dist_util.rank()
         if ranks == dist_util.world_size():
-            mine = {name: state[name][dist_util.rank()] for name in self.parts if name != self.SHARED}
-            self.load_local_state({self.SHARED: state[self.SHARED], **mine})
+            self.load_local_state({name: state[name][rank] for name in self.parts if name != self.SHARED})
             return
-        CheckpointIO(**{self.SHARED: self.parts[self.SHARED]}).load_local_state(state)
         logger.warn(
             f"the checkpoint is of {ranks} ranks, now there are {dist_util.world_size()}: the data begin again, and "
             f"so do the random numbers, from step {step} and the seed, if one is given"

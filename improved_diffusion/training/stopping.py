@@ -1,30 +1,41 @@
-"""How the ranks agree on a batch, and leave when one of them cannot continue."""
+"""How a run leaves before its last step, after a signal or an error on one of its ranks."""
 
-from .. import dist_util
+from .. import dist_util, logger
 from ..utils.errors import InputError, TrainingError, first_line
 
 
-def errors_of_ranks(error):
+def try_next(data, stop):
     """
-    {rank: (whether it is an InputError, its line)} of the ranks that have an error. All ranks call it.
+    The next batch, or what prevents it: an image cannot be read, a worker was killed, memory is full.
 
-    :param error: this rank's exception, or None.
+    :param stop: StopSignals; workers' signals are handled in here only.
+    :return: (batch or None, exception or None).
+    """
+    try:
+        with stop.children():
+            return next(data), None
+    except Exception as e:
+        return None, e
+
+
+def stop_run(signal, error, save):
+    """
+    Save and leave. All ranks call it.
+
+    :param signal: name of the one that this rank has received, or None.
+    :param error: of this rank, or None.
+    :param save: saves what is not saved yet, and says where the run is and what its last checkpoint is.
+    :raises SystemExit: (status 0) after a signal; otherwise the error, or on other ranks one of the same kind.
     """
     mine = None
     if error is not None:
         is_input = isinstance(error, InputError)
         mine = is_input, str(error) if is_input else f"{type(error).__name__}: {first_line(error)}"
-    return {rank: found for rank, found in enumerate(dist_util.all_gather_object(mine)) if found is not None}
-
-
-def leave(error, errors):
-    """
-    End the run, on all ranks by the same kind of exception.
-
-    :param error: this rank's, which is raised as it is.
-    :param errors: of errors_of_ranks(); empty after a signal.
-    :raises SystemExit: (status 0) without an error.
-    """
+    errors = {rank: found for rank, found in enumerate(dist_util.all_gather_object(mine)) if found is not None}
+    for rank, (_, text) in errors.items():
+        logger.log(f"rank {rank} cannot continue: {text}")
+    where = save()
+    logger.log(f"stopped by {'an error' if errors else signal or 'a signal to another rank'} {where}")
     if error is not None:
         raise error
     if not errors:

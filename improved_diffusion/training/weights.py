@@ -1,5 +1,6 @@
 """Weights from a file into a model, and the architecture that the shapes of weights reveal."""
 
+import copy
 import itertools
 from typing import Any
 
@@ -35,6 +36,13 @@ def load_weights(model: th.nn.Module, state_dict: dict[str, th.Tensor], path: st
     except (RuntimeError, TypeError, AttributeError) as e:  # the last two for what is no dict of names
         reason = _mismatch(model, state_dict) or str(e).splitlines()[:2][-1].strip()
         raise InputError(f"{path}: does not fit the model: {reason}") from None
+
+
+def copy_with(model: th.nn.Module, state_dict: dict[str, th.Tensor]) -> th.nn.Module:
+    """A copy of a model, with other weights and in eval() mode."""
+    model = copy.deepcopy(model).eval()
+    model.load_state_dict(state_dict)
+    return model
 
 
 def check_fits(model: th.nn.Module, state_dict: dict[str, th.Tensor], path: str) -> None:
