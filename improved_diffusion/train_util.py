@@ -152,11 +152,8 @@ class TrainLoop:
         self.use_ddp = dist_util.world_size() > 1
         self.ddp_model = self.model
         if self.use_ddp:
-            self.ddp_model = DDP(
-                self.model,
-                device_ids=[dist_util.dev()] if dist_util.dev().type == "cuda" else None,
-                bucket_cap_mb=128,
-            )
+            devices = [dist_util.dev()] if dist_util.dev().type == "cuda" else None
+            self.ddp_model = DDP(self.model, device_ids=devices, bucket_cap_mb=128)
 
     # Clients read and set both: steps of this loop, and those before it where a run of the original is resumed.
     step = property(lambda self: self.position.step, lambda self, step: self.position.move_to(step))
@@ -239,9 +236,8 @@ class TrainLoop:
 
     def run_loop(self):
         """
-        Train until lr_anneal_steps or max_steps is reached; for ever if neither is set.
-
-        SIGTERM, SIGINT or SIGHUP, on any rank, ends the run after a step and a save. So does an error of the data.
+        Train until lr_anneal_steps or max_steps is reached; for ever if neither is set. SIGTERM, SIGINT or SIGHUP, on
+        any rank, ends the run after a step and a save. So does an error of the data.
 
         :raises SystemExit: (with status 0) after such a signal.
         :raises TrainingError: if the loss or the gradients are no longer finite, or another rank's data failed.
@@ -342,12 +338,8 @@ class TrainLoop:
             last = part.stop >= len(batch)
             # ranks exchange gradients once, after the last microbatch
             with contextlib.nullcontext() if last or not self.use_ddp else self.ddp_model.no_sync():
-                losses = self.diffusion.training_losses(
-                    self.ddp_model,
-                    batch[part],
-                    t[part],
-                    model_kwargs={k: v[part] for k, v in cond.items()},
-                )
+                kwargs = {k: v[part] for k, v in cond.items()}
+                losses = self.diffusion.training_losses(self.ddp_model, batch[part], t[part], model_kwargs=kwargs)
                 # a sum over the whole batch's size: a smaller last microbatch weighs less
                 loss = (losses["loss"] * weights[part]).sum() / len(batch)
                 (loss * 2**self.lg_loss_scale if self.use_fp16 else loss).backward()
@@ -369,8 +361,7 @@ class TrainLoop:
 
     def optimize_fp16(self):
         """
-        Update the float32 masters, their averages and the model; if a gradient overflowed, halve the loss
-        scale instead.
+        Update the float32 masters, their averages and the model; after an overflow, halve the loss scale instead.
 
         :raises TrainingError: after MAX_OVERFLOWS_IN_A_ROW overflows.
         """
@@ -397,11 +388,9 @@ class TrainLoop:
             update_ema(params, self.master_params, rate=rate)
 
     def _anneal_lr(self):
-        if not self.lr_anneal_steps:
-            return
-        frac_done = self.position.label() / self.lr_anneal_steps
-        for group in self.opt.param_groups:
-            group["lr"] = self.lr * (1 - frac_done)
+        if self.lr_anneal_steps:
+            for group in self.opt.param_groups:
+                group["lr"] = self.lr * (1 - self.position.label() / self.lr_anneal_steps)
 
     # ---------------------------------------------------------------- logging
 

@@ -80,11 +80,6 @@ def _has_plain_data(tensor):
     return tensor.layout == th.strided and not strange
 
 
-def _copy_like(value, p, dtype):
-    """A copy that lies in memory as p does, which fused updates take for granted, and that shares it with nothing."""
-    return th.empty_like(p.detach(), dtype=dtype).copy_(value)
-
-
 # ---------------------------------------------------------------- optimizer
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -160,7 +155,8 @@ def _entry(entry, p):
         value = entry[key]
         if not isinstance(value, th.Tensor) or value.shape != p.shape or _problem_of_tensor(value, p):
             return None, f"{key} is {_shown(value)}, not {_shown(p)}"
-        fitted[key] = _copy_like(value, p, p.dtype)
+        # a copy that lies in memory as p does, which fused updates take for granted, and shares it with nothing
+        fitted[key] = th.empty_like(p.detach()).copy_(value)
     if not fitted["exp_avg"].isfinite().all() or not (fitted["exp_avg_sq"] >= 0).all():
         return None, "the moments are not finite, or squares below 0"
     return fitted, None
