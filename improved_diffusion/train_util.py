@@ -10,6 +10,7 @@ One step, for a batch x_0 and timesteps t drawn by the schedule sampler:
 
 import contextlib
 import copy
+import functools
 import math
 import os
 import traceback
@@ -76,20 +77,16 @@ class TrainLoop:
     :raises InputError: if the checkpoint cannot be read or does not belong to this model.
     """
 
-    # where a subclass has the original's __init__
+    # Here, since a subclass may have the original's __init__:
     max_steps, keep_checkpoints, flags, preview = 0, 0, {}, None  # type: ignore[var-annotated]
-
-    def __new__(cls, *_, **__):
-        self = super().__new__(cls)
-        self.position = Position()
-        self._statistics = StepStatistics()
-        self._overflows_in_a_row = 0
-        self._checkpoint = False  # to continue from; None for none, False before it is looked for
-        self._last_checkpoint = None  # path of the last good one
-        self._before_batch = None  # state of data and random numbers
-        self._computing = None  # within a step: whether it has changed nothing but gradients and random numbers
-        self._progress = None
-        return self
+    position = functools.cached_property(lambda self: Position())
+    _statistics = functools.cached_property(lambda self: StepStatistics())
+    _overflows_in_a_row = 0
+    _checkpoint = False  # to continue from; None for none, False before it is looked for
+    _last_checkpoint = None  # path of the last good one
+    _before_batch = None  # state of data and random numbers
+    _computing = None  # within a step: whether it has changed nothing but gradients and random numbers
+    _progress = None
 
     def __init__(
         self,

@@ -1,6 +1,7 @@
 """Methods of TrainLoop that forks override or call, written as a stranger writes them for the original."""
 
 import copy
+import inspect
 import os
 
 import blobfile as bf
@@ -170,6 +171,12 @@ def test_a_constructor_of_the_original_on_a_subclass(tmp_path, source):
     for name in names:
         got, want = load(tmp_path / "Own" / name), load(tmp_path / "TrainLoop" / name)
         th.testing.assert_close(dict(got), dict(want), rtol=1e-6, atol=1e-7)
+
+
+def test_the_signature_is_that_of_the_constructor():
+    """Scripts choose arguments by it."""
+    names = list(inspect.signature(TrainLoop).parameters)
+    assert names[:6] == ["model", "diffusion", "data", "batch_size", "microbatch", "lr"]
 
 
 # ---------------------------------------------------------------- what forks do with them
