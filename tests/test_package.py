@@ -140,7 +140,7 @@ def commands(target):
 def test_importing_the_factories_imports_nothing_heavy():
     """Next to torch and numpy: what looks at files, images, ranks or compilers comes when it is used."""
     code = (
-        "import sys, torch, numpy; before = set(sys.modules); import improved_diffusion.script_util; "
+        "import sys, torch.utils.checkpoint, numpy; before = set(sys.modules); import improved_diffusion.script_util; "
         "print({name.partition('.')[0] for name in set(sys.modules) - before} - sys.stdlib_module_names)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
