@@ -276,6 +276,4 @@ def test_compiled_training(tmp_path, graphs, images, changed):
 
 def test_float16_and_bfloat16_at_once(tmp_path, capfd, images):
     assert run_script("image_train", flags(**TRAIN, data_dir=images, use_fp16=True, use_bf16=True), tmp_path) == 2
-    assert capfd.readouterr().err == (
-        "image_train.py: error: --use_fp16 True and use_bf16 True: choose one of them\n"
-    )
+    assert capfd.readouterr().err == ("image_train.py: error: --use_fp16 True and use_bf16 True: choose one of them\n")
