@@ -8,7 +8,14 @@ import signal
 import sys
 
 from . import dist_util, streams
-from .errors import InputError, TrainingError, first_line, is_loss_of_a_worker, is_out_of_memory
+from .errors import (
+    InputError,
+    TrainingError,
+    first_line,
+    is_loss_of_a_worker,
+    is_out_of_memory,
+    loss_of_shared_memory,
+)
 from .flags import FLAGS, GROUPS
 from .presets import PRESETS
 from .script_util import add_dict_to_argparser, flag_type, str2bool, whole_number
@@ -142,6 +149,8 @@ def run(main):
         if is_loss_of_a_worker(e):
             how = e.__cause__ if is_loss_of_a_worker(e.__cause__) else e
             _exit(1, f"a process that reads images ended ({first_line(how).strip()}); is there too little memory?")
+        if line := loss_of_shared_memory(e):
+            _exit(1, f"shared memory is full ({line}); make /dev/shm larger, or give a smaller --num_workers")
         if is_out_of_memory(e):
             _exit(
                 1,

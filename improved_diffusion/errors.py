@@ -31,6 +31,11 @@ def first_line(error):
     return getattr(error, "strerror", None) or str(error).partition("\n")[0]
 
 
+def loss_of_shared_memory(error):
+    """The line in which torch says that it cannot get shared memory, as for the batch of a data worker; or ""."""
+    return next((line.strip() for line in str(error).splitlines() if "</torch_" in line), "")
+
+
 def is_out_of_memory(error):
     """Whether an exception says that a GPU or the machine has no memory left for a tensor or an array."""
     # torch's of the CPU are RuntimeErrors
