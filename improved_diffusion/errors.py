@@ -11,7 +11,7 @@ class InputError(ValueError):
 
 
 class FileAccessError(InputError):
-    """The system does not let this process read a file, of whose content nothing is known then."""
+    """The system does not let this process read a file or list a folder, so nothing is known about its content."""
 
 
 class TrainingError(RuntimeError):
