@@ -518,5 +518,5 @@ def test_whose_launcher_is_watched(monkeypatch, variables, watched):
         monkeypatch.setenv(name, value)
     started = []
     monkeypatch.setattr(dist_util.threading, "Thread", lambda **kwargs: started.append(kwargs) or Mock())
-    dist_util._end_with_the_launcher(dist_util._world())
+    dist_util._end_with_the_launcher(dist_util.find_world())
     assert len(started) == watched
