@@ -155,8 +155,8 @@ def _complete(directory, step, names):
     :raises FileAccessError: if a file may not be read.
     """
     state = state_filename(step)
-    if state + TEMPORARY not in names:
-        return False
+    if state + TEMPORARY not in names or not os.path.isfile(os.path.join(directory, state + TEMPORARY)):
+        return False  # a device such as /dev/full has no end
     try:
         contents = dist_util.read_state_dict(bf.join(directory, state + TEMPORARY), map_location="meta")
         files = contents["files"]
