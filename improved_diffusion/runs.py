@@ -177,7 +177,9 @@ def train(args, begun, data):
     :raises InputError: if another run has the folder for checkpoints, whose files both would overwrite.
     """
     model, diffusion, _, notes = begun
-    with _alone_in(os.environ.get("DIFFUSION_BLOB_LOGDIR") or _named_directory(args)), logging_to(args, notes):
+    directory = os.environ.get("DIFFUSION_BLOB_LOGDIR") or _named_directory(args)
+    # before the first line of the log, unless the folder is new
+    with _alone_in(directory), logging_to(args, notes), _alone_in("" if directory else get_blob_logdir()):
         flags = {name: value for name, value in vars(args).items() if name not in _OF_THE_CALL}
         loop = TrainLoop(
             model=model,
@@ -197,7 +199,7 @@ def train(args, begun, data):
 
 @contextlib.contextmanager
 def _alone_in(directory):
-    """A FolderLock of rank 0's for the length of a with block; none for "", a folder yet to be made."""
+    """A FolderLock of rank 0's for the length of a with block; none for "", a folder that is not known yet."""
     lock = FolderLock(directory)
     if directory:
         dist_util.from_rank_0(lock.acquire)

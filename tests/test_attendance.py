@@ -82,11 +82,9 @@ def test_many_missing_ranks_are_counted(stores, monkeypatch):
 
 
 ALONE = """
-from improved_diffusion import dist_util
-from improved_diffusion.cli import parser
-from improved_diffusion.utils import attendance
+from improved_diffusion import attendance, command_line, dist_util
 attendance.MEETING_NOTICE, attendance.MEETING_LIMIT, attendance.PERIOD = 0.2, 1.0, 0.1
-parser.run(dist_util.setup_dist)
+command_line.run(dist_util.setup_dist)
 """
 
 

@@ -87,7 +87,7 @@ def test_signals_leave_workers_alone_until_their_parent_ends_them(kind, method, 
 
 OWNER = """
 import multiprocessing, os, sys, time
-from improved_diffusion.data.loader import BatchStream
+from improved_diffusion.batch_stream import BatchStream
 
 class Busy:
     # after its first samples, a worker is in no state to see by itself whether its parent is there

@@ -231,7 +231,7 @@ def test_a_file_that_cannot_be_flushed_is_not_written(tmp_path, monkeypatch):
 
 HOLDER = """
 import os, sys, time
-from improved_diffusion.utils.files import FolderLock
+from improved_diffusion.files import FolderLock
 lock = FolderLock(sys.argv[1])
 lock.acquire()
 child = os.fork() if sys.argv[2] else None

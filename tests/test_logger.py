@@ -543,8 +543,7 @@ def test_the_last_output_may_end():
 
 PRINTING = """
 import sys
-from improved_diffusion import logger
-from improved_diffusion.cli import parser
+from improved_diffusion import command_line, logger
 
 def main():
     logger.configure(sys.argv[1])
@@ -553,9 +552,9 @@ def main():
         logger.log("line", i)
     if len(sys.argv) > 2:
         print("what another library prints")
-        raise parser.InputError("x")
+        raise command_line.InputError("x")
 
-parser.run(main)
+command_line.run(main)
 """
 
 
@@ -594,15 +593,14 @@ def test_a_process_whose_reader_leaves(tmp_path, ended, words, status):
 
 PROGRAM = """
 import sys
-from improved_diffusion import logger
-from improved_diffusion.cli import parser
+from improved_diffusion import command_line, logger
 
 def main():
     logger.configure(sys.argv[1])
     logger.logkv("a", 1)
     logger.dumpkvs()
 
-parser.run(main)
+command_line.run(main)
 """
 
 

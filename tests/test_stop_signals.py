@@ -254,9 +254,9 @@ def test_when_a_process_ends(events):
 
 BUSY = """
 import signal, sys, threading, time
-from improved_diffusion.training import signals
-signals.SAME_WISH = float(sys.argv[1])
-with signals.StopSignals() as stop:
+from improved_diffusion import stop_signals
+stop_signals.SAME_WISH = float(sys.argv[1])
+with stop_signals.StopSignals() as stop:
     print("ready", flush=True)
     while not stop.received:
         time.sleep(0.01)

@@ -11,7 +11,14 @@ from .. import dist_util
 from ..options import FLAGS, GROUPS
 from ..script_util import add_dict_to_argparser, flag_type, str2bool, whole_number
 from ..utils import streams
-from ..utils.errors import InputError, TrainingError, first_line, is_loss_of_a_worker, is_out_of_memory
+from ..utils.errors import (
+    InputError,
+    TrainingError,
+    first_line,
+    is_loss_of_a_worker,
+    is_out_of_memory,
+    loss_of_shared_memory,
+)
 from .presets import PRESETS
 
 LOG_DIRECTORIES = ("OPENAI_LOGDIR", "DIFFUSION_BLOB_LOGDIR")
@@ -143,6 +150,8 @@ def run(main):
         if is_loss_of_a_worker(e):
             how = e.__cause__ if is_loss_of_a_worker(e.__cause__) else e
             _exit(1, f"a process that reads images ended ({first_line(how).strip()}); is there too little memory?")
+        if line := loss_of_shared_memory(e):
+            _exit(1, f"shared memory is full ({line}); make /dev/shm larger, or give a smaller --num_workers")
         if is_out_of_memory(e):
             _exit(
                 1,

@@ -1,7 +1,7 @@
 """
 fail.py ERROR WORDS: image_train.py, with an error on rank 1 alone, at its fourth step.
 
-"not caught" is an exception in a script that does not leave by parser.run(), "parameter" one that is no number.
+"not caught" is an exception in a script that does not leave by command_line.run(), "parameter" one that is no number.
 """
 
 import runpy
