@@ -161,7 +161,7 @@ def refusal(path):
 
 def test_not_a_file(tmp_path):
     assert refusal(tmp_path / "no such file.pt") == ": there is no such file"
-    assert refusal(tmp_path) == " is a directory; give the .pt file in it"
+    assert refusal(tmp_path) == ": is a directory; give the .pt file in it"
 
 
 @pytest.mark.parametrize(
