@@ -32,7 +32,7 @@ from improved_diffusion import dist_util, logger, train_util
 from improved_diffusion.image_datasets import load_data
 from improved_diffusion.resample import LossSecondMomentResampler, UniformSampler
 from improved_diffusion.train_util import TrainLoop
-from improved_diffusion.training import resume
+from improved_diffusion.training import resume as resume_module
 from improved_diffusion.utils.errors import InputError
 
 
