@@ -266,6 +266,8 @@ def _read(path):
         raise InputError(f"{path}: is a directory; give the .pt file in it") from None
     except PermissionError:
         raise FileAccessError(f"{path}: no permission to read it") from None
+    except OSError as e:  # EIO, ESTALE
+        raise FileAccessError(f"{path}: cannot be read ({first_line(e)})") from None
 
 
 def _decode(path, data, **kwargs):

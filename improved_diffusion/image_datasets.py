@@ -9,7 +9,7 @@ import blobfile as bf
 import numpy as np
 import torch as th
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset, default_collate  # noqa: F401 (the original offers the first)
 
 from . import dist_util
@@ -296,6 +296,8 @@ def decode_image(opened, name):
             image.load()
     except MemoryError:
         raise  # the file is not to blame
+    except UnidentifiedImageError as e:  # whose text names the buffer
+        raise InputError(f"{name}: cannot be read as an image (unknown format)") from e
     except Exception as e:  # decoders of damaged files raise anything from SyntaxError to struct.error
         raise InputError(f"{name}: cannot be read as an image ({e})") from e
     if image.mode in ("RGB", "L"):

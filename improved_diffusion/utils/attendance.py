@@ -30,7 +30,7 @@ class Meeting:
     """
     Within `with Meeting(...)`, the ranks that a launcher promises find each other. A line on stderr says who is
     missing after MEETING_NOTICE. After MEETING_LIMIT the process ends, from a thread: it may be in C++, waiting for
-    the answer of a port that is another program's, or of an MPI whose other ranks are gone.
+    the answer of a port that is another program's.
 
     :param promise: who promises how many ranks.
     :param rank: of this process.

@@ -162,7 +162,8 @@ class FolderLock:
                     f"{self.directory} is in use by another run ({holder}): stop that one, or take another folder"
                 )
             if not waiting:
-                print(f"{self.directory} is in use by another run ({holder}): waiting for its end", flush=True)
+                with contextlib.suppress(OSError):  # nobody may be there to read it
+                    print(f"{self.directory} is in use by another run ({holder}): waiting for its end", flush=True)
             waiting = True
             time.sleep(0.1)
 

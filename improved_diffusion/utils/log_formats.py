@@ -26,7 +26,7 @@ class StreamEnded(InputError):
 class KVWriter:
     """An output for rows of values."""
 
-    damage = None  # what was wrong with an existing file, until the logger has told
+    damage = None  # what was wrong with an existing file, until the logger has reported it
 
     def writekvs(self, kvs):
         raise NotImplementedError
@@ -327,7 +327,7 @@ def _set_aside(path, count):
     Keep a copy of a file that is damaged.
 
     :param count: of its lines.
-    :return: what there is to tell.
+    :return: a line for the log.
     """
     names = itertools.chain([path + ".damaged"], (f"{path}.damaged{i}" for i in itertools.count(2)))
     copy = next(name for name in names if not os.path.lexists(name))
