@@ -3,26 +3,22 @@
 import atexit
 import contextlib
 import gc
-import io
 import os
-import pickle
 import platform
 import random
 import sys
 import threading
 import time
-import warnings
-import zipfile
 from datetime import timedelta
 
-import blobfile as bf
 import numpy as np
 import torch as th
 import torch.distributed as dist
 
 from .utils import attendance, streams
-from .utils.errors import FileAccessError, InputError, first_line
+from .utils.errors import InputError, first_line
 from .utils.launchers import LAUNCHERS, find_world, shared_store
+from .utils.safe_load import decode, read_bytes, read_state_dict  # noqa: F401 (callers read by this module)
 
 # A rank may save to a slow URL, or have larger images than the others: minutes are no sign of an error
 GROUP_TIMEOUT = timedelta(hours=24)
@@ -240,55 +236,9 @@ def _seed_generators(seed):
 
 def load_state_dict(path, **kwargs):
     """
-    Read a file of tensors and plain values, never of code. All ranks call it; rank 0 reads, and
-    sends the others what it read.
-
-    :param path: a local path or any URL that blobfile reads.
-    :param kwargs: for torch.load, such as map_location (without it, and without a GPU: the CPU).
-    :raises InputError: if there is no such file, or it is not a checkpoint, or is damaged,
-                        or holds objects whose loading could run code.
+    safe_load.read_state_dict(), read by rank 0 and broadcast. All ranks call it.
     """
-    return _decode(path, from_rank_0(_read, path), **kwargs)
-
-
-def read_state_dict(path, **kwargs):
-    """load_state_dict() on this rank alone."""
-    return _decode(path, _read(path), **kwargs)
-
-
-def _read(path):
-    try:
-        with bf.BlobFile(path, "rb") as f:
-            return f.read()
-    except FileNotFoundError:
-        raise InputError(f"{path}: there is no such file") from None
-    except IsADirectoryError:
-        raise InputError(f"{path}: is a directory; give the .pt file in it") from None
-    except PermissionError:
-        raise FileAccessError(f"{path}: no permission to read it") from None
-
-
-def _decode(path, data, **kwargs):
-    if not th.cuda.is_available():
-        kwargs.setdefault("map_location", "cpu")
-    f = io.BytesIO(data)
-    try:
-        if zipfile.is_zipfile(f) and zipfile.ZipFile(f).testzip():
-            raise ValueError("the checksum of a tensor is wrong")  # which torch does not look at
-        f.seek(0)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's, about pickles that it refuses in the next moment
-            return th.load(f, **{"weights_only": True, **kwargs})
-    except (th.OutOfMemoryError, MemoryError):
-        raise  # the file is not to blame
-    except pickle.UnpicklingError as e:
-        if "GLOBAL" in str(e) or "unrecognized function" in str(e):
-            raise InputError(
-                f"{path}: refused, since it holds more than tensors and plain values and loading it could run code"
-            ) from None
-        raise InputError(f"{path}: not a checkpoint (a file that torch.save wrote)") from None
-    except Exception:  # the readers raise anything for a file that is cut short or not their own
-        raise InputError(f"{path}: not a checkpoint (a file that torch.save wrote), or damaged") from None
+    return decode(path, from_rank_0(read_bytes, path), **kwargs)
 
 
 def sync_params(params):

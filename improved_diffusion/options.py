@@ -19,6 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from .samplers import SAMPLERS
 from .utils.errors import InputError
 
 T = TypeVar("T")
@@ -251,7 +252,7 @@ class LikelihoodOptions(WeightsOptions):
 class SamplingOptions(WeightsOptions):
     batch_size: int = option(16, "images per batch on each rank", minimum=1, maximum=2**24)
     num_samples: int = option(10000, "number of images to draw", minimum=1, maximum=2**31)
-    sampler: str = option("ancestral", "ancestral or ddim", choices=("ancestral", "ddim"))
+    sampler: str = option("ancestral", " or ".join(SAMPLERS), choices=tuple(SAMPLERS))
     use_ddim: bool = option(False, "the same as sampler ddim")
 
     @property

@@ -177,7 +177,9 @@ class TrainLoop(Resumable, Stoppable):
         """
         with (
             StopSignals() as stop,
-            Progress("training", self._last_step, "steps", self._total_step, lines=False) as self._progress,
+            Progress(
+                "training", self._last_step, "steps", None, done=self._total_step, show=dist_util.rank() == 0
+            ) as self._progress,
         ):
             batch = self._next_batch(self._total_step, stop)
             while batch is not None:
@@ -328,7 +330,7 @@ class TrainLoop(Resumable, Stoppable):
 
     def _log_grad_norm(self):
         grads = [p.grad for p in self.master_params if p.grad is not None]
-        self._statistics.add("grad_norm", th.linalg.vector_norm(th.stack(th._foreach_norm(grads))))
+        self._statistics.add("grad_norm", th.nn.utils.get_total_norm(grads))
 
     def log_step(self):
         """Log how far the run is."""
@@ -377,8 +379,8 @@ class TrainLoop(Resumable, Stoppable):
         :raises TrainingError: instead of saving a model whose loss or gradients are not finite.
         """
         self._check_finite(self._statistics.read())
-        norms = th.stack(th._foreach_norm([p.detach() for p in self.master_params]))
-        if bad := dist_util.ranks_where(not norms.isfinite().all()):
+        norm = th.nn.utils.get_total_norm([p.detach() for p in self.master_params])
+        if bad := dist_util.ranks_where(not norm.isfinite()):
             raise self._diverged("a parameter is not finite", bad)
         path = dist_util.from_rank_0(self._write_checkpoint, self._total_step, self._state())
         if self._progress is not None:

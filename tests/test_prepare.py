@@ -23,12 +23,12 @@ from harness import (
 from PIL import Image
 from training import assert_same, load
 
-from improved_diffusion import image_datasets
+from improved_diffusion.data import images as image_files
 from improved_diffusion.data.packed import read_packed
 from improved_diffusion.data.prepare import write
 from improved_diffusion.data.sources import SOURCES, Source
 from improved_diffusion.image_datasets import load_data_once
-from improved_diffusion.options import FLAGS
+from improved_diffusion.options import PrepareOptions, rows
 from improved_diffusion.utils.errors import InputError
 
 
@@ -325,8 +325,9 @@ def test_each_source_describes_itself_and_its_flags(capfd, source):
     assert prepare(source, "--help") == 0
     text = " ".join(capfd.readouterr().out.split())
     assert " ".join(inspect.getdoc(SOURCES[source]).split()) in text
+    options = {row.name for row in rows(PrepareOptions)}
     for name, parameter in inspect.signature(SOURCES[source]).parameters.items():
-        assert name == "src" or (f"--{name} " in text and name in FLAGS and parameter.default is not parameter.empty)
+        assert name == "src" or (f"--{name} " in text and name in options and parameter.default is not parameter.empty)
     assert prepare("--help") == 0
     assert source in capfd.readouterr().out
 
@@ -346,7 +347,7 @@ def test_a_process_that_is_killed_is_not_a_full_disk(monkeypatch, tmp_path, capf
         assert os.getpid() != main
         os.kill(os.getpid(), signal.SIGKILL)
 
-    monkeypatch.setattr(image_datasets, "decode_image", die)
+    monkeypatch.setattr(image_files, "decode_image", die)
     assert prepare("images", images, tmp_path / f"a{ending}", image_size=8, num_workers=1) == 1
     printed, err = capfd.readouterr()
     expected = r"prepare\.py: error: a process .* \(.*(killed by signal: Killed|unexpectedly).*\); .*memory.*\n"

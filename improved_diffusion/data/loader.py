@@ -19,9 +19,9 @@ class BatchStream:
 
     The orders are seeded by torch's global generator, an epoch at a time.
 
-    :param random_flip: ask the dataset for sample ~i instead of i with probability 1/2, anew each epoch. Which ones is
-                        drawn from the epoch's seed too: who decodes them, and where a run was resumed, change nothing.
-    :param pin_memory: where there is a GPU, give batches in page-locked memory, which is copied to it without waiting.
+    :param random_flip: ask the dataset for (i, flip) instead of i, flip being True with probability 1/2. Drawn from
+                        the epoch's seed: which process decodes, and where a run was resumed, change nothing.
+    :param pin_memory: with a GPU, give batches in page-locked memory, for faster copies.
     """
 
     def __init__(
@@ -101,16 +101,17 @@ class _EpochOrder:
         return {"num_images": self.num_images, "batch_size": self.batch_size, "shuffle": self.shuffle}
 
     def reseed(self):
-        # two draws an epoch, the first unused (one unshuffled): as many as a DataLoader made anew takes
+        # two draws an epoch, the first unused (one unshuffled), as a new DataLoader takes
         for _ in range(2 if self.shuffle else 1):
             self.seed = th.empty((), dtype=th.int64).random_().item()
 
     def __iter__(self):
         generator = th.Generator().manual_seed(self.seed)
         order = th.randperm(self.num_images, generator=generator) if self.shuffle else th.arange(self.num_images)
-        if self.random_flip:  # drawn after the order, which stays what it is without
-            order = th.where(th.randint(2, order.shape, generator=generator).bool(), ~order, order)
         order = order.tolist()
+        if self.random_flip:  # drawn after the order, which does not depend on it
+            flips = th.randint(2, (self.num_images,), generator=generator).bool().tolist()
+            order = list(zip(order, flips, strict=True))
         for i in range(self.skip, len(self)):
             yield order[i * self.batch_size : (i + 1) * self.batch_size]
 

@@ -6,12 +6,12 @@ import re
 import struct
 
 import numpy as np
-from PIL import Image
 from torch.utils.data import Dataset
 
 from ..utils.errors import InputError, first_line
 from ..utils.files import is_remote, write_files
 from ..utils.progress import Progress
+from .images import to_image
 from .loader import BatchesInOrder
 from .packed import ENDING, OLD_ENDING, check_new, write_packed
 
@@ -44,7 +44,7 @@ def write(source, out):
 
 def _pack(path, source):
     def batches():
-        with Progress("packing", len(source), "images", say=print) as progress:
+        with Progress("packing", len(source), "images", print) as progress:
             for batch in BatchesInOrder(source, 64, source.num_workers, collate_fn=np.stack):
                 yield batch
                 progress.update(len(batch))
@@ -84,7 +84,7 @@ def _check_folder(path, source):
 
 def _write_folder(path, source):
     there = 0
-    with Progress(path, len(source), "images", say=print) as progress:
+    with Progress(path, len(source), "images", print) as progress:
         for were_there in BatchesInOrder(_Files(path, source), 64, source.num_workers, collate_fn=list):
             there += sum(were_there)
             progress.update(len(were_there))
@@ -107,9 +107,7 @@ class _Files(Dataset):
         name = f"{source.classes[source.labels[i]]}_{i:0{source.digits}d}.png"
         there = _is_there(os.path.join(self._folder, name), source.shape[0])
         if not there:
-            pixels = source[i]
-            image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
-            save = functools.partial(image.save, format="PNG", compress_level=source.compress_level)
+            save = functools.partial(to_image(source[i]).save, format="PNG", compress_level=source.compress_level)
             write_files(self._folder, {name: save}, flush=False)
         return there
 

@@ -2,7 +2,7 @@
 Sources of data preparation: images and their classes, as others publish them.
 
 A new source is a function that returns a Source, in the table SOURCES. Its docstring becomes the help of
-scripts/prepare.py, its keyword parameters, described in flags.py, become flags.
+scripts/prepare.py, its keyword parameters, described in options.PrepareOptions, become flags.
 """
 
 import codecs
@@ -20,8 +20,8 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
-from ..image_datasets import ImageDataset, decode_image, find_images, label_by_name, scale_and_crop
 from ..utils.errors import InputError, first_line
+from .images import decode_image, find_images, label_by_name, read_image, scale_and_crop, to_image
 from .packed import is_packed, read_npz, read_packed
 
 
@@ -258,19 +258,14 @@ class _Images(Source):
     def __init__(self, src, image_size, image_channels):
         self.shape = (image_size, image_size, image_channels)
         if is_packed(src):
-            self._packed, self.labels, self.classes = read_packed(src, with_labels=True)
+            self._images, self.labels, self.classes = read_packed(src, with_labels=True)
+            self._open = to_image
         else:
-            paths = find_images(src)
-            self.labels, self.classes = label_by_name(paths)
-            self.folder = src
-            self._dataset = ImageDataset(image_size, paths, image_channels=image_channels)
+            self._images, self.folder, self._open = find_images(src), src, read_image
+            self.labels, self.classes = label_by_name(self._images)
 
     def __getitem__(self, i):
-        if self.folder:
-            return self._dataset.pixels(i)
-        pixels = self._packed[i]
-        image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
-        return scale_and_crop(image, self.shape[0], self.shape[2])
+        return scale_and_crop(self._open(self._images[i]), self.shape[0], self.shape[2])
 
 
 def images(src, *, image_size=64, image_channels=3, num_workers=-1):

@@ -12,7 +12,7 @@ from PIL import Image
 from processes import KINDS, finish, names_of, start, where_it_began
 from training import load
 
-from improved_diffusion.inference.generate import load_base_samples
+from improved_diffusion.inference.arrays import load_base_samples
 from improved_diffusion.utils.errors import InputError
 
 HERE = Path(__file__).parent
