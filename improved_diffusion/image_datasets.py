@@ -139,9 +139,10 @@ def _open_dataset(data_dir, image_size, class_cond, image_channels, num_classes,
             labels, names = label_by_name(images)
     if class_cond:
         if num_classes is not None and len(names) > num_classes:
-            what = "classes" if packed else "classes (prefixes of its file names, before the first underscore)"
+            origin = "" if packed else ", by its file names up to the first underscore"
             raise InputError(
-                f"{data_dir}: has {len(names)} {what}: {', '.join(names[:3])}, ..., but num_classes is {num_classes}"
+                f"{data_dir}: has {len(names)} classes ({', '.join(names[:3])}, ...){origin}, but num_classes is "
+                f"{num_classes}"
             )
         labels, names = _relabel(data_dir, np.asarray(labels), names, class_names)
         labels = labels[share]

@@ -590,7 +590,7 @@ def flipped(path):
         (dict(data_dir=None), ["data_dir", "name a folder"]),
         (dict(data_dir="{folder}/nowhere"), ["nowhere: ", "no such folder"]),
         (dict(data_dir="{folder}/empty"), ["empty: ", "no images", "jpg, jpeg, png, gif"]),
-        (dict(class_cond=True, num_classes=2), ["3 different prefixes", "a, b, c", "num_classes is 2"]),
+        (dict(class_cond=True, num_classes=2), ["3 classes", "a, b, c", "file names", "num_classes is 2"]),
     ],
 )
 def test_a_folder_that_cannot_work_is_refused_at_once(tmp_path, load, wrong, parts):

@@ -158,9 +158,9 @@ def mentions_namespace(tree):
             return True
         if isinstance(node, (ast.Name, ast.alias)) and getattr(node, "id", getattr(node, "name", "")) == "Namespace":
             return True
-        if isinstance(node, ast.Call) and dotted(node.func) in ("hasattr", "vars") and node.args:
-            if dotted(node.args[0]).split(".")[-1] == "args":
-                return True
+        probes = isinstance(node, ast.Call) and dotted(node.func) in ("hasattr", "vars") and node.args
+        if probes and dotted(node.args[0]).split(".")[-1] == "args":
+            return True
     return False
 
 

@@ -223,14 +223,18 @@ def test_a_folder_has_one_run(tmp_path, images, elsewhere, monkeypatch, capfd):
     log, blob = (tmp_path / name for name in ("log", "blob" if elsewhere else "log"))
     words = flags(**dict(TRAIN, data_dir=images, resume_checkpoint="auto"))
     variables = {"DIFFUSION_BLOB_LOGDIR": str(blob)} if elsewhere else {}
-    lock = files.FolderLock(str(blob), patience=0)
-    lock.acquire()
-    before = snapshot(tmp_path)
-    assert run_script("image_train", words, log, **variables) == 2
-    (line,) = capfd.readouterr().err.splitlines()
-    assert f"{blob} is in use" in line and f"process {os.getpid()}" in line
-    assert snapshot(tmp_path) == before
-    lock.release()
+    code = (
+        "import sys; from improved_diffusion.utils.files import FolderLock\n"
+        "lock = FolderLock(sys.argv[1]); lock.acquire(); print(flush=True); sys.stdin.read(); lock.release()"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", code, str(blob)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    with holder:
+        holder.stdout.readline()
+        before = snapshot(tmp_path)
+        assert run_script("image_train", words, log, **variables) == 2
+        (line,) = capfd.readouterr().err.splitlines()
+        assert f"{blob} is in use" in line and f"process {holder.pid}" in line
+        assert snapshot(tmp_path) == before
     assert run_script("image_train", words, log, **variables) == 0
     assert (blob / "model000004.pt").exists() and not list(tmp_path.rglob(".lock"))
 

@@ -545,7 +545,7 @@ class Call:
         (Call(builtins.getattr, ARRAY, "tofile"), "__builtin__.getattr|builtins.getattr"),
         (Call(np.save, "broken_in", [1]), "numpy.save"),
         (Call(np.memmap, "broken_in", "uint8", "w+", 0, (3,)), "numpy.memmap"),
-        (Call(InputError, "x"), "improved_diffusion.errors.InputError"),
+        (Call(InputError, "x"), "improved_diffusion.utils.errors.InputError"),
     ],
     ids=["system", "eval", "getattr", "save", "memmap", "class"],
 )

@@ -130,12 +130,9 @@ def _flush_directory(directory):
         os.close(fd)
 
 
-_locks = set()  # descriptors of the files that this process has locked
-
-
 class FolderLock:
     """
-    A lock on a folder, for one process at a time; the system takes it back from a process that is killed.
+    A lock on a folder, for one process at a time; it ends with the process, however that ends.
 
     It is advisory, a file in the folder. Remote folders, and file systems without locks, are not locked.
     """
@@ -157,12 +154,11 @@ class FolderLock:
             return
         end, waiting = time.monotonic() + self.patience, False
         while (holder := self._try()) is not None:
+            problem = f"{self.directory} is in use by another run ({holder})"
             if time.monotonic() >= end:
-                raise InputError(
-                    f"{self.directory} is in use by another run ({holder}): stop that one, or take another folder"
-                )
+                raise InputError(f"{problem}: stop that one, or take another folder")
             if not waiting:
-                print(f"{self.directory} is in use by another run ({holder}): waiting for its end", flush=True)
+                print(f"{problem}: waiting for its end", flush=True)
             waiting = True
             time.sleep(0.1)
 
@@ -174,22 +170,18 @@ class FolderLock:
         except OSError:  # the run's first file will fail likewise, with its own line
             return None
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            removed = not os.path.samestat(os.fstat(descriptor), os.stat(self._path))
-        except BlockingIOError:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # child processes do not inherit it, as flock()'s
+        except (BlockingIOError, PermissionError):
             holder = os.pread(descriptor, 1000, 0).decode(errors="replace")
             os.close(descriptor)
             return holder or "one that has just begun"
-        except FileNotFoundError:
-            removed = True
         except OSError:  # no locks on this file system
             os.close(descriptor)
             return None
-        if removed:  # by its holder, between the two calls
+        if os.fstat(descriptor).st_nlink == 0:  # removed by its holder, between the two calls
             os.close(descriptor)
             return self._try()
         self._descriptor = descriptor
-        _locks.add(descriptor)
         with contextlib.suppress(OSError):  # a full disk
             os.truncate(descriptor, 0)
             os.write(descriptor, f"process {os.getpid()} on {platform.node()}".encode())
@@ -197,18 +189,8 @@ class FolderLock:
 
     def release(self):
         """Give the lock back, if this process has it."""
-        if self._descriptor in _locks:
+        if self._descriptor is not None:
             with contextlib.suppress(OSError):
                 os.remove(self._path)
-            _locks.remove(self._descriptor)
             os.close(self._descriptor)
-
-
-def _close_locks():
-    """A forked process, such as one that decodes images, would keep the locks of its parent when that is killed."""
-    while _locks:
-        os.close(_locks.pop())
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_close_locks)
+            self._descriptor = None
