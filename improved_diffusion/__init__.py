@@ -1,3 +1,36 @@
-"""Improved denoising diffusion probabilistic models (arXiv 2102.09672)."""
+"""
+Improved denoising diffusion probabilistic models (Nichol & Dhariwal 2021, arXiv 2102.09672).
+
+Two lines build a model and its diffusion:
+
+    from improved_diffusion.script_util import create_model_and_diffusion, model_and_diffusion_defaults
+    model, diffusion = create_model_and_diffusion(**model_and_diffusion_defaults())
+
+diffusion.training_losses(model, x_start, t)    what is minimized, [N]
+diffusion.p_sample_loop(model, shape)           ancestral samples
+diffusion.ddim_sample_loop(model, shape)        DDIM samples
+diffusion.calc_bpd_loop(model, x_start)         the bound on the likelihood, bits per dimension
+
+The map, from top to bottom. A module imports those below it, never above:
+
+cli             the scripts' flags, config.json, exit status
+metrics         how good a model is
+inference       samples and previews from trained weights
+train_util      TrainLoop: what happens in a step, and when
+training        checkpoints, resuming, statistics, signals: what the loop stands on
+image_datasets  load_data: images from a folder, or packed
+data            batches, packed images, preparation of data sets
+script_util     factories and the original's dictionaries of defaults
+options         every option: name, type, default, help, valid values
+samplers        one function per sampler
+respace         fewer timesteps of a longer process
+gaussian_diffusion   the processes q and p, losses, the bound
+resample        which timesteps to train on
+unet            the network
+nn, fp16_util, losses, schedules   their parts
+logger          key-value logging
+dist_util       ranks, devices, collectives
+utils           errors, files, progress; imports nothing of the package
+"""
 
 __version__ = "1.0.0"

@@ -1,4 +1,4 @@
-"""The published models: their presets build them, and the README shows the same flags."""
+"""The published models: their presets build them, and docs/published_models.md shows the same flags."""
 
 import re
 
@@ -42,8 +42,8 @@ def test_a_preset_builds_the_published_model(name):
     assert (diffusion.model_mean_type.name, diffusion.model_var_type.name) == ("EPSILON", "LEARNED_RANGE")
 
 
-def test_the_readmes_table_has_each_presets_flags():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_documents_table_has_each_presets_flags():
+    text = (ROOT / "docs/published_models.md").read_text(encoding="utf-8")
     rows = dict(re.findall(r"^\| `(\w+)` \|.*?\| `(--[^`]+)` \|", text, flags=re.MULTILINE))
     assert rows.keys() == PRESETS.keys()
     for name, flags in rows.items():

@@ -7,6 +7,7 @@ import io
 import itertools
 import os
 import pickle
+import re
 import shutil
 import sys
 import tarfile
@@ -519,7 +520,7 @@ def test_pickles_of_python_2(protocol):
 def test_pickles_of_python_3(protocol, module):
     content = pickle.dumps({"data": ARRAY, b"mean": ARRAY / 3, "labels": [1, 2], "name": "é"}, protocol)
     if protocol < 4:  # later ones say how long a name is
-        content = content.replace(b"cnumpy._core.", f"c{module}.".encode())
+        content = re.sub(rb"cnumpy\._?core\.", f"c{module}.".encode(), content)  # numpy 1 and 2 name it differently
         assert module.encode() in content
     got = load(content)
     assert list(got) == ["data", "mean", "labels", "name"] and got["name"] == "é"

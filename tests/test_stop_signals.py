@@ -96,6 +96,9 @@ def test_afterwards_all_is_as_it_was(ignored, error):
         for number in SIGNALS:
             before[number] = signal.SIG_IGN if number in ignored else handler
             signal.signal(number, before[number])
+        for thread in threading.enumerate():
+            if "_listen" in thread.name:  # of the test before, about to end
+                thread.join(timeout=60)
         files, threads = open_files(), threading.enumerate()
         try:
             with StopSignals() as stop:

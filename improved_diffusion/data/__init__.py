@@ -1,1 +1,1 @@
-"""Images on disk: packed data sets, and their preparation."""
+"""Images on disk: reading, batches, packed data sets, preparation."""

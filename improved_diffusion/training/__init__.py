@@ -1,0 +1,1 @@
+"""What TrainLoop stands on."""

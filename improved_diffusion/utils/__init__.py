@@ -1,0 +1,1 @@
+"""Parts that import nothing of the package."""
