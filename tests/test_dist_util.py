@@ -161,7 +161,7 @@ def refusal(path):
 
 def test_not_a_file(tmp_path):
     assert refusal(tmp_path / "no such file.pt") == ": there is no such file"
-    assert refusal(tmp_path) == " is a directory; give the .pt file in it"
+    assert refusal(tmp_path) == ": is a directory; give the .pt file in it"
 
 
 @pytest.mark.parametrize(
@@ -516,5 +516,5 @@ def test_whose_launcher_is_watched(monkeypatch, variables, watched):
         monkeypatch.setenv(name, value)
     started = []
     monkeypatch.setattr(dist_util.threading, "Thread", lambda **kwargs: started.append(kwargs) or Mock())
-    dist_util._end_with_the_launcher(dist_util._world())
+    dist_util._end_with_the_launcher(dist_util.find_world())
     assert len(started) == watched

@@ -1,6 +1,7 @@
 """The layout of the package: imports point downwards, and each layer knows only its own concerns."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -169,6 +170,15 @@ IMPORTS = {module: imported(module, tree, FILES.keys()) - {module} for module, t
 
 def test_every_module_has_a_layer():
     assert {layer(module) for module in FILES} == set(LEVEL)
+
+
+def test_the_map_in_the_packages_docstring_is_this_one():
+    """In this order, each layer once."""
+    text = ast.get_docstring(ast.parse((PACKAGE / "__init__.py").read_text())).partition("The map")[2]
+    rows = [re.match(r"([a-z_]\w*(?:, \w+)*)  +\S", line) for line in text.splitlines()]
+    names = [name for row in rows if row for name in row[1].split(", ")]
+    assert sorted(names) == sorted(LEVEL.keys() - {"scripts"})
+    assert [LEVEL[name] for name in names] == sorted(LEVEL[name] for name in names)
 
 
 def test_imports_point_downwards():
