@@ -66,8 +66,6 @@ def load_data(
         )
     num_workers = _workers(num_workers, dataset)
     collate_fn = functools.partial(_collate, add_conditions=add_conditions)
-    if random_flip:
-        dataset = _MirroringDataset(dataset)
     return BatchStream(dataset, batch_size, not deterministic, num_workers, collate_fn, random_flip, pin_memory)
 
 
@@ -172,7 +170,11 @@ def _relabel(data_dir, labels, names, class_names):
 
 
 class _Samples(Dataset):
-    """Images and their labels as samples, of the uint8 [H, W, C] that a subclass's pixels() gives of each."""
+    """
+    Images and their labels as samples. A subclass's pixels() gives image i, uint8 [H, W, C].
+
+    An index is i, or (i, flip) as BatchStream draws them: flip mirrors the image, left for right.
+    """
 
     num_images = class_names = None  # of all ranks together, if known
 
@@ -188,8 +190,14 @@ class _Samples(Dataset):
         """
         :return: (float32 array [C, H, W] in [-1, 1], {"y": int64} or {}).
         """
-        cond = {} if self.local_classes is None else {"y": np.array(self.local_classes[idx], dtype=np.int64)}
-        return _normalize(self.pixels(idx)), cond
+        i, flip = _index_and_flip(idx)
+        cond = {} if self.local_classes is None else {"y": np.array(self.local_classes[i], dtype=np.int64)}
+        pixels = self.pixels(i)
+        return _normalize(pixels[:, ::-1] if flip else pixels), cond
+
+
+def _index_and_flip(idx):
+    return idx if isinstance(idx, tuple) else (idx, False)
 
 
 def _normalize(pixels):
@@ -243,39 +251,12 @@ class PackedDataset(_Samples):
 
     def __getitems__(self, indices):
         """
-        What a DataLoader asks for a batch where it can: made at once, in a third of the time.
+        A whole batch, as a DataLoader asks for it: takes a third of the time.
 
         :return: (float32 tensor [N, C, H, W] in [-1, 1], {"y": int64 [N]} or {}), for _collate() to leave as it is.
         """
+        indices, flips = map(list, zip(*map(_index_and_flip, indices), strict=True))
         cond = {} if self.local_classes is None else {"y": th.from_numpy(self.local_classes[indices])}
-        return th.from_numpy(_normalize(self.local_images[indices])), cond
-
-
-class _MirroringDataset(Dataset):
-    """
-    Another's samples, by batches of (index, whether to mirror it), as the batch sampler draws them: the same whichever
-    process decodes them. A DataLoader of them needs _collate().
-    """
-
-    def __init__(self, dataset):
-        super().__init__()
-        self._dataset = dataset
-        self.num_images, self.class_names = dataset.num_images, dataset.class_names
-
-    def __len__(self):
-        return len(self._dataset)
-
-    def __getitem__(self, idx):
-        """Unmirrored."""
-        return self._dataset[idx]
-
-    def __getitems__(self, pairs):
-        """
-        :return: (float32 tensor [N, C, H, W] in [-1, 1], {"y": int64 [N]} or {}).
-        """
-        indices, flips = zip(*pairs, strict=True)
-        fetch = getattr(self._dataset, "__getitems__", lambda indices: [self._dataset[i] for i in indices])
-        batch, cond = _collate(fetch(list(indices)))
-        mirrored = th.tensor(flips)
-        batch[mirrored] = batch[mirrored].flip(-1)
-        return batch, cond
+        pixels = self.local_images[indices]  # a copy
+        pixels[flips] = pixels[flips][:, :, ::-1]
+        return th.from_numpy(_normalize(pixels)), cond
