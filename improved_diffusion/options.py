@@ -389,13 +389,8 @@ class TrainOptions(ScriptOptions):
 
 
 @dataclass(frozen=True)
-class SuperResTrainOptions(ScriptOptions):
-    data: DataOptions = DataOptions()
-    model: SuperResModelOptions = SuperResModelOptions()
-    diffusion: DiffusionOptions = DiffusionOptions()
-    training: TrainingOptions = TrainingOptions()
-    output: TrainOutputOptions = TrainOutputOptions()
-    compute: ComputeOptions = ComputeOptions()
+class SuperResTrainOptions(TrainOptions):
+    model: SuperResModelOptions = SuperResModelOptions()  # type: ignore[assignment]
 
 
 @dataclass(frozen=True)
@@ -408,12 +403,9 @@ class SampleOptions(ScriptOptions):
 
 
 @dataclass(frozen=True)
-class SuperResSampleOptions(ScriptOptions):
-    model: SuperResModelOptions = SuperResModelOptions()
-    diffusion: DiffusionOptions = DiffusionOptions()
-    sampling: SuperResSamplingOptions = SuperResSamplingOptions()
-    output: SampleOutputOptions = SampleOutputOptions()
-    compute: ComputeOptions = ComputeOptions()
+class SuperResSampleOptions(SampleOptions):
+    model: SuperResModelOptions = SuperResModelOptions()  # type: ignore[assignment]
+    sampling: SuperResSamplingOptions = SuperResSamplingOptions()  # type: ignore[assignment]
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,8 @@ Packed images: a folder of arrays, scaled and cropped once instead of decoded ev
     images.npy    uint8 [N, S, S, C], C is 1 or 3
     labels.npz    labels: int64 [N], indices into classes; classes: [K] names
 
-numpy.save and numpy.savez write them too. The images are mapped into memory that all processes of a machine share, and
-never read as a whole: damage inside the pixels goes unnoticed. A folder in use may be renamed or removed, but
-images.npy must not be cut short.
+numpy.save and numpy.savez write them too. The images are memory-mapped, shared by all processes of a machine, and never
+read as a whole: damaged pixels go unnoticed. A folder in use may be renamed or removed, but images.npy not truncated.
 
 Version 1.0 packed images in one .npz file of images, labels and classes. Such files are read into memory.
 """

@@ -20,10 +20,9 @@ PNG_BEGIN, PNG_END = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", b"\0\0\0\0IEND\xaeB`\x82"
 
 def write(source, out):
     """
-    Write images to a folder of PNG files named by class, or pack them if the name of `out` ends in .packed. Print a
-    line for each folder.
+    Write images to a folder of PNG files named by class, or pack them if the name of `out` ends in .packed.
 
-    PNG files that exist stay: called again with the same source, it continues. Packed images are whole or absent.
+    Existing PNG files are kept: repeated with the same source, it continues. Packed images are whole or absent.
 
     :param source: a Source, or {name of a folder in `out`: Source}.
     :raises InputError: if `out` cannot be written, or an image cannot be read.

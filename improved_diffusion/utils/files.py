@@ -38,21 +38,20 @@ def write_files(directory, writers, flush=True):
     """
     Write files so that a crash leaves each whole or absent, and a failure changes none.
 
-    All are written under temporary names and flushed to the disk first, then renamed in order. Where
-    they replace older ones, the last of them goes first and comes last: it stands for the set. A whole
-    temporary file of the last one likewise stands for the set while it is renamed: after a crash there,
-    rename_files() completes the set.
+    All are written under temporary names and flushed, then renamed in order. The last file marks a complete set:
+    the old one is removed first, the new one is renamed last. Its temporary file, once whole, marks a set that only
+    needs renaming: after a crash there, rename_files() completes it.
 
-    :param writers: {file name: function that writes to the binary file it is given}.
-    :param flush: False leaves the flushing to the system, which takes a tenth of the time for small files: then a
-                  crash of the machine itself may cut short what it came right after.
+    :param writers: {file name: function that writes to a binary file}.
+    :param flush: False leaves flushing to the system: ten times faster for small files, but a crash of the machine
+                  may truncate them.
     :raises InputError: if one cannot be written.
     """
     staged = {}  # final path -> temporary path, or a buffer for what is not on a local disk
     path = bf.join(directory, list(writers)[-1])
     try:
         if len(writers) > 1 and not is_remote(directory) and os.path.lexists(path + TEMPORARY):
-            open(path + TEMPORARY, "wb").close()  # an earlier crash's must not stand for the files written now
+            open(path + TEMPORARY, "wb").close()  # an earlier crash's must not mark the files written now
         for name, write in writers.items():
             path = bf.join(directory, name)
             if is_remote(path):
@@ -67,11 +66,11 @@ def write_files(directory, writers, flush=True):
                 if flush:
                     os.fsync(f.fileno())
     except BaseException as e:
-        for temporary in reversed(staged.values()):  # the last first: without the others it must not be there
+        for temporary in reversed(staged.values()):  # the last, which marks the set, first
             if isinstance(temporary, str):
                 with contextlib.suppress(OSError):
                     os.remove(temporary)
-        # the second is torch.save's for a full disk, or that of what gives the content
+        # torch.save raises RuntimeError for a full disk
         if isinstance(e, (OSError, RuntimeError)) and not is_loss_of_a_worker(e):
             raise _cannot_be_written(path, e) from e
         raise
@@ -94,7 +93,7 @@ def write_files(directory, writers, flush=True):
 
 def rename_files(directory, names, flush=True):
     """
-    Give temporary files in a local folder their names, in order; those that have theirs already stay.
+    Give temporary files in a local folder their names, in order. Files without a temporary one stay.
 
     :param flush: as of write_files().
     :raises InputError: if one cannot be renamed.
@@ -103,7 +102,7 @@ def rename_files(directory, names, flush=True):
         for name in names:
             path = os.path.join(directory, name)
             if name == names[-1] and len(names) > 1:
-                _flush_directory(directory)  # the others are there before the one that stands for them
+                _flush_directory(directory)  # the others first: it marks the set
             if os.path.lexists(path + TEMPORARY):
                 os.replace(path + TEMPORARY, path)
         if flush:
