@@ -286,7 +286,7 @@ def test_images_of_two_calls_do_not_mix(tmp_path, trained, capfd):
     words = dict(model_path=trained / "ema_0.9_000004.pt", timestep_respacing=1, save_images=True)
     run("image_sample", tmp_path / "s", **words, num_samples=4)
     assert run_script("image_sample", flags(**words, num_samples=2), tmp_path / "s") == 2
-    assert f"save_images: {tmp_path}/s/images has files in it already; give another --log_dir" in capfd.readouterr().err
+    assert f"save_images: {tmp_path}/s/images has files in it already; give another log_dir" in capfd.readouterr().err
     assert len(list((tmp_path / "s" / "images").iterdir())) == 4
 
 

@@ -12,7 +12,6 @@ from harness import TINY, TRAIN, flags, load_script, run_script, run_subprocess,
 from PIL import Image
 from training import assert_same
 
-from improved_diffusion import runs
 from improved_diffusion.cli import parser
 from improved_diffusion.gaussian_diffusion import GaussianDiffusion
 from improved_diffusion.image_datasets import load_data_once
@@ -574,7 +573,7 @@ def test_super_resolution_is_trained_on_images_of_both_sizes(monkeypatch, tmp_pa
         def run_loop(self):
             batches.append(next(self.data))
 
-    monkeypatch.setattr(runs, "TrainLoop", Spy)
+    monkeypatch.setattr(load_script("super_res_train"), "TrainLoop", Spy)
     train(tmp_path, crops, script="super_res_train", **{**SUPER, "small_size": 2}, class_cond=True, num_classes=2)
     ((x, cond),) = batches
     assert (x.shape, cond["low_res"].shape, cond["y"].shape) == ((4, 3, 16, 16), (4, 3, 2, 2), (4,))
