@@ -316,23 +316,27 @@ def test_labelled_samples_are_what_save_samples_wrote(npz):
     images, labels = load_labelled_samples(save_samples(IMAGES, np.arange(6)))
     np.testing.assert_array_equal(images, IMAGES)
     assert labels.tolist() == list(range(6))
-    with pytest.raises(InputError, match=r"^samples .*base\.npz: no labelled images in it"):
+    with pytest.raises(InputError, match=r"^samples .*base\.npz: .*holds no arr_1"):
         load_labelled_samples(npz(arr_0=IMAGES))
+
+
+LABELS = np.zeros(6, np.int64)
 
 
 @pytest.mark.parametrize(
     ("arrays", "parts"),
     [
-        (dict(images=IMAGES), ["has no arr_0", "it has images"]),
-        (dict(), ["has no arr_0", "it has nothing"]),
-        (dict(arr_0=IMAGES[:, :2]), ["(6, 2, 4, 3)", "small_size 4", "(N, 4, 4, 3)"]),
-        (dict(arr_0=IMAGES[..., :1]), ["(6, 4, 4, 1)", "image_channels 3"]),
-        (dict(arr_0=IMAGES[:0]), ["(0, 4, 4, 3)"]),
-        (dict(arr_0=IMAGES[0]), ["(4, 4, 3)"]),
-        (dict(arr_0=IMAGES / 255), ["float64", "uint8"]),
-        (dict(arr_0=np.float32(3)), ["float32", "uint8"]),
-        (dict(arr_0=IMAGES), ["no label for each image in arr_1", "class_cond"]),
-        (dict(arr_0=IMAGES, arr_1=np.zeros(5, int)), ["no label for each image in arr_1"]),
+        (dict(images=IMAGES), ["holds no arr_0", "but images"]),
+        (dict(), ["holds no arr_0", "but nothing"]),
+        (dict(arr_0=IMAGES[:, :2], arr_1=LABELS), ["(6, 2, 4, 3)", "small_size 4", "(N, 4, 4, 3)"]),
+        (dict(arr_0=IMAGES[..., :1], arr_1=LABELS), ["(6, 4, 4, 1)", "image_channels 3"]),
+        (dict(arr_0=IMAGES[:0], arr_1=LABELS), ["(0, 4, 4, 3)"]),
+        (dict(arr_0=IMAGES[0], arr_1=LABELS), ["(4, 4, 3)"]),
+        (dict(arr_0=IMAGES / 255, arr_1=LABELS), ["float64", "uint8"]),
+        (dict(arr_0=np.float32(3), arr_1=LABELS), ["float32", "uint8"]),
+        (dict(arr_0=IMAGES), ["holds no arr_1", "class_cond"]),
+        (dict(arr_0=IMAGES, arr_1=np.zeros(5, int)), ["arr_1 holds no label for each image", "class_cond"]),
+        (dict(arr_0=IMAGES, arr_1=np.zeros(6)), ["arr_1 holds no label"]),
         (dict(arr_0=IMAGES, arr_1=np.arange(6)), ["labels from 0 to 5", "num_classes 3 allows 0 to 2"]),
         (dict(arr_0=IMAGES, arr_1=np.arange(6) % 4), ["labels from 0 to 3", "num_classes 3 allows 0 to 2"]),
         (dict(arr_0=IMAGES, arr_1=np.arange(6) - 4), ["labels from -4 to 1", "num_classes 3 allows 0 to 2"]),
@@ -352,11 +356,11 @@ def test_base_samples_that_cannot_work(npz, arrays, parts):
     ("content", "message"),
     [
         (None, "there is no such file"),
-        (b"", "not an npz file of numbers"),
-        (b"text", "not an npz file of numbers"),
-        ("cut short", "not an npz file of numbers"),
-        ("one array", "not an npz file of numbers"),
-        ("objects", "not an npz file of numbers"),
+        (b"", "not an npz file of images"),
+        (b"text", "not an npz file of images"),
+        ("cut short", "not an npz file of images"),
+        ("one array", "not an npz file of images"),
+        ("objects", "not an npz file of images"),
         ("folder", "there is no such file"),
     ],
 )

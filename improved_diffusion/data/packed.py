@@ -127,17 +127,17 @@ def _map(path):
     return images.view(np.ndarray)
 
 
-def read_npz(path, *names):
+def read_npz(file, *names):
     """
+    :param file: a path, or an open binary file.
     :return: a list of the arrays of these names, their checksums verified.
-    :raises: InputError if one is missing, and whatever numpy and zipfile raise for damaged files.
+    :raises Exception: any kind, if an array is missing or the file damaged.
     """
     arrays = []
-    with zipfile.ZipFile(path) as archive:
-        there = archive.namelist()
-        missing = [name for name in names if f"{name}.npy" not in there]
-        if missing:
-            raise InputError(f"{path}: holds no {' and no '.join(missing)} (but {', '.join(there) or 'nothing'})")
+    with zipfile.ZipFile(file) as archive:
+        there = [name.removesuffix(".npy") for name in archive.namelist()]
+        if missing := [name for name in names if name not in there]:
+            raise ValueError(f"it holds no {' and no '.join(missing)}, but {', '.join(there) or 'nothing'}")
         for name in names:
             with archive.open(f"{name}.npy") as member:
                 arrays.append(np.lib.format.read_array(member, allow_pickle=False))

@@ -3,9 +3,9 @@
 import functools
 import os
 import re
-import struct
 
 import numpy as np
+from PIL import Image
 from torch.utils.data import Dataset
 
 from ..utils.errors import InputError, first_line
@@ -15,7 +15,7 @@ from .images import to_image
 from .loader import BatchesInOrder
 from .packed import ENDING, OLD_ENDING, check_new, write_packed
 
-PNG_BEGIN, PNG_END = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", b"\0\0\0\0IEND\xaeB`\x82"
+PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 
 
 def write(source, out):
@@ -112,16 +112,15 @@ class _Files(Dataset):
 
 
 def _is_there(path, size):
-    """Whether a PNG file is there from its beginning to its end: a crash of the machine cuts files short."""
+    """Whether a whole PNG file is there: a crash of the machine may truncate one."""
     try:
         with open(path, "rb") as f:
-            begin = f.read(len(PNG_BEGIN) + 8)
-            f.seek(max(f.seek(0, os.SEEK_END) - len(PNG_END), 0))
-            if not (begin.startswith(PNG_BEGIN) and f.read() == PNG_END):
+            f.seek(-len(PNG_END), os.SEEK_END)
+            if f.read() != PNG_END:
                 return False
-    except OSError:  # if it exists but cannot be read, writing it raises
+            width, height = Image.open(f, formats=["PNG"]).size
+    except (OSError, ValueError):  # one that cannot be read is written, which raises
         return False
-    width, height = struct.unpack(">II", begin[len(PNG_BEGIN) :])
     if (width, height) != (size, size):
         raise InputError(f"{path}: exists as {width}x{height}, not {size}x{size}; name another folder")
     return True

@@ -181,8 +181,6 @@ def _read_batch(path, name):
         return load_pickle(functools.partial(open, path, "rb"), path).get(name)
     try:
         return read_npz(path, name)[0]
-    except InputError:
-        raise
     except Exception as e:  # damaged ones raise anything
         raise InputError(f"{path}: not a whole npz file of data and labels ({first_line(e)})") from None
 

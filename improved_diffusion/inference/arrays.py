@@ -5,7 +5,8 @@ import numpy as np
 import torch as th
 
 from .. import logger
-from ..utils.errors import InputError
+from ..data.packed import read_npz
+from ..utils.errors import InputError, first_line
 from ..utils.files import list_folder, write_files
 from ..utils.progress import Progress
 from .pictures import grid, sample_names, write_pngs
@@ -69,10 +70,7 @@ def load_base_samples(path, *, size, channels, num_classes=None):
     :return: (uint8 array [N, size, size, channels], int64 array [N], or None without num_classes).
     :raises InputError: if the file is missing, or is anything else.
     """
-    arrays = _read_npz("base_samples", path)
-    if "arr_0" not in arrays:
-        raise InputError(f"base_samples {path} has no arr_0, the images (it has {', '.join(arrays) or 'nothing'})")
-    images = arrays["arr_0"]
+    images, *labels = _read_npz("base_samples", path, *["arr_0", "arr_1"][: 1 if num_classes is None else 2])
     if images.dtype != np.uint8 or images.ndim != 4 or not len(images) or images.shape[1:] != (size, size, channels):
         raise InputError(
             f"base_samples {path}: arr_0 is {images.dtype} of shape {images.shape}; small_size {size} and "
@@ -80,9 +78,9 @@ def load_base_samples(path, *, size, channels, num_classes=None):
         )
     if num_classes is None:
         return images, None
-    labels = arrays.get("arr_1")
-    if labels is None or labels.shape != images.shape[:1]:
-        raise InputError(f"base_samples {path} has no label for each image in arr_1, which class_cond needs")
+    (labels,) = labels
+    if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
+        raise InputError(f"base_samples {path}: arr_1 holds no label for each image, which class_cond needs")
     if labels.min() < 0 or labels.max() >= num_classes:
         raise InputError(
             f"base_samples {path}: arr_1 has labels from {labels.min()} to {labels.max()}, "
@@ -98,26 +96,19 @@ def load_labelled_samples(path):
     :return: (uint8 array [N, H, W, C], int array [N]).
     :raises InputError: if the file is missing or has no labels.
     """
-    arrays = _read_npz("samples", path)
-    if not {"arr_0", "arr_1"} <= arrays.keys():
-        raise InputError(f"samples {path}: no labelled images in it (arr_0 and arr_1)")
-    return arrays["arr_0"], arrays["arr_1"]
+    images, labels = _read_npz("samples", path, "arr_0", "arr_1")
+    return images, labels
 
 
-def _read_npz(option, path):
-    """
-    All arrays of an npz file, as a dict.
-
-    :raises InputError: naming the option, if the path is "", missing, or not such a file.
-    """
+def _read_npz(option, path, *names):
+    """:raises InputError: naming the option, if the path is "", missing, or not a file of these arrays."""
     if not path:
         raise InputError(f"{option} is not given: name an npz file that image_sample.py wrote")
     if not bf.exists(path) or bf.isdir(path):
         raise InputError(f"{option} {path}: there is no such file")
     try:
-        with bf.BlobFile(path, "rb") as f, np.load(f, allow_pickle=False) as arrays:
-            if arrays.zip.testzip():
-                raise ValueError("a checksum is wrong")  # numpy reads no further than a shape says
-            return dict(arrays)
+        with bf.BlobFile(path, "rb") as f:
+            return read_npz(f, *names)
     except Exception as e:  # a damaged zip archive raises anything
-        raise InputError(f"{option} {path}: not an npz file of numbers ({e})") from None
+        what = "images and labels (arr_0, arr_1), which class_cond needs" if "arr_1" in names else "images (arr_0)"
+        raise InputError(f"{option} {path}: not an npz file of {what}: {first_line(e)}") from None
