@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from .utils import attendance, streams
 from .utils.errors import InputError, first_line
-from .utils.launchers import LAUNCHERS, find_world, shared_store
+from .utils.launchers import LAUNCHERS, find_world, meeting_place, shared_store
 from .utils.safe_load import decode, read_bytes, read_state_dict  # noqa: F401 (callers read by this module)
 
 # A rank may save to a slow URL, or have larger images than the others: minutes are no sign of an error
@@ -83,7 +83,7 @@ def _join(backend, world):
     global _attendance
     size_var = next(row[2] for row in LAUNCHERS if row[0] == world.launcher and row[2] in os.environ)
     promise = f"{world.launcher} promises {world.size} ranks ({size_var} is {os.environ[size_var]})"
-    with attendance.Meeting(promise, world.rank, world.size, _meeting_place, end_at_once) as meeting:
+    with attendance.Meeting(promise, world.rank, world.size, meeting_place, end_at_once) as meeting:
         store = shared_store(world)
         meeting.wait_for_all(store)
         store.set_timeout(GROUP_TIMEOUT)  # by which NCCL's ranks wait for each other at their first collective
@@ -91,12 +91,6 @@ def _join(backend, world):
         if backend == "nccl":
             _cpu_group()  # now, so that ranks that cannot meet by it say so here
     _attendance = attendance.Attendance(store, world.rank, world.size)
-
-
-def _meeting_place():
-    if {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
-        return f"at {os.environ['MASTER_ADDR']} port {os.environ['MASTER_PORT']}"
-    return "in MPI"
 
 
 def _end_with_the_launcher(world):

@@ -93,10 +93,14 @@ def read_packed(path, with_labels):
         raise InputError(f"{path}: packed images are mapped from a local disk; copy them to one")
     try:
         if os.path.isdir(path):
-            images, labels = _map(os.path.join(path, IMAGES)), os.path.join(path, LABELS)
+            images, labels = np.lib.format.open_memmap(os.path.join(path, IMAGES), mode="r"), os.path.join(path, LABELS)
+            if images.offset + images.nbytes != os.path.getsize(images.filename):
+                raise ValueError(f"{IMAGES} is not as long as its header says")
+            images = images.view(np.ndarray)
         else:
             (images,), labels = read_npz(path, "images"), path
-        if images.dtype != np.uint8 or not _is_square(images.shape):
+        n, height, width, channels = images.shape if images.ndim == 4 else (0, 0, 0, 0)
+        if images.dtype != np.uint8 or n * height == 0 or height != width or channels not in (1, 3):
             wanted = "uint8 of shape (N, S, S, 1 or 3)"
             raise InputError(f"{path}: images are {images.dtype} of shape {images.shape}; {wanted} is wanted")
         found = images, *(_read_labels(labels, len(images)) if with_labels else (None, None))
@@ -114,17 +118,6 @@ def read_packed(path, with_labels):
         gigabytes = images.nbytes / 1e9
         logger.warn(f"{path}: each rank reads {gigabytes:.1f} GB; scripts/prepare.py images makes it a mapped folder")
     return found
-
-
-def _is_square(shape):
-    return len(shape) == 4 and min(shape) > 0 and shape[1] == shape[2] and shape[3] in (1, 3)
-
-
-def _map(path):
-    images = np.lib.format.open_memmap(path, mode="r")
-    if images.offset + images.nbytes != os.path.getsize(path):
-        raise ValueError(f"{IMAGES} is not as long as its header says")
-    return images.view(np.ndarray)
 
 
 def read_npz(file, *names):

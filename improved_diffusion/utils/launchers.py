@@ -67,12 +67,20 @@ def whole_number(name, default=None):
         raise InputError(f"the environment variable {name} is {os.environ.get(name)!r}, not a whole number") from None
 
 
+def _has_address():
+    """Whether the user, or torchrun, gives the store's address."""
+    return {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+
+
+def meeting_place():
+    return f"at {os.environ['MASTER_ADDR']} port {os.environ['MASTER_PORT']}" if _has_address() else "in MPI"
+
+
 def shared_store(world):
     """The store through which the ranks find each other."""
-    address_given = {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()  # or by torchrun
-    if world.launcher == "mpiexec" and not address_given:
+    if world.launcher == "mpiexec" and not _has_address():
         return _store_by_mpi(world)
-    if world.launcher == "srun" and not address_given:
+    if world.launcher == "srun" and not _has_address():
         # the step's first node, and a port that other jobs on it will hardly have
         first_node = re.sub(r"\[(\w+)[^]]*\]", r"\1", os.environ.get("SLURM_STEP_NODELIST", "localhost")).split(",")[0]
         job, step = (whole_number(name) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
