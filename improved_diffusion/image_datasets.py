@@ -166,7 +166,8 @@ def _relabel(data_dir, labels, names, class_names):
             f"{data_dir}: the class {min(unknown)} is none of those that the model was trained on "
             f"({', '.join(class_names[:5])}{', ...' if len(class_names) > 5 else ''})"
         )
-    return np.array([class_names.index(name) for name in names], dtype=np.int64)[labels], class_names
+    place = {name: i for i, name in enumerate(class_names)}
+    return np.array([place[name] for name in names], dtype=np.int64)[labels], class_names
 
 
 class _Samples(Dataset):
