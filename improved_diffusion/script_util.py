@@ -263,7 +263,7 @@ def configure_compute(model, *, use_fp16=False, use_bf16=False, compile=False):
 
     :param use_fp16: its torso in float16, weights included. For sampling: TrainLoop does it itself.
     :param use_bf16: its torso under autocast to bfloat16.
-    :param compile: by torch.compile, when it is first called. Each shape of a batch is compiled anew.
+    :param compile: by torch.compile, at the first call with each shape of a batch.
     :raises InputError: if there is nothing to compile with, or for two precisions at once.
     """
     if use_fp16 and use_bf16:

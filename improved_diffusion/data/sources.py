@@ -97,7 +97,7 @@ def cifar10(src):
 
 def _read_cifar(src, names):
     """{name: the dict pickled there}."""
-    right = "name cifar-10-python.tar.gz, or the folder cifar-10-batches-py in it"
+    advice = "name cifar-10-python.tar.gz, or the folder cifar-10-batches-py in it"
     batches = {}
     try:
         if os.path.isdir(src):
@@ -114,9 +114,9 @@ def _read_cifar(src, names):
     except InputError:
         raise
     except Exception as e:  # damaged archives raise anything
-        raise InputError(f"{src}: cannot be read ({first_line(e)}); {right}") from None
+        raise InputError(f"{src}: cannot be read ({first_line(e)}); {advice}") from None
     if missing := [name for name in names if name not in batches]:
-        raise InputError(f"{src}: holds no {', no '.join(missing)}; {right}")
+        raise InputError(f"{src}: holds no {', no '.join(missing)}; {advice}")
     return batches
 
 

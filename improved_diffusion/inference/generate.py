@@ -161,7 +161,7 @@ def _label_of(name, num_classes, class_names):
     known = num_classes if class_names is None else len(class_names)
     numbers = class_names is None or not any(other.isdecimal() for other in class_names)
     if not numbers or not name.isdecimal() or int(name) >= known:
-        right = [f"a number from 0 to {known - 1}"] if numbers else []
-        right += [f"one of {', '.join(class_names[:10])}{', ...' * (known > 10)}"] if class_names is not None else []
-        raise InputError(f"classes: {name!r} is no class of the model; give {' or '.join(right)}")
+        valid = [f"a number from 0 to {known - 1}"] if numbers else []
+        valid += [f"one of {', '.join(class_names[:10])}{', ...' * (known > 10)}"] if class_names is not None else []
+        raise InputError(f"classes: {name!r} is no class of the model; give {' or '.join(valid)}")
     return int(name)
