@@ -358,8 +358,8 @@ class GaussianDiffusion:
         :param noise_fn: draws all noise, as of p_sample(); th.randn_like if None.
         :return: tensor of `shape`.
         """
-        kwargs = dict(clip_denoised=clip_denoised, denoised_fn=denoised_fn, model_kwargs=model_kwargs, device=device)
-        kwargs |= dict(noise=noise, progress=progress, **if_given(noise_fn=noise_fn))
+        kwargs: dict = dict(noise=noise, device=device, progress=progress, **if_given(noise_fn=noise_fn))
+        kwargs |= dict(clip_denoised=clip_denoised, denoised_fn=denoised_fn, model_kwargs=model_kwargs)
         return _last_sample(self.p_sample_loop_progressive(model, shape, **kwargs))
 
     def p_sample_loop_progressive(
@@ -377,8 +377,8 @@ class GaussianDiffusion:
         progress: bool = False, eta: float = 0.0, noise_fn: Fn | None = None,
     ) -> th.Tensor:  # fmt: skip
         """Samples by the whole DDIM chain; parameters as of p_sample_loop() and ddim_sample()."""
-        kwargs = dict(clip_denoised=clip_denoised, denoised_fn=denoised_fn, model_kwargs=model_kwargs, device=device)
-        kwargs |= dict(noise=noise, progress=progress, eta=eta, **if_given(noise_fn=noise_fn))
+        kwargs: dict = dict(noise=noise, device=device, progress=progress, eta=eta, **if_given(noise_fn=noise_fn))
+        kwargs |= dict(clip_denoised=clip_denoised, denoised_fn=denoised_fn, model_kwargs=model_kwargs)
         return _last_sample(self.ddim_sample_loop_progressive(model, shape, **kwargs))
 
     def ddim_sample_loop_progressive(
@@ -506,10 +506,9 @@ class GaussianDiffusion:
             xstart_mse.append(mean_flat((out["pred_xstart"] - x_start) ** 2))
             mse.append(mean_flat((eps - noise) ** 2))
 
-        vb, xstart_mse, mse = (th.stack(terms, dim=1) for terms in (vb, xstart_mse, mse))
+        terms = {"vb": th.stack(vb, dim=1), "xstart_mse": th.stack(xstart_mse, dim=1), "mse": th.stack(mse, dim=1)}
         prior_bpd = self._prior_bpd(x_start)
-        total_bpd = vb.sum(dim=1) + prior_bpd
-        return {"total_bpd": total_bpd, "prior_bpd": prior_bpd, "vb": vb, "xstart_mse": xstart_mse, "mse": mse}
+        return {"total_bpd": terms["vb"].sum(dim=1) + prior_bpd, "prior_bpd": prior_bpd, **terms}
 
 
 # ---------------------------------------------------------------- small things

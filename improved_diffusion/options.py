@@ -11,9 +11,7 @@ defaults dictionaries of script_util.py, the scripts' flags with their --help an
 """
 
 import dataclasses
-import functools
 import inspect
-import types
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -118,17 +116,19 @@ def check(row: Option, value) -> None:
         raise InputError(f"{row.name} {value}: give {row.valid}")
 
 
-@functools.cache
-def rows(group: type) -> tuple[Option, ...]:
-    """The options of a group, or of all groups of a script's options, in the order of their declaration."""
-    found = []
+def rows(group: Any) -> tuple[Option, ...]:
+    """
+    The options in the order of their declaration.
+
+    :param group: a Group, or the class of a script's options for those of all its groups.
+    """
+    found: list[Option] = []
     for field in dataclasses.fields(group):
-        if dataclasses.is_dataclass(field.type):
+        if isinstance(field.type, type) and issubclass(field.type, Group):
             found += rows(field.type)
             continue
-        kind = field.type
-        if isinstance(kind, types.UnionType):  # int | None
-            kind = next(t for t in typing.get_args(kind) if t is not type(None))
+        kinds = [kind for kind in typing.get_args(field.type) if kind is not type(None)]  # of int | None
+        kind: Any = kinds[0] if kinds else field.type
         found.append(Option(field.name, kind, field.default, group.title, **field.metadata))
     return tuple(found)
 

@@ -26,19 +26,20 @@ def space_timesteps(num_timesteps: int, section_counts: str | int | Sequence[int
     if isinstance(section_counts, str):
         if section_counts.startswith("ddim"):
             return _ddim_timesteps(num_timesteps, _whole_number(section_counts, section_counts[len("ddim") :]))
-        section_counts = [_whole_number(section_counts, s) for s in section_counts.split(",")]
-
-    section_counts = np.atleast_1d(section_counts).tolist()
-    if not section_counts:
+        counts = [_whole_number(section_counts, s) for s in section_counts.split(",")]
+    else:
+        counts = np.atleast_1d(section_counts).tolist()
+    if not counts:
         raise InputError("timestep_respacing has no sections; give step counts such as 250 or 10,15,20")
-    size, longer = divmod(num_timesteps, len(section_counts))  # the first sections take what is left over
-    steps, start = set(), 0
-    for i, count in enumerate(section_counts):
+    size, longer = divmod(num_timesteps, len(counts))  # the first sections take what is left over
+    steps: set[int] = set()
+    start = 0
+    for i, count in enumerate(counts):
         length = size + (1 if i < longer else 0)
         if not 0 <= count <= length:
             raise InputError(
-                f"timestep_respacing {','.join(map(str, section_counts))}: section {i + 1} of "
-                f"{len(section_counts)} is {length} of the {num_timesteps} steps long and cannot keep {count}; "
+                f"timestep_respacing {','.join(map(str, counts))}: section {i + 1} of "
+                f"{len(counts)} is {length} of the {num_timesteps} steps long and cannot keep {count}; "
                 f"give at most {length}"
             )
         stride = (length - 1) / (count - 1) if count > 1 else 1

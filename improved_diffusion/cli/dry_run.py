@@ -64,7 +64,7 @@ def estimate_memory(model: th.nn.Module, options: ScriptOptions) -> tuple[int, i
     size = values.get("image_size") or values["large_size"]
     shape = (batch_size, values["image_channels"], size, size)
     with th.device("meta"), _LiveBytes() as live, th.set_grad_enabled(training is not None):
-        kwargs = {}
+        kwargs: dict[str, th.Tensor] = {}
         if "small_size" in values:
             kwargs["low_res"] = th.zeros(*shape[:2], values["small_size"], values["small_size"])
         if values["class_cond"]:

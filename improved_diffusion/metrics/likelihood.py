@@ -1,5 +1,6 @@
 """The variational bound on the negative log-likelihood of images, in bits per dimension."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch as th
@@ -34,7 +35,7 @@ def evaluate_bpd(
         for batch, cond in data:
             batch = batch.to(device)
             cond = {k: v.to(device) for k, v in cond.items()}
-            noise_fn = th.randn_like
+            noise_fn: Callable = th.randn_like
             if seed is not None:
                 numbers = range(count, count + len(batch))
                 noise_fn = SampleNoise(seed, [dist_util.rank() + dist_util.world_size() * n for n in numbers])
