@@ -243,6 +243,27 @@ def test_without_a_seed_samples_are_those_of_the_diffusions_loops(sampler):
         np.testing.assert_array_equal(to_uint8(x).numpy(), images[part])
 
 
+@pytest.mark.parametrize("seed", [None, 5])
+def test_a_new_sampler_needs_only_its_row(monkeypatch, seed):
+    """It is given standard normal noise of the samples' shape, and what draws more."""
+    seen = []
+
+    def still(diffusion, model, x_T, *, model_kwargs, noise_fn, clip_denoised):
+        seen.append((x_T.clone(), noise_fn, clip_denoised))
+        return x_T
+
+    monkeypatch.setitem(SAMPLERS, "still", still)
+    th.manual_seed(3)
+    images, _ = draw(StubDiffusion(), sampler="still", clip_denoised=False, seed=seed)
+    th.manual_seed(3)
+    for (x_T, noise_fn, clip_denoised), start in zip(seen, (0, 3, 6), strict=True):
+        numbers = range(start, min(start + 3, 7))
+        new = th.randn_like if seed is None else SampleNoise(seed, numbers)
+        assert th.equal(x_T, new(th.empty(len(numbers), 1, 4, 4))) and not clip_denoised
+        assert (noise_fn is None) == (seed is None)
+        np.testing.assert_array_equal(images[list(numbers)], to_uint8(x_T).numpy())
+
+
 def test_conditions_are_given_the_noise_of_their_samples():
     """So that what they draw belongs to samples too; without a seed there is none."""
     given_noise = []

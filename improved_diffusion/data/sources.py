@@ -188,13 +188,14 @@ def _read_batch(path, name):
 class _Lsun(Source):
     """Images of a database, in the order of its keys."""
 
-    def __init__(self, src, class_name, image_size, max_images):
+    def __init__(self, src, class_name, image_size, max_images, num_workers):
         self._src, self._database, self._process = src, None, None
         with contextlib.closing(_open_database(src)) as database, _reading(src, database) as transaction:
             self._keys = list(itertools.islice(transaction.cursor().iternext(values=False), max_images or None))
         if not self._keys:
             raise InputError(f"{src}: holds no images")
         self.classes, self.labels, self.shape = [class_name], [0] * len(self._keys), (image_size, image_size, 3)
+        self.num_workers = processes(num_workers)
 
     def __getitem__(self, i):
         if self._process != os.getpid():  # a database cannot be shared with child processes
@@ -214,9 +215,7 @@ def lsun(src, *, class_name="", image_size=256, max_images=0, num_workers=-1):
     name = class_name or os.path.basename(os.path.abspath(src)).partition("_")[0]
     if not name:
         raise InputError(f"{src}: its name has no class before its first underscore; name the class")
-    source = _Lsun(src, name, image_size, max_images)
-    source.num_workers = processes(num_workers)
-    return source
+    return _Lsun(src, name, image_size, max_images, num_workers)
 
 
 def _open_database(src):
@@ -253,8 +252,8 @@ def _reading(src, database):
 class _Images(Source):
     """Images of a folder, or packed ones, scaled and cropped."""
 
-    def __init__(self, src, image_size, image_channels):
-        self.shape = (image_size, image_size, image_channels)
+    def __init__(self, src, image_size, image_channels, num_workers):
+        self.shape, self.num_workers = (image_size, image_size, image_channels), processes(num_workers)
         if is_packed(src):
             self._images, self.labels, self.classes = read_packed(src, with_labels=True)
             self._open = to_image
@@ -273,9 +272,7 @@ def images(src, *, image_size=64, image_channels=3, num_workers=-1):
     src is a folder, searched recursively, or a URL that blobfile lists, or packed images. The class of an image is its
     file name up to the first underscore. Packed, pixels, labels and order are those of the folder.
     """
-    source = _Images(src, image_size, image_channels)
-    source.num_workers = processes(num_workers)
-    return source
+    return _Images(src, image_size, image_channels, num_workers)
 
 
 SOURCES = {function.__name__: function for function in (cifar10, lsun, imagenet64, images, digits)}
