@@ -3,6 +3,7 @@
 import atexit
 import contextlib
 import gc
+import io  # noqa: F401 (part of this module, as in the original)
 import os
 import platform
 import random
@@ -11,6 +12,7 @@ import threading
 import time
 from datetime import timedelta
 
+import blobfile as bf  # noqa: F401 (part of this module, as in the original)
 import numpy as np
 import torch as th
 import torch.distributed as dist

@@ -2,10 +2,12 @@
 
 import functools
 
+import blobfile as bf  # noqa: F401 (part of this module, as in the original)
 import numpy as np
 import torch as th
 import torch.nn.functional as F
-from torch.utils.data import DataLoader, Dataset, default_collate  # noqa: F401 (the original offers the first)
+from PIL import Image  # noqa: F401 (part of this module, as in the original)
+from torch.utils.data import DataLoader, Dataset, default_collate  # noqa: F401 (as above)
 
 from . import dist_util
 from .data.images import check_images, find_images, label_by_name, list_images, read_image, scale_and_crop
