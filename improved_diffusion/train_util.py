@@ -408,7 +408,7 @@ class TrainLoop(Resumable, Stoppable):
         return path
 
     def draw_missing_preview(self):
-        """Draw the preview of the checkpoint that the run goes on from, if a kill came before it was there."""
+        """Draw the preview of the checkpoint that the run resumes from, if a kill came before it was drawn."""
         path, directory = self._last_checkpoint, get_blob_logdir()
         if self.preview is None or not path or not is_of_a_run(path) or not is_in(path, directory):
             return

@@ -145,6 +145,21 @@ def test_run_turns_errors_a_user_can_mend_into_a_line_and_a_status(monkeypatch, 
     run(lambda: None)
 
 
+FULL_SHM = "unable to write to file </torch_123_4_5>: No space left on device (28)"
+
+
+@pytest.mark.parametrize(
+    "text", [FULL_SHM, f"Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback:\n  x\n  {FULL_SHM}\n"]
+)
+def test_full_shared_memory_is_a_line(monkeypatch, capfd, text):
+    monkeypatch.setattr(sys, "argv", ["here/script.py"])
+    with pytest.raises(SystemExit) as left:
+        run(lambda: raise_(RuntimeError(text)))
+    assert left.value.code == 1
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "/dev/shm" in line and FULL_SHM in line
+
+
 @pytest.fixture
 def left(monkeypatch):
     """How often the ranks were left."""

@@ -5,6 +5,7 @@ Each scenario runs once for each of its operations on files, and dies in the mid
 """
 
 import contextlib
+import errno
 import io
 import itertools
 import os
@@ -268,7 +269,7 @@ def test_killed_while_a_failed_save_is_cleaned_up(tmp_path):
 
 @pytest.mark.parametrize("missing", ["model", "state", "opt"])
 def test_files_of_sets_without_a_complete_one_are_not_overwritten(tmp_path, missing):
-    """Auto does not begin anew among them."""
+    """Auto does not start over among them."""
     write(tmp_path, 8, 1, state=missing != "opt")
     for path in tmp_path.glob(f"{missing}*"):
         path.unlink()
@@ -307,13 +308,17 @@ def test_a_temporary_state_names_files_of_its_own_set_only(tmp_path, names):
 # ---------------------------------------------------------------- files that are there and cannot be read
 
 
-def refused(path):
-    raise PermissionError(13, "Permission denied", path)
-
-
+@pytest.mark.parametrize(
+    "error", [(errno.EACCES, "ermission"), (errno.EIO, "Input/output error")], ids=["EACCES", "EIO"]
+)
 @pytest.mark.parametrize("name", ["model000008.pt", "opt000008.pt", "state000008.pt", "state000008.pt.tmp", "folder"])
-def test_what_may_not_be_read_is_not_taken_for_damaged(tmp_path, monkeypatch, name):
+def test_what_may_not_be_read_is_not_taken_for_damaged(tmp_path, monkeypatch, name, error):
     """Going back to an older set would overwrite the good one."""
+    number, text = error
+
+    def refused(path):
+        raise OSError(number, os.strerror(number), path)
+
     write(tmp_path, 4, 1)
     write(tmp_path, 8, 2)
     if name.endswith(".tmp"):
@@ -325,7 +330,7 @@ def test_what_may_not_be_read_is_not_taken_for_damaged(tmp_path, monkeypatch, na
         monkeypatch.setattr(
             bf, "BlobFile", lambda path, mode: refused(path) if path.endswith(name) else open_file(path, mode)
         )
-    with pytest.raises(FileAccessError, match="no permission") as info:
+    with pytest.raises(FileAccessError, match=text) as info:
         find_newest_checkpoint(str(tmp_path))
     assert str(tmp_path) in str(info.value)
 

@@ -663,7 +663,7 @@ def test_an_image_found_unreadable_later_is_named_in_one_line(monkeypatch, tmp_p
     with pytest.raises(InputError) as refusal:
         next(data)
     assert str(refusal.value).startswith(f"{bad}: cannot be read as an image")
-    assert "\n" not in str(refusal.value)
+    assert "\n" not in str(refusal.value) and " at 0x" not in str(refusal.value)
     del data, refusal  # and with them the workers; were they the garbage collector's, it would wait 5 s for each
     assert {process.pid for process in multiprocessing.active_children()} <= before
 

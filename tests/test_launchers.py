@@ -381,8 +381,7 @@ import sys
 import torch as th
 import torch.distributed as dist
 from improved_diffusion import dist_util
-from improved_diffusion.utils import attendance
-from improved_diffusion.utils import launchers as launchers_  # the tests' helpers have the same name
+from improved_diffusion.utils import attendance, launchers as launchers_  # the tests' helpers have the same name
 
 atexit.register(lambda: print("still joined" if dist.is_initialized() else "left"))  # runs last, being the first
 dist_util.setup_dist()

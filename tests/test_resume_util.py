@@ -524,7 +524,7 @@ def test_moments_lie_in_memory_as_their_parameters(tmp_path):
             i: {"step": th.tensor(3.0), "exp_avg": moments[2 * i], "exp_avg_sq": moments[2 * i + 1]} for i in range(2)
         }
         th.save({**opt.state_dict(), "state": state}, tmp_path / "opt.pt")
-        resume_module.load_optimizer(opt, resume.read_optimizer(opt, str(tmp_path / "opt.pt")))
+        resume_module.load_optimizer(opt, resume_module.read_optimizer(opt, str(tmp_path / "opt.pt")))
         for p in model.parameters():
             p.data.zero_()
             p.grad = th.ones_like(p)

@@ -77,6 +77,26 @@ def test_log_dir_then_the_variable_then_a_new_folder(tmp_path, monkeypatch, capf
     assert lines[4] == f"all files are in {new[0]}"
 
 
+@pytest.mark.parametrize("named", [True, False])
+def test_a_run_locks_its_folder(images, tmp_path, monkeypatch, named):
+    """Also a new one that no flag names."""
+    monkeypatch.chdir(tmp_path)
+    refusals = []
+
+    class Meanwhile(load_script("image_train").TrainLoop):
+        def run_loop(self):
+            with pytest.raises(InputError) as refusal:
+                files.FolderLock(logger.get_dir(), patience=0).acquire()
+            refusals.append(str(refusal.value))
+            super().run_loop()
+
+    monkeypatch.setattr(load_script("image_train"), "TrainLoop", Meanwhile)
+    assert run_script("image_train", flags(**TRAIN, data_dir=images), tmp_path / "run" if named else "") == 0
+    folder = tmp_path / "run" if named else next((tmp_path / "runs").iterdir())
+    assert len(refusals) == 1 and folder.name in refusals[0] and str(os.getpid()) in refusals[0]
+    assert not (folder / files.FolderLock.NAME).exists()
+
+
 @pytest.mark.parametrize("words", [dict(log_dir="gs://bucket/run"), {}])
 def test_a_url_is_no_log_directory(capfd, words):
     assert run_script("image_train", flags(**words, data_dir="nowhere"), "gs://bucket/run") == 2

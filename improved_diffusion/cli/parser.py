@@ -16,7 +16,14 @@ from .. import dist_util, logger
 from ..options import Option, ScriptOptions, check, rows
 from ..script_util import str2bool, whole_number
 from ..utils import streams
-from ..utils.errors import InputError, TrainingError, first_line, is_loss_of_a_worker, is_out_of_memory
+from ..utils.errors import (
+    InputError,
+    TrainingError,
+    first_line,
+    is_loss_of_a_worker,
+    is_out_of_memory,
+    loss_of_shared_memory,
+)
 from ..utils.files import FolderLock, is_remote
 from .presets import PRESETS
 
@@ -145,14 +152,14 @@ def logging_to(log_dir: str, notes=(), checkpoints: bool = False):
     :raises InputError: if another run has locked it.
     """
     named = log_directory(log_dir)
+    # ranks without a folder of their own share one; all take part in agreeing on it
+    directory = dist_util.from_rank_0(lambda: named or _new_directory())
     elsewhere = os.environ.get("DIFFUSION_BLOB_LOGDIR", "") if checkpoints else ""
-    lock = FolderLock(elsewhere or named) if checkpoints and (elsewhere or named) else None
-    if lock is not None:
+    lock = FolderLock(elsewhere or named or directory)
+    if checkpoints:
         dist_util.from_rank_0(lock.acquire)
     try:
-        # ranks without a folder of their own share one; all take part in agreeing on it
-        common = dist_util.from_rank_0(lambda: named or _new_directory())
-        logger.configure(named or common)
+        logger.configure(named or directory)
         for note in [dist_util.describe(), *notes]:
             logger.log(note)
         try:
@@ -160,8 +167,7 @@ def logging_to(log_dir: str, notes=(), checkpoints: bool = False):
         finally:
             logger.log(f"all files are in {logger.get_dir()}{f', checkpoints in {elsewhere}' if elsewhere else ''}")
     finally:
-        if lock is not None:
-            lock.release()
+        lock.release()
 
 
 def log_directory(log_dir: str) -> str:
@@ -234,6 +240,8 @@ def _explain(error):
     if is_loss_of_a_worker(error):
         how = error.__cause__ if is_loss_of_a_worker(error.__cause__) else error
         return 1, f"a process that reads images ended ({first_line(how).strip()}); is there too little memory?"
+    if line := loss_of_shared_memory(error):
+        return 1, f"shared memory is full ({line}); make /dev/shm larger, or give a smaller --num_workers"
     if is_out_of_memory(error):
         return 1, (
             f"out of memory ({first_line(error)}); give a smaller --batch_size, or for training --microbatch or "

@@ -6,7 +6,7 @@ import time
 
 import blobfile as bf
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from ..utils.errors import InputError, first_line
 from ..utils.files import is_remote
@@ -124,6 +124,8 @@ def decode_image(opened, name):
             image.load()
     except MemoryError:
         raise  # the file is not to blame
+    except UnidentifiedImageError as e:  # whose text names the buffer
+        raise InputError(f"{name}: cannot be read as an image (unknown format)") from e
     except Exception as e:  # decoders of damaged files raise anything from SyntaxError to struct.error
         raise InputError(f"{name}: cannot be read as an image ({e})") from e
     if image.mode in ("RGB", "L"):

@@ -124,11 +124,11 @@ def find_newest_checkpoint(directory, list_again=True):
             continue
         return bf.join(directory, model_filename(step))
     if problem:
-        raise InputError(f"no checkpoint in {directory} can be read; to begin anew, take another folder. {problem}")
+        raise InputError(f"no checkpoint in {directory} can be read; to start over, take another folder. {problem}")
     left = sorted(name for names in sets.values() for name in names if not name.endswith(TEMPORARY))
     if left and not (is_remote(directory) and sets.keys() == {0}):  # where a first save has no temporary names
         raise InputError(
-            f"no checkpoint in {directory} is complete, but there are files of some ({left[0]}); to begin anew, take "
+            f"no checkpoint in {directory} is complete, but there are files of some ({left[0]}); to start over, take "
             "another folder, or move them"
         )
     return None
@@ -155,8 +155,8 @@ def _complete(directory, step, names):
     :raises FileAccessError: if a file may not be read.
     """
     state = state_filename(step)
-    if state + TEMPORARY not in names:
-        return False
+    if state + TEMPORARY not in names or not os.path.isfile(os.path.join(directory, state + TEMPORARY)):
+        return False  # a device such as /dev/full has no end
     try:
         contents = dist_util.read_state_dict(bf.join(directory, state + TEMPORARY), map_location="meta")
         files = contents["files"]
@@ -235,13 +235,13 @@ def _sets_in(directory):
     """
     {step: names of its files, temporary ones too} of all checkpoints in a folder.
 
-    :raises FileAccessError: if it may not be listed.
+    :raises FileAccessError: if it cannot be listed.
     """
     sets = {}
     try:
         listed = list(list_folder(directory)) if bf.isdir(directory) else ()
-    except PermissionError:
-        raise FileAccessError(f"{directory}: no permission to list it") from None
+    except OSError as e:
+        raise FileAccessError(f"{directory}: cannot be listed ({first_line(e)})") from None
     for name in listed:
         match = re.fullmatch(rf"(?:model|ema_[^_]+_|opt|state)(\d{{6,}})\.pt(?:{re.escape(TEMPORARY)})?", name)
         if match:

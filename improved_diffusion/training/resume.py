@@ -79,7 +79,7 @@ def load_model(model, path):
     params = dist_util.load_state_dict(path, map_location=dist_util.dev())
     check_weights(params, model, path)
     try:
-        model.load_state_dict(params)  # by itself: a network of one's own may load what does not fit to the letter
+        model.load_state_dict(params)  # by itself: a subclass may accept other names
     except (RuntimeError, TypeError, AttributeError) as e:  # the last two if it is no dict of names
         reason = str(e).splitlines()[:2][-1].strip()
         raise InputError(f"{path} does not fit the model: {reason}") from None
@@ -257,7 +257,7 @@ class Resumable:
 
     def _state(self):
         return {
-            "updates": max(self._updates, self._total_step),  # a loop of one's own may not count them
+            "updates": max(self._updates, self._total_step),  # subclasses may not count them
             "lg_loss_scale": self.lg_loss_scale,
             "overflows_in_a_row": self._overflows_in_a_row,
             "moments": sum(map(bool, self.opt.state.values())),

@@ -30,7 +30,7 @@ class Meeting:
     """
     Within `with Meeting(...)`, a launcher's ranks find each other. After MEETING_NOTICE a line on stderr names the
     missing ones. After MEETING_LIMIT a thread ends the process, which may be blocked in C++: by a port that is another
-    program's, or an MPI whose other ranks are gone.
+    program's.
 
     :param promise: which launcher promises how many ranks, for the line.
     :param where: returns the meeting place, for the line.

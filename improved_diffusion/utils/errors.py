@@ -10,7 +10,7 @@ class InputError(ValueError):
 
 
 class FileAccessError(InputError):
-    """The system does not let this process read a file."""
+    """The system does not let this process read a file or list a folder: nothing is known about its content."""
 
 
 class TrainingError(RuntimeError):
@@ -28,6 +28,11 @@ def is_loss_of_a_worker(error):
 def first_line(error):
     """The first line of an exception's message."""
     return getattr(error, "strerror", None) or str(error).partition("\n")[0]
+
+
+def loss_of_shared_memory(error):
+    """The line in which torch says that it cannot get shared memory, as for the batch of a data worker; or ""."""
+    return next((line.strip() for line in str(error).splitlines() if "</torch_" in line), "")
 
 
 def is_out_of_memory(error):

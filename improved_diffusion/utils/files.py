@@ -157,7 +157,8 @@ class FolderLock:
             if time.monotonic() >= end:
                 raise InputError(f"{problem}: stop that one, or take another folder")
             if not waiting:
-                print(f"{problem}: waiting for its end", flush=True)
+                with contextlib.suppress(OSError):  # nobody may be there to read it
+                    print(f"{problem}: waiting for its end", flush=True)
             waiting = True
             time.sleep(0.1)
 

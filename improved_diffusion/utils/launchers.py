@@ -12,6 +12,7 @@ Each launcher sets variables:
 mpi4py is imported only if mpiexec started several ranks, to agree on an address.
 """
 
+import faulthandler
 import os
 import platform
 import re
@@ -112,7 +113,10 @@ def _store_by_mpi(world):
     if ("OMPI_COMM_WORLD_RANK" in os.environ) != library.startswith("Open MPI"):
         raise InputError(another % f"mpi4py has loaded the library of another MPI ({library})")
     if not MPI.Is_initialized():
+        # MPI_Init waits for all ranks, also for one that is gone, and holds the GIL: no Python thread could end it
+        faulthandler.dump_traceback_later(attendance.MEETING_LIMIT, exit=True, file=2)
         MPI.Init()
+        faulthandler.cancel_dump_traceback_later()
     comm = MPI.COMM_WORLD
     if comm.Get_size() != world.size:
         raise InputError(another % f"mpi4py sees {comm.Get_size()}")

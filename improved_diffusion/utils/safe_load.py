@@ -8,7 +8,7 @@ import zipfile
 import blobfile as bf
 import torch as th
 
-from .errors import FileAccessError, InputError
+from .errors import FileAccessError, InputError, first_line
 
 
 def read_state_dict(path, **kwargs):
@@ -24,7 +24,7 @@ def read_state_dict(path, **kwargs):
 
 
 def read_bytes(path):
-    """:raises InputError: if the file cannot be read; a FileAccessError for want of permission."""
+    """:raises InputError: if the file cannot be read; a FileAccessError if the system refuses or fails."""
     try:
         with bf.BlobFile(path, "rb") as f:
             return f.read()
@@ -34,6 +34,8 @@ def read_bytes(path):
         raise InputError(f"{path}: is a directory; give the .pt file in it") from None
     except PermissionError:
         raise FileAccessError(f"{path}: no permission to read it") from None
+    except OSError as e:  # EIO, ESTALE
+        raise FileAccessError(f"{path}: cannot be read ({first_line(e)})") from None
 
 
 def decode(path, data, **kwargs):

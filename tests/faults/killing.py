@@ -23,7 +23,7 @@ from processes import (
     lines_of,
     marked_processes,
     names_of,
-    newest_set,
+    newest_resumable_set,
     start,
     train_words,
     where_it_began,
@@ -258,7 +258,8 @@ class Campaign:
         setting, kinds = self.setting, self.setting.kinds
         limit = setting.first or setting.steps
         while True:
-            held, lines_before, files_before = newest_set(sets, kinds), len(lines_of(log)), temporary_files(sets)
+            held = newest_resumable_set(sets, kinds)
+            lines_before, files_before = len(lines_of(log)), temporary_files(sets)
             run = self._start(log, sets, limit)
             target = self._kill(run, sets, files_before) if may_kill() else None
             if target is None:
@@ -273,7 +274,7 @@ class Campaign:
                 self.targets[target] += 1
             self.began_at.append(began := where_it_began(lines))
             assert began in (held, "unsaid"), f"the newest set is {held}, and the run began at {began}"
-            now = newest_set(sets, kinds)
+            now = newest_resumable_set(sets, kinds)
             assert held is None or now is not None, f"set {held} was there, and after a kill ({met}) no set is"
             if held is not None and now < held:
                 self.went_back += 1

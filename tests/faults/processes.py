@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import pickle
 import re
 import signal
 import socket
@@ -208,6 +209,24 @@ def newest_set(folder, kinds=KINDS):
     for name in names_of(steps[-1], kinds) if steps else []:
         load(folder / name)
     return steps[-1] if steps else None
+
+
+def newest_resumable_set(folder, kinds=KINDS):
+    """
+    newest_set(), or a newer one that `auto` completes: its state file is whole under its temporary name, and each of
+    the others under one of its names.
+    """
+    newest = newest_set(folder, kinds)
+    for path in sorted(folder.glob("state*.pt.tmp"), reverse=True):
+        step = int(re.search(r"\d{6}", path.name)[0])
+        if newest is None or step > newest:
+            try:
+                for name in names_of(step, kinds):
+                    load(next(p for p in (folder / f"{name}.tmp", folder / name) if p.exists()))
+            except (StopIteration, RuntimeError, EOFError, pickle.UnpicklingError):
+                continue
+            return step
+    return newest
 
 
 def lines_of(folder, rank=0):

@@ -98,3 +98,30 @@ def test_piped_to_head(images, uninterrupted, tmp_path):
     assert head.stdout == f"Logging to {tmp_path}\n"
     assert sum("<stdout>: cannot be written (Broken pipe)" in line for line in lines_of(tmp_path)) == 1
     assert_equals_uninterrupted(tmp_path, uninterrupted(1))
+
+
+IN_LITTLE_SHARED_MEMORY = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
+LITTLE = "mount -t tmpfs -o size=1m tmpfs /dev/shm"
+
+
+@pytest.mark.skipif(
+    not shutil.which("unshare") or subprocess.run([*IN_LITTLE_SHARED_MEMORY, LITTLE], capture_output=True).returncode,
+    reason="no /dev/shm can be mounted for one process here",
+)
+def test_shared_memory_is_full(images, tmp_path):
+    """By another program, in mid-run; by which the data workers send their batches."""
+    words = train_words(images, max_steps=10**6, num_workers=1, save_interval=10**6)
+    run = 'exec "$@" & until [ "$(wc -l < "$0/progress.csv")" -gt 5 ]; do sleep 0.1; done 2> /dev/null'
+    fill = "dd if=/dev/zero of=/dev/shm/full bs=4096 2> /dev/null"
+    done = subprocess.run(
+        [*IN_LITTLE_SHARED_MEMORY, f"{LITTLE} && {run}; {fill}; wait $!", tmp_path, sys.executable, SCRIPT, *words],
+        env=environment(OPENAI_LOGDIR=str(tmp_path)),
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    assert done.returncode == 1, done.stderr
+    (line,) = done.stderr.splitlines()
+    # torch says which it was: no room for a batch, or a worker that wrote where there was none
+    assert line.startswith("image_train.py: error: ") and "shared memory" in line
+    assert stopped_at(tmp_path, 1) >= 4

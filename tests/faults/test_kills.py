@@ -116,7 +116,7 @@ def test_a_run_waits_for_the_end_of_the_one_before(server, images, uninterrupted
     expected, lines_before = newest_set(tmp_path), len(lines_of(tmp_path))
     (second,) = start(server, images, tmp_path, **flags)
     try:
-        wait_for(lambda: f"{tmp_path} is in use by another run" in second.out.read_text(), [second])
+        wait_for(lambda: second.out.exists() and f"{tmp_path} is in use by" in second.out.read_text(), [second])
         assert len(lines_of(tmp_path)) == lines_before
     finally:
         first.kill()

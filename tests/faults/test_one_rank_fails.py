@@ -100,3 +100,20 @@ def test_port_of_the_user_that_is_another_programs(tmp_path):
     assert process.returncode == 2 and "Traceback" not in errors
     assert "mpiexec promises 2 ranks, but rank 0 did not find the others: " in errors
     assert f"s for rank 0 at 127.0.0.1 port {port}: mpiexec promises 2 ranks (PMI_SIZE is 2)" in errors
+
+
+GONE = """
+import os, sys
+if os.environ["PMI_RANK"] == "1":
+    sys.exit(3)
+"""
+
+
+@needs_mpiexec
+def test_rank_that_ends_before_it_joins_mpi(tmp_path):
+    """MPI_Init waits for it without letting Python's threads run."""
+    with under_mpiexec(["-c", GONE + MEET], tmp_path) as process:
+        _, errors = process.communicate(timeout=PATIENCE)
+    print(errors)
+    assert process.returncode != 0
+    assert "in _store_by_mpi" in errors
