@@ -17,7 +17,7 @@ from sklearn.model_selection import train_test_split
 from sklearn.svm import SVC
 
 from improved_diffusion.cli.parser import FlagParser, run
-from improved_diffusion.inference.generate import load_labelled_samples
+from improved_diffusion.inference.arrays import load_labelled_samples
 from improved_diffusion.utils.errors import InputError
 
 

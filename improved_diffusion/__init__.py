@@ -30,7 +30,7 @@ unet            the network
 nn, fp16_util, losses, schedules   their parts
 logger          key-value logging
 dist_util       ranks, devices, collectives
-utils           errors, files, progress; imports nothing of the package
+utils           errors, files, checkpoints as bytes, progress; imports nothing of the package
 """
 
 __version__ = "1.0.0"

@@ -3,26 +3,24 @@
 import atexit
 import contextlib
 import gc
-import io
+import io  # noqa: F401 (part of this module, as in the original)
 import os
-import pickle
 import platform
 import random
 import sys
 import threading
 import time
-import warnings
-import zipfile
 from datetime import timedelta
 
-import blobfile as bf
+import blobfile as bf  # noqa: F401 (part of this module, as in the original)
 import numpy as np
 import torch as th
 import torch.distributed as dist
 
 from .utils import attendance, streams
-from .utils.errors import FileAccessError, InputError, first_line
-from .utils.launchers import LAUNCHERS, find_world, shared_store
+from .utils.errors import InputError, first_line
+from .utils.launchers import LAUNCHERS, find_world, meeting_place, shared_store
+from .utils.safe_load import decode, read_bytes, read_state_dict  # noqa: F401 (callers read by this module)
 
 # A rank may save to a slow URL, or have larger images than the others: minutes are no sign of an error
 GROUP_TIMEOUT = timedelta(hours=24)
@@ -34,7 +32,7 @@ def rank():
 
 
 def world_size():
-    """How many processes run together, found out as rank() is."""
+    """The number of ranks, found as rank() is."""
     return dist.get_world_size() if dist.is_initialized() else find_world().size
 
 
@@ -48,12 +46,11 @@ def describe():
 
 def setup_dist():
     """
-    Join the process group and claim this rank's device. Calling it again does nothing.
+    Join the process group and claim this rank's device. Idempotent.
 
-    One process alone gets a group too, over a store in its own memory, so that
-    code which asks torch.distributed for its rank runs without a launcher.
+    A single process gets a group too: code that asks torch.distributed for its rank runs without a launcher.
 
-    :raises InputError: if the ranks that the launcher promises do not find each other.
+    :raises InputError: if the launcher's ranks do not find each other.
     """
     if dist.is_initialized():
         return
@@ -88,7 +85,7 @@ def _join(backend, world):
     global _attendance
     size_var = next(row[2] for row in LAUNCHERS if row[0] == world.launcher and row[2] in os.environ)
     promise = f"{world.launcher} promises {world.size} ranks ({size_var} is {os.environ[size_var]})"
-    with attendance.Meeting(promise, world.rank, world.size, _meeting_place, end_at_once) as meeting:
+    with attendance.Meeting(promise, world.rank, world.size, meeting_place, end_at_once) as meeting:
         store = shared_store(world)
         meeting.wait_for_all(store)
         store.set_timeout(GROUP_TIMEOUT)  # by which NCCL's ranks wait for each other at their first collective
@@ -98,18 +95,11 @@ def _join(backend, world):
     _attendance = attendance.Attendance(store, world.rank, world.size)
 
 
-def _meeting_place():
-    if {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
-        return f"at {os.environ['MASTER_ADDR']} port {os.environ['MASTER_PORT']}"
-    return "in MPI"
-
-
 def _end_with_the_launcher(world):
     """
-    From here on, end this process when the launcher's process that started it is gone, as SIGKILL leaves it: the run
-    that is started in its place would find this one in its folder.
+    End this process when the launcher that started it is killed: the next run would find this one in its folder.
 
-    Variables alone, set by hand, are no launcher: a shell may end before the run.
+    Not for variables set by hand: a shell may end before the run.
     """
     if not ("TORCHELASTIC_RUN_ID" in os.environ if world.launcher == "torchrun" else world.size > 1):
         return
@@ -127,7 +117,7 @@ def _end_with_the_launcher(world):
 
 @contextlib.contextmanager
 def _loopback_only():
-    """Spare gloo the look-up of the host's name, which one process alone has no use for."""
+    """Have gloo skip the look-up of the host's name, which a single process does not need."""
     name = "GLOO_SOCKET_IFNAME"
     if name in os.environ or sys.platform != "linux":
         yield
@@ -140,7 +130,7 @@ def _loopback_only():
 
 
 def leave():
-    """Wait for the other ranks and leave the process group: the last thing of a good run. Without one, nothing."""
+    """Wait for the other ranks and leave the process group, if there is one: the end of a successful run."""
     if dist.is_initialized():
         barrier()
         _leave_group()
@@ -148,10 +138,8 @@ def leave():
 
 def end(status):
     """
-    End this process by an error. One of several ranks ends at once: the others learn of it as its sockets close,
-    while MPI would wait for them at the interpreter's end.
-
-    :param status: a number, or a text to print, as of sys.exit().
+    sys.exit() after an error. One of several ranks ends at once: the others notice its closed sockets, while MPI would
+    wait for them at the interpreter's end.
     """
     try:
         alone = world_size() == 1
@@ -166,13 +154,13 @@ def end(status):
 
 
 def end_at_once(status):
-    """End this process without waiting for anything: for when another rank is gone, and a GPU may wait for it."""
+    """End this process without waiting for anything, such as a GPU that waits for a lost rank."""
     streams.flush()
     os._exit(status)
 
 
 def _end_at_uncaught_exceptions():
-    """Have an exception that nobody catches end this rank at once, in scripts of any kind, after its traceback."""
+    """Let an uncaught exception end this rank at once, after its traceback."""
     print_traceback = sys.excepthook
 
     def hook(*error):
@@ -193,7 +181,7 @@ def _leave_group():
 
 
 def is_loss_of_a_rank(error):
-    """Whether an exception tells that another rank is gone."""
+    """Whether an exception means that another rank is gone."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
@@ -209,8 +197,7 @@ _seed = None  # what seed_everything() was given
 
 def seed_everything(seed):
     """
-    Seed the global generators of torch, numpy and random; each rank differently, rank 0 with
-    `seed` itself. None leaves them as they are, which is at random.
+    Seed the global generators of torch, numpy and random by seed + rank. None leaves them as they are.
     """
     global _seed
     _seed = seed
@@ -220,15 +207,15 @@ def seed_everything(seed):
 
 def seed_anew(step):
     """
-    Seed the generators by what seed_everything() was given, a step and the rank: for a run that
-    goes on from a step without the random numbers it had there. None leaves them as they are.
+    Seed the generators by seed_everything()'s seed, a step and the rank: for a run resumed at a step whose random
+    state is not known. Nothing happens without a seed.
     """
     if _seed is not None:
         _seed_generators(mixed_seed(_seed, step, rank()))
 
 
 def mixed_seed(*numbers):
-    """A seed for a generator of torch that looks like no other, whichever of the whole numbers differs."""
+    """A seed for a torch generator, from several integers; any other integers give an unrelated one."""
     return int(np.random.SeedSequence(numbers[0], spawn_key=numbers[1:]).generate_state(1, np.uint64)[0]) >> 1
 
 
@@ -240,61 +227,13 @@ def _seed_generators(seed):
 
 def load_state_dict(path, **kwargs):
     """
-    Read a file of tensors and plain values, never of code. All ranks call it; rank 0 reads, and
-    sends the others what it read.
-
-    :param path: a local path or any URL that blobfile reads.
-    :param kwargs: for torch.load, such as map_location (without it, and without a GPU: the CPU).
-    :raises InputError: if there is no such file, or it is not a checkpoint, or is damaged,
-                        or holds objects whose loading could run code.
+    safe_load.read_state_dict(), read by rank 0 and broadcast. All ranks call it.
     """
-    return _decode(path, from_rank_0(_read, path), **kwargs)
-
-
-def read_state_dict(path, **kwargs):
-    """load_state_dict() on this rank alone."""
-    return _decode(path, _read(path), **kwargs)
-
-
-def _read(path):
-    try:
-        with bf.BlobFile(path, "rb") as f:
-            return f.read()
-    except FileNotFoundError:
-        raise InputError(f"{path}: there is no such file") from None
-    except IsADirectoryError:
-        raise InputError(f"{path}: is a directory; give the .pt file in it") from None
-    except PermissionError:
-        raise FileAccessError(f"{path}: no permission to read it") from None
-    except OSError as e:  # EIO, ESTALE
-        raise FileAccessError(f"{path}: cannot be read ({first_line(e)})") from None
-
-
-def _decode(path, data, **kwargs):
-    if not th.cuda.is_available():
-        kwargs.setdefault("map_location", "cpu")
-    f = io.BytesIO(data)
-    try:
-        if zipfile.is_zipfile(f) and zipfile.ZipFile(f).testzip():
-            raise ValueError("the checksum of a tensor is wrong")  # which torch does not look at
-        f.seek(0)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's, about pickles that it refuses in the next moment
-            return th.load(f, **{"weights_only": True, **kwargs})
-    except (th.OutOfMemoryError, MemoryError):
-        raise  # the file is not to blame
-    except pickle.UnpicklingError as e:
-        if "GLOBAL" in str(e) or "unrecognized function" in str(e):
-            raise InputError(
-                f"{path}: refused, since it holds more than tensors and plain values and loading it could run code"
-            ) from None
-        raise InputError(f"{path}: not a checkpoint (a file that torch.save wrote)") from None
-    except Exception:  # the readers raise anything for a file that is cut short or not their own
-        raise InputError(f"{path}: not a checkpoint (a file that torch.save wrote), or damaged") from None
+    return decode(path, from_rank_0(read_bytes, path), **kwargs)
 
 
 def sync_params(params):
-    """Give every rank rank 0's values of the tensors, in place."""
+    """Broadcast rank 0's values of the tensors, in place."""
     if world_size() > 1:
         with th.no_grad(), _attendance:
             for p in params:
@@ -302,7 +241,7 @@ def sync_params(params):
 
 
 def all_reduce_sum(tensor):
-    """Sum `tensor` over the ranks, in place, and return it."""
+    """Sum `tensor` over the ranks, in place; return it."""
     if world_size() > 1:
         with _attendance:
             dist.all_reduce(tensor)
@@ -311,7 +250,7 @@ def all_reduce_sum(tensor):
 
 def all_gather(tensor):
     """
-    Every rank's `tensor` ([N_rank, ...], N may differ between ranks), joined in rank order.
+    Concatenate every rank's `tensor` ([N_rank, ...]; N may differ) in rank order.
 
     :return: [N_0 + N_1 + ..., ...] on the same device.
     """
@@ -344,7 +283,7 @@ def ranks_where(flag):
 
 
 def from_rank_0(function, *args):
-    """What function(*args) returns, or raises, on rank 0, the only one that calls it; every rank gets it."""
+    """Call function(*args) on rank 0 only; every rank returns its result, or raises its exception."""
     if world_size() == 1 or not dist.is_initialized():
         return function(*args)
     outcome = [None, None]
@@ -365,7 +304,7 @@ def from_rank_0(function, *args):
 
 
 def any_rank(flag):
-    """Whether `flag` is true on some rank. One small message; it waits for the other ranks, not for their GPUs."""
+    """Whether `flag` is true on some rank. Waits for the other ranks, not for their GPUs."""
     if world_size() == 1:
         return flag
     flags = th.tensor([int(flag)])

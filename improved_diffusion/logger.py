@@ -7,9 +7,8 @@ Key-value logging to the terminal, log.txt, CSV, JSON lines and TensorBoard.
     logger.dumpkvs()                  # one row in every output, then a clean slate
     logger.log("saving model...")     # a line of text
 
-Files are appended to: a run that resumes in an earlier one's directory goes on
-with its files, and Logger.drop_from() takes back the rows logged past the
-checkpoint. A crash at any moment costs at most one row.
+Files are appended to: a run that resumes in an earlier one's directory continues its files, and Logger.drop_from()
+removes the rows logged past the checkpoint. A crash at any moment costs at most one row.
 """
 
 import contextlib
@@ -65,7 +64,7 @@ class Logger:
 
     def logkv(self, key, val):
         self.name2val[key] = val
-        self.name2cnt.pop(key, None)  # a mean begun under this key goes with its value
+        self.name2cnt.pop(key, None)  # ends a mean under this key
 
     def logkv_mean(self, key, val, count=1):
         if count == 0:
@@ -129,7 +128,7 @@ class Logger:
             fmt.close()
 
     def _write(self, kind, write):
-        """Call write() with each output of a kind. A stream that has ended is dropped, with a line in the others."""
+        """Call write() with each output of a kind. A stream that has ended is dropped, and the others log it."""
         errors = []
         for fmt in [fmt for fmt in self.output_formats if isinstance(fmt, kind)]:
             try:
@@ -169,13 +168,13 @@ def mpi_weighted_mean(comm, local_name2valcount):
 
 def configure(dir=None, format_strs=None, comm=None, log_suffix=""):
     """
-    Make a new current logger. The one before stays open, for whoever still holds it.
+    Make a new current logger. The previous one stays open, for whoever still holds it.
 
-    :param dir: default $OPENAI_LOGDIR, else a new directory among the system's temporary ones.
-    :param format_strs: a list of names, see make_output_format(); default $OPENAI_LOG_FORMAT (commas
-        between) or stdout,log,csv on rank 0, $OPENAI_LOG_FORMAT_MPI or log on the others.
+    :param dir: default $OPENAI_LOGDIR, else a new temporary directory.
+    :param format_strs: names as of make_output_format(); default $OPENAI_LOG_FORMAT or stdout,log,csv on rank 0,
+                        $OPENAI_LOG_FORMAT_MPI or log on the others.
     :param comm: as in Logger.
-    :param log_suffix: goes into file names; ranks above 0 add "-rank001" and so on.
+    :param log_suffix: part of file names; ranks above 0 add "-rank001" and so on.
     :raises InputError: as make_output_format().
     """
     if dir is None:
@@ -303,4 +302,4 @@ def profile_kv(scopename):
 
 def profile(n):
     """Decorate a function so that its calls run under profile_kv(n)."""
-    return profile_kv(n)  # contextlib's context managers decorate, timing each call anew
+    return profile_kv(n)  # contextlib's context managers are decorators too, which time each call

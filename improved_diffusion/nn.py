@@ -63,8 +63,8 @@ def update_ema(target_params, source_params, rate=0.99):
 
 def match_gradients(optimizer, *_):
     """
-    Let each gradient lie in memory as its parameter does. For register_step_pre_hook() of a fused optimizer, which
-    goes through both side by side and does not look: autograd's lie so, those that a step of one's own assigns may not.
+    Give each gradient its parameter's strides. For register_step_pre_hook() of a fused optimizer, which assumes them:
+    autograd's gradients have them, those assigned by user code may not.
     """
     for group in optimizer.param_groups:
         for p in group["params"]:

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from .samplers import SAMPLERS
 from .utils.errors import InputError
 
 T = TypeVar("T")
@@ -251,7 +252,7 @@ class LikelihoodOptions(WeightsOptions):
 class SamplingOptions(WeightsOptions):
     batch_size: int = option(16, "images per batch on each rank", minimum=1, maximum=2**24)
     num_samples: int = option(10000, "number of images to draw", minimum=1, maximum=2**31)
-    sampler: str = option("ancestral", "ancestral or ddim", choices=("ancestral", "ddim"))
+    sampler: str = option("ancestral", " or ".join(SAMPLERS), choices=tuple(SAMPLERS))
     use_ddim: bool = option(False, "the same as sampler ddim")
 
     @property
@@ -388,13 +389,8 @@ class TrainOptions(ScriptOptions):
 
 
 @dataclass(frozen=True)
-class SuperResTrainOptions(ScriptOptions):
-    data: DataOptions = DataOptions()
-    model: SuperResModelOptions = SuperResModelOptions()
-    diffusion: DiffusionOptions = DiffusionOptions()
-    training: TrainingOptions = TrainingOptions()
-    output: TrainOutputOptions = TrainOutputOptions()
-    compute: ComputeOptions = ComputeOptions()
+class SuperResTrainOptions(TrainOptions):
+    model: SuperResModelOptions = SuperResModelOptions()  # type: ignore[assignment]
 
 
 @dataclass(frozen=True)
@@ -407,12 +403,9 @@ class SampleOptions(ScriptOptions):
 
 
 @dataclass(frozen=True)
-class SuperResSampleOptions(ScriptOptions):
-    model: SuperResModelOptions = SuperResModelOptions()
-    diffusion: DiffusionOptions = DiffusionOptions()
-    sampling: SuperResSamplingOptions = SuperResSamplingOptions()
-    output: SampleOutputOptions = SampleOutputOptions()
-    compute: ComputeOptions = ComputeOptions()
+class SuperResSampleOptions(SampleOptions):
+    model: SuperResModelOptions = SuperResModelOptions()  # type: ignore[assignment]
+    sampling: SuperResSamplingOptions = SuperResSamplingOptions()  # type: ignore[assignment]
 
 
 @dataclass(frozen=True)

@@ -32,67 +32,36 @@ Callback = Callable[[dict], None]
 
 
 def ancestral(
-    diffusion: GaussianDiffusion,
-    model: Model,
-    x_T: th.Tensor,
-    *,
-    timesteps: Sequence[int] | None = None,
-    model_kwargs: dict | None = None,
-    noise_fn: Fn | None = None,
-    clip_denoised: bool = True,
-    denoised_fn: Fn | None = None,
-    callback: Callback | None = None,
-) -> th.Tensor:
+    diffusion: GaussianDiffusion, model: Model, x_T: th.Tensor, *, timesteps: Sequence[int] | None = None,
+    model_kwargs: dict | None = None, noise_fn: Fn | None = None, clip_denoised: bool = True,
+    denoised_fn: Fn | None = None, callback: Callback | None = None,
+) -> th.Tensor:  # fmt: skip
     """The ancestral chain (Ho et al. 2020, arXiv 2006.11239, algorithm 2): draws x_{t-1} from p(x_{t-1} | x_t)."""
-    diffusion = diffusion if timesteps is None else visiting(diffusion, timesteps)
-    steps = diffusion.p_sample_loop_progressive(
-        model,
-        tuple(x_T.shape),
-        noise=x_T,
-        clip_denoised=clip_denoised,
-        denoised_fn=denoised_fn,
-        model_kwargs=model_kwargs,
-        device=x_T.device,
-        **if_given(noise_fn=noise_fn),
-    )
-    return _last_sample(diffusion, steps, callback)
+    kwargs = dict(model_kwargs=model_kwargs, clip_denoised=clip_denoised, denoised_fn=denoised_fn)
+    return _chain("p_sample_loop_progressive", diffusion, model, x_T, timesteps, noise_fn, callback, **kwargs)
 
 
 def ddim(
-    diffusion: GaussianDiffusion,
-    model: Model,
-    x_T: th.Tensor,
-    *,
-    timesteps: Sequence[int] | None = None,
-    model_kwargs: dict | None = None,
-    noise_fn: Fn | None = None,
-    clip_denoised: bool = True,
-    denoised_fn: Fn | None = None,
-    callback: Callback | None = None,
-    eta: float = 0.0,
-) -> th.Tensor:
+    diffusion: GaussianDiffusion, model: Model, x_T: th.Tensor, *, timesteps: Sequence[int] | None = None,
+    model_kwargs: dict | None = None, noise_fn: Fn | None = None, clip_denoised: bool = True,
+    denoised_fn: Fn | None = None, callback: Callback | None = None, eta: float = 0.0,
+) -> th.Tensor:  # fmt: skip
     """
     DDIM (Song et al. 2020, arXiv 2010.02502).
 
     :param eta: 0 is deterministic, 1 as noisy as the ancestral chain.
     """
-    diffusion = diffusion if timesteps is None else visiting(diffusion, timesteps)
-    steps = diffusion.ddim_sample_loop_progressive(
-        model,
-        tuple(x_T.shape),
-        noise=x_T,
-        clip_denoised=clip_denoised,
-        denoised_fn=denoised_fn,
-        model_kwargs=model_kwargs,
-        device=x_T.device,
-        eta=eta,
-        **if_given(noise_fn=noise_fn),
-    )
-    return _last_sample(diffusion, steps, callback)
+    kwargs = dict(model_kwargs=model_kwargs, clip_denoised=clip_denoised, denoised_fn=denoised_fn, eta=eta)
+    return _chain("ddim_sample_loop_progressive", diffusion, model, x_T, timesteps, noise_fn, callback, **kwargs)
 
 
-def _last_sample(diffusion, steps, callback):
+def _chain(loop, diffusion, model, x_T, timesteps, noise_fn, callback, **kwargs):
+    """The last sample of a diffusion's own loop."""
+    if timesteps is not None:
+        diffusion = visiting(diffusion, timesteps)
+    kwargs |= dict(noise=x_T, device=x_T.device, **if_given(noise_fn=noise_fn))
     trained = getattr(diffusion, "timestep_map", range(diffusion.num_timesteps))[::-1]
+    steps = getattr(diffusion, loop)(model, tuple(x_T.shape), **kwargs)
     for i, (t, out) in enumerate(zip(trained, steps, strict=True)):
         if callback is not None:
             callback({"i": i, "t": t, "sample": out["sample"], "pred_xstart": out["pred_xstart"]})

@@ -56,29 +56,11 @@ def _defaults(*groups):
 
 
 def create_model_and_diffusion(
-    image_size,
-    class_cond,
-    learn_sigma,
-    sigma_small,
-    num_channels,
-    num_res_blocks,
-    num_heads,
-    num_heads_upsample,
-    attention_resolutions,
-    dropout,
-    diffusion_steps,
-    noise_schedule,
-    timestep_respacing,
-    use_kl,
-    predict_xstart,
-    rescale_timesteps,
-    rescale_learned_sigmas,
-    use_checkpoint,
-    use_scale_shift_norm,
-    num_classes=None,
-    image_channels=3,
+    image_size, class_cond, learn_sigma, sigma_small, num_channels, num_res_blocks, num_heads, num_heads_upsample,
+    attention_resolutions, dropout, diffusion_steps, noise_schedule, timestep_respacing, use_kl, predict_xstart,
+    rescale_timesteps, rescale_learned_sigmas, use_checkpoint, use_scale_shift_norm, num_classes=None, image_channels=3,
     channel_mult="",
-) -> tuple[UNetModel, SpacedDiffusion]:
+) -> tuple[UNetModel, SpacedDiffusion]:  # fmt: skip
     """
     The model and the diffusion of the options in model_and_diffusion_defaults().
 
@@ -98,30 +80,11 @@ def create_model_and_diffusion(
 
 
 def sr_create_model_and_diffusion(
-    large_size,
-    small_size,
-    class_cond,
-    learn_sigma,
-    num_channels,
-    num_res_blocks,
-    num_heads,
-    num_heads_upsample,
-    attention_resolutions,
-    dropout,
-    diffusion_steps,
-    noise_schedule,
-    timestep_respacing,
-    use_kl,
-    predict_xstart,
-    rescale_timesteps,
-    rescale_learned_sigmas,
-    use_checkpoint,
-    use_scale_shift_norm,
-    num_classes=None,
-    image_channels=3,
-    channel_mult="",
-    sigma_small=False,
-) -> tuple[SuperResModel, SpacedDiffusion]:
+    large_size, small_size, class_cond, learn_sigma, num_channels, num_res_blocks, num_heads, num_heads_upsample,
+    attention_resolutions, dropout, diffusion_steps, noise_schedule, timestep_respacing, use_kl, predict_xstart,
+    rescale_timesteps, rescale_learned_sigmas, use_checkpoint, use_scale_shift_norm, num_classes=None, image_channels=3,
+    channel_mult="", sigma_small=False,
+) -> tuple[SuperResModel, SpacedDiffusion]:  # fmt: skip
     """create_model_and_diffusion() for the options in sr_model_and_diffusion_defaults()."""
     diffusion = create_gaussian_diffusion(
         steps=diffusion_steps, learn_sigma=learn_sigma, sigma_small=sigma_small, noise_schedule=noise_schedule,
@@ -137,21 +100,9 @@ def sr_create_model_and_diffusion(
 
 
 def create_model(
-    image_size,
-    num_channels,
-    num_res_blocks,
-    learn_sigma,
-    class_cond,
-    use_checkpoint,
-    attention_resolutions,
-    num_heads,
-    num_heads_upsample,
-    use_scale_shift_norm,
-    dropout,
-    num_classes=None,
-    image_channels=3,
-    channel_mult="",
-) -> UNetModel:
+    image_size, num_channels, num_res_blocks, learn_sigma, class_cond, use_checkpoint, attention_resolutions, num_heads,
+    num_heads_upsample, use_scale_shift_norm, dropout, num_classes=None, image_channels=3, channel_mult="",
+) -> UNetModel:  # fmt: skip
     """
     :param attention_resolutions: image sizes with attention, text separated by commas.
     :param num_classes: number of labels, if class_cond; NUM_CLASSES if None.
@@ -166,22 +117,10 @@ def create_model(
 
 
 def sr_create_model(
-    large_size,
-    small_size,
-    num_channels,
-    num_res_blocks,
-    learn_sigma,
-    class_cond,
-    use_checkpoint,
-    attention_resolutions,
-    num_heads,
-    num_heads_upsample,
-    use_scale_shift_norm,
-    dropout,
-    num_classes=None,
-    image_channels=3,
-    channel_mult="",
-) -> SuperResModel:
+    large_size, small_size, num_channels, num_res_blocks, learn_sigma, class_cond, use_checkpoint,
+    attention_resolutions, num_heads, num_heads_upsample, use_scale_shift_norm, dropout, num_classes=None,
+    image_channels=3, channel_mult="",
+) -> SuperResModel:  # fmt: skip
     """create_model() at large_size; the network takes low-resolution images of any size."""
     return _create_unet(
         SuperResModel, "large_size", large_size, num_channels, num_res_blocks, learn_sigma, class_cond, use_checkpoint,
@@ -267,17 +206,9 @@ def _check_heads(name, heads, widths):
 
 
 def create_gaussian_diffusion(
-    *,
-    steps=1000,
-    learn_sigma=False,
-    sigma_small=False,
-    noise_schedule="linear",
-    use_kl=False,
-    predict_xstart=False,
-    rescale_timesteps=False,
-    rescale_learned_sigmas=False,
-    timestep_respacing="",
-):
+    *, steps=1000, learn_sigma=False, sigma_small=False, noise_schedule="linear", use_kl=False, predict_xstart=False,
+    rescale_timesteps=False, rescale_learned_sigmas=False, timestep_respacing="",
+):  # fmt: skip
     """
     :param steps: timesteps of the whole process.
     :param sigma_small: the smaller of the two fixed variances.
@@ -332,7 +263,7 @@ def configure_compute(model, *, use_fp16=False, use_bf16=False, compile=False):
 
     :param use_fp16: its torso in float16, weights included. For sampling: TrainLoop does it itself.
     :param use_bf16: its torso under autocast to bfloat16.
-    :param compile: by torch.compile, when it is first called. Each shape of a batch is compiled anew.
+    :param compile: by torch.compile, at the first call with each shape of a batch.
     :raises InputError: if there is nothing to compile with, or for two precisions at once.
     """
     if use_fp16 and use_bf16:

@@ -239,9 +239,10 @@ class TrainLoop:
         :raises SystemExit: (with status 0) after such a signal.
         :raises TrainingError: if the loss or the gradients are no longer finite, or another rank's data failed.
         """
+        done, show = self.position.updates, dist_util.rank() == 0
         with (
             StopSignals() as stop,
-            Progress("training", self.last_step(), "steps", self.position.updates, lines=False) as self._progress,
+            Progress("training", self.last_step(), "steps", None, done, show) as self._progress,
         ):
             batch = self._next_batch(stop)
             while batch is not None:
@@ -393,7 +394,7 @@ class TrainLoop:
 
     def _log_grad_norm(self):
         grads = [p.grad for p in self.master_params if p.grad is not None]
-        self._statistics.add("grad_norm", th.linalg.vector_norm(th.stack(th._foreach_norm(grads))))
+        self._statistics.add("grad_norm", th.nn.utils.get_total_norm(grads))
 
     def log_step(self):
         """Log how far the run is."""
@@ -433,8 +434,8 @@ class TrainLoop:
         :raises TrainingError: instead of saving a model whose loss or gradients are not finite.
         """
         self._check_finite(self._statistics.read())
-        norms = th.stack(th._foreach_norm([p.detach() for p in self.master_params]))
-        if bad := dist_util.ranks_where(not norms.isfinite().all()):
+        norm = th.nn.utils.get_total_norm([p.detach() for p in self.master_params])
+        if bad := dist_util.ranks_where(not norm.isfinite()):
             raise self._diverged("a parameter is not finite", bad)
         model = self._master_params_to_state_dict(self.master_params)
         averages = [self._master_params_to_state_dict(params) for params in self.ema_params]

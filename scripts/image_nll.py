@@ -12,7 +12,8 @@ from improved_diffusion.cli.dry_run import print_dry_run
 from improved_diffusion.cli.parser import create_parser, logging_to, parse_flags, run
 from improved_diffusion.cli.run_config import of_weights
 from improved_diffusion.image_datasets import load_data_once
-from improved_diffusion.inference.generate import for_inference, save_arrays
+from improved_diffusion.inference.arrays import save_arrays
+from improved_diffusion.inference.generate import for_inference
 from improved_diffusion.metrics.likelihood import evaluate_bpd
 from improved_diffusion.options import LikelihoodScriptOptions
 from improved_diffusion.script_util import create_model_and_diffusion

@@ -12,13 +12,8 @@ from improved_diffusion import dist_util, logger
 from improved_diffusion.cli.dry_run import print_dry_run
 from improved_diffusion.cli.parser import create_parser, logging_to, parse_flags, run
 from improved_diffusion.cli.run_config import of_weights
-from improved_diffusion.inference.generate import (
-    for_inference,
-    generate,
-    load_base_samples,
-    refuse_old_images,
-    write_samples,
-)
+from improved_diffusion.inference.arrays import load_base_samples, refuse_old_images, write_samples
+from improved_diffusion.inference.generate import for_inference, generate
 from improved_diffusion.options import SuperResSampleOptions
 from improved_diffusion.script_util import sr_create_model_and_diffusion
 from improved_diffusion.training.weights import load_weights, read_weights

@@ -187,8 +187,8 @@ class Blank:
 
     num_timesteps = 1
 
-    def p_sample_loop(self, model, shape, **kwargs):
-        return th.full(shape, -1.0)
+    def p_sample_loop_progressive(self, model, shape, **kwargs):
+        yield {"sample": th.full(shape, -1.0), "pred_xstart": None}
 
 
 def memory_growth():

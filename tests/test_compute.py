@@ -13,7 +13,7 @@ from harness import TINY, build, flags, run_script, save_weights, write_images
 from parity_cases import fill_parameters, tensor
 from training import read_rows
 
-from improved_diffusion.inference.generate import for_inference, in_full_batches
+from improved_diffusion.inference.generate import for_inference, pad_batches
 from improved_diffusion.script_util import configure_compute
 from improved_diffusion.unet import ResBlock
 from improved_diffusion.utils.errors import InputError
@@ -180,7 +180,7 @@ def recorded(seen):
 @pytest.mark.parametrize("size", [1, 2, 5])
 def test_batches_are_filled_up(size):
     seen = []
-    full = in_full_batches(recorded(seen), 5)
+    full = pad_batches(recorded(seen), 5)
     for n in (5, size):
         x, t, y = tensor("x", n, 3), th.arange(n), 10 * th.arange(n)
         assert th.equal(full(x, t, y=y), x + (t + y).view(-1, 1))
@@ -191,7 +191,7 @@ def test_batches_are_filled_up(size):
 def test_few_samples_are_no_full_batch(num_samples, sizes):
     """What is compiled costs as much for one sample as for all that it is called with."""
     seen = []
-    full = in_full_batches(recorded(seen), 5)
+    full = pad_batches(recorded(seen), 5)
     for numbers in th.arange(num_samples).split(5):
         x = tensor("x", len(numbers), 3)
         assert th.equal(full(x, numbers, y=numbers), x + 2 * numbers.view(-1, 1))
@@ -201,7 +201,7 @@ def test_few_samples_are_no_full_batch(num_samples, sizes):
 def test_batches_that_grow():
     """Up to what was announced."""
     seen = []
-    full = in_full_batches(recorded(seen), 5)
+    full = pad_batches(recorded(seen), 5)
     for size in (1, 3, 2, 5, 1):
         t = th.arange(size)
         assert len(full(tensor("x", size, 3), t, y=t)) == size

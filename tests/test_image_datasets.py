@@ -17,11 +17,11 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from improved_diffusion import image_datasets
+from improved_diffusion.data import images as image_files
 from improved_diffusion.data.packed import read_packed
 from improved_diffusion.data.prepare import write
 from improved_diffusion.data.sources import SOURCES
 from improved_diffusion.image_datasets import (
-    RETRY_PAUSES,
     ImageDataset,
     PackedDataset,
     load_data,
@@ -192,7 +192,7 @@ def test_halving_is_that_of_pillow(width, height, mode, extreme):
     pixels = noise(width, height, width, *([3] if mode == "RGB" else []))
     image = Image.fromarray((pixels % 2) * 255 if extreme else pixels)
     expected = image.resize((width // 2, height // 2), Image.Resampling.BOX)
-    assert image_datasets._halved(image).tobytes() == expected.tobytes()
+    assert image_files._halved(image).tobytes() == expected.tobytes()
 
 
 @pytest.mark.parametrize(
@@ -201,7 +201,7 @@ def test_halving_is_that_of_pillow(width, height, mode, extreme):
 def test_halving_of_long_images_is_that_of_pillow(size):
     image = Image.fromarray(noise(1, size[1], size[0], 3))
     expected = image.resize(tuple(n // 2 for n in size), Image.Resampling.BOX)
-    assert image_datasets._halved(image).tobytes() == expected.tobytes()
+    assert image_files._halved(image).tobytes() == expected.tobytes()
 
 
 def palette_image(seed):
@@ -595,7 +595,7 @@ def flipped(path):
         (dict(data_dir=None), ["data_dir", "name a folder"]),
         (dict(data_dir="{folder}/nowhere"), ["nowhere: ", "no such folder"]),
         (dict(data_dir="{folder}/empty"), ["empty: ", "no images", "jpg, jpeg, png, gif"]),
-        (dict(class_cond=True, num_classes=2), ["3 different prefixes", "a, b, c", "num_classes is 2"]),
+        (dict(class_cond=True, num_classes=2), ["3 classes", "a, b, c", "file names", "num_classes is 2"]),
     ],
 )
 def test_a_folder_that_cannot_work_is_refused_at_once(tmp_path, load, wrong, parts):
@@ -645,8 +645,8 @@ def test_an_unreadable_image_is_found_at_once(tmp_path, load, damage):
 
 def test_of_a_large_folder_images_from_all_over_it_are_checked(monkeypatch, greys):
     folder, decoded = greys(10), []
-    monkeypatch.setattr(image_datasets, "CHECKED_IMAGES", 3)
-    monkeypatch.setattr(image_datasets, "_decode", decoded.append)
+    monkeypatch.setattr(image_files, "CHECKED_IMAGES", 3)
+    monkeypatch.setattr(image_files, "read_image", lambda path, retry: decoded.append(path))
     load_data(data_dir=folder, batch_size=2, image_size=8)
     assert [os.path.basename(path) for path in decoded] == ["a_00.png", "a_04.png", "b_08.png"]
 
@@ -657,7 +657,7 @@ def test_an_image_found_unreadable_later_is_named_in_one_line(monkeypatch, tmp_p
     write_images(tmp_path, count=6)
     bad = tmp_path / "b_003.png"
     corrupt(bad)
-    monkeypatch.setattr(image_datasets, "CHECKED_IMAGES", 2)  # the first and the fourth
+    monkeypatch.setattr(image_files, "CHECKED_IMAGES", 2)  # the first and the fourth
     before = {process.pid for process in multiprocessing.active_children()}
     data = iter(load(data_dir=str(tmp_path), batch_size=6, image_size=8, num_workers=num_workers))
     with pytest.raises(InputError) as refusal:
@@ -687,16 +687,16 @@ ERRORS = [OSError(5, "Input/output error"), OSError(116, "Stale file handle"), F
 @pytest.mark.parametrize("where", ["local", "remote"])
 def test_a_read_that_fails_is_tried_again(monkeypatch, greys, error, where):
     folder, pauses = greys(3), []
-    monkeypatch.setattr(image_datasets.time, "sleep", pauses.append)
+    monkeypatch.setattr(image_files.time, "sleep", pauses.append)
     paths = [os.path.join(folder, name) for name in sorted(os.listdir(folder))]
     whole = ImageDataset(8, paths).pixels(0)
-    flaky = Flaky([error] * len(RETRY_PAUSES))
-    monkeypatch.setattr(image_datasets, "is_remote", lambda path: where == "remote")
-    monkeypatch.setattr(image_datasets.bf, "BlobFile", flaky)
-    monkeypatch.setattr(image_datasets, "open", flaky, raising=False)
+    flaky = Flaky([error] * len(image_files.RETRY_PAUSES))
+    monkeypatch.setattr(image_files, "is_remote", lambda path: where == "remote")
+    monkeypatch.setattr(image_files.bf, "BlobFile", flaky)
+    monkeypatch.setattr(image_files, "open", flaky, raising=False)
     assert np.array_equal(ImageDataset(8, paths).pixels(0), whole)
-    assert pauses == [*RETRY_PAUSES] and sum(RETRY_PAUSES) < 10
-    flaky.errors = [error] * (len(RETRY_PAUSES) + 1)
+    assert pauses == [*image_files.RETRY_PAUSES] and sum(image_files.RETRY_PAUSES) < 10
+    flaky.errors = [error] * (len(image_files.RETRY_PAUSES) + 1)
     with pytest.raises(InputError) as info:
         ImageDataset(8, paths).pixels(0)
     assert paths[0] in str(info.value) and flaky.errors == []
@@ -704,7 +704,7 @@ def test_a_read_that_fails_is_tried_again(monkeypatch, greys, error, where):
 
 @pytest.mark.parametrize("damage", [corrupt, cut_short])
 def test_a_damaged_image_is_not_tried_again(monkeypatch, greys, damage):
-    monkeypatch.setattr(image_datasets.time, "sleep", None)
+    monkeypatch.setattr(image_files.time, "sleep", None)
     path = Path(greys(3), "b_02.png")
     damage(path)
     with pytest.raises(InputError, match=path.stem):
@@ -712,7 +712,7 @@ def test_a_damaged_image_is_not_tried_again(monkeypatch, greys, damage):
 
 
 def test_a_read_without_memory_is_no_damage(monkeypatch, greys):
-    monkeypatch.setattr(image_datasets, "open", Flaky([MemoryError()]), raising=False)
+    monkeypatch.setattr(image_files, "open", Flaky([MemoryError()]), raising=False)
     with pytest.raises(MemoryError):
         ImageDataset(8, [os.path.join(greys(3), "b_02.png")]).pixels(0)
 
@@ -728,7 +728,7 @@ def test_a_broken_link_is_found_at_once(tmp_path):
 
 def test_the_check_of_large_images_ends(monkeypatch, greys):
     folder, decoded = greys(10), []
-    monkeypatch.setattr(image_datasets, "CHECK_SECONDS", -1)
-    monkeypatch.setattr(image_datasets, "_decode", decoded.append)
+    monkeypatch.setattr(image_files, "CHECK_SECONDS", -1)
+    monkeypatch.setattr(image_files, "read_image", lambda path, retry: decoded.append(path))
     load_data(data_dir=folder, batch_size=2, image_size=8)
     assert len(decoded) == 1

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from improved_diffusion import options
-from improved_diffusion.options import Group, ScriptOptions, TrainOptions, Valid, rows
+from improved_diffusion.options import Group, SamplingOptions, ScriptOptions, TrainOptions, Valid, rows
+from improved_diffusion.samplers import SAMPLERS
 from improved_diffusion.utils.errors import InputError
 
 SCRIPTS = {
@@ -122,3 +123,13 @@ def test_groups_are_frozen_and_replaced_as_a_whole():
         settings.training.lr = 1.0
     assert settings.replace(lr=1.0, no_option=3).training.lr == 1.0 and settings.training.lr == 1e-4
     assert isinstance(settings, ScriptOptions)
+
+
+def test_samplers_are_the_functions_of_the_table():
+    for name in SAMPLERS:
+        assert SamplingOptions(sampler=name).sampler_name == name
+    assert SamplingOptions(use_ddim=True).sampler_name == "ddim"
+    (row,) = [row for row in rows(SamplingOptions) if row.name == "sampler"]
+    assert all(name in row.help for name in SAMPLERS)
+    with pytest.raises(InputError, match="sampler nowhere"):
+        SamplingOptions(sampler="nowhere")

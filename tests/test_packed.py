@@ -270,7 +270,7 @@ NOT_WHOLE = ["not a whole set of packed images", "prepare.py"]
         (also(lambda path: longer_labels(path / "labels.npz")), NOT_WHOLE),
         (lambda path: path.touch(), NOT_WHOLE),
         (lambda path: path.write_text("images"), NOT_WHOLE),
-        (lambda path: savez(path, pixels(), LABELS), ["no images", "arr_0.npy, arr_1.npy"]),
+        (lambda path: savez(path, pixels(), LABELS), ["no images", "arr_0, arr_1"]),
         (lambda path: savez(path), ["no images", "nothing"]),
         (saved(images=pixels() / 255), ["float64 of shape (5, 4, 4, 3)", "uint8 of shape (N, S, S, 1 or 3)"]),
         (saved(images=pixels().astype(np.int8)), ["int8 of shape"]),

@@ -23,7 +23,7 @@ from harness import (
 from PIL import Image
 from training import assert_same, load
 
-from improved_diffusion import image_datasets
+from improved_diffusion.data import images as image_files
 from improved_diffusion.data.packed import read_packed
 from improved_diffusion.data.prepare import write
 from improved_diffusion.data.sources import SOURCES, Source
@@ -347,7 +347,7 @@ def test_a_process_that_is_killed_is_not_a_full_disk(monkeypatch, tmp_path, capf
         assert os.getpid() != main
         os.kill(os.getpid(), signal.SIGKILL)
 
-    monkeypatch.setattr(image_datasets, "decode_image", die)
+    monkeypatch.setattr(image_files, "decode_image", die)
     assert prepare("images", images, tmp_path / f"a{ending}", image_size=8, num_workers=1) == 1
     printed, err = capfd.readouterr()
     expected = r"prepare\.py: error: a process .* \(.*(killed by signal: Killed|unexpectedly).*\); .*memory.*\n"

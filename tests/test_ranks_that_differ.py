@@ -117,8 +117,8 @@ def test_statistics_of_other_keys(on_ranks):
 class Black:
     num_timesteps = 1
 
-    def p_sample_loop(self, model, shape, **kwargs):
-        return th.full(shape, -1.0)
+    def p_sample_loop_progressive(self, model, shape, **kwargs):
+        yield {"sample": th.full(shape, -1.0), "pred_xstart": None}
 
 
 def test_labels_of_ranks_that_have_a_sample(on_ranks):

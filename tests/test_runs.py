@@ -85,9 +85,10 @@ def test_a_run_locks_its_folder(images, tmp_path, monkeypatch, named):
 
     class Meanwhile(load_script("image_train").TrainLoop):
         def run_loop(self):
-            with pytest.raises(InputError) as refusal:
-                files.FolderLock(logger.get_dir(), patience=0).acquire()
-            refusals.append(str(refusal.value))
+            code = "import sys; from improved_diffusion.utils.files import FolderLock as F; F(sys.argv[1], 0).acquire()"
+            command = [sys.executable, "-c", code, logger.get_dir()]
+            other = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+            refusals.append(other.stderr)
             super().run_loop()
 
     monkeypatch.setattr(load_script("image_train"), "TrainLoop", Meanwhile)
@@ -243,14 +244,18 @@ def test_a_folder_has_one_run(tmp_path, images, elsewhere, monkeypatch, capfd):
     log, blob = (tmp_path / name for name in ("log", "blob" if elsewhere else "log"))
     words = flags(**dict(TRAIN, data_dir=images, resume_checkpoint="auto"))
     variables = {"DIFFUSION_BLOB_LOGDIR": str(blob)} if elsewhere else {}
-    lock = files.FolderLock(str(blob), patience=0)
-    lock.acquire()
-    before = snapshot(tmp_path)
-    assert run_script("image_train", words, log, **variables) == 2
-    (line,) = capfd.readouterr().err.splitlines()
-    assert f"{blob} is in use" in line and f"process {os.getpid()}" in line
-    assert snapshot(tmp_path) == before
-    lock.release()
+    code = (
+        "import sys; from improved_diffusion.utils.files import FolderLock\n"
+        "lock = FolderLock(sys.argv[1]); lock.acquire(); print(flush=True); sys.stdin.read(); lock.release()"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", code, str(blob)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    with holder:
+        holder.stdout.readline()
+        before = snapshot(tmp_path)
+        assert run_script("image_train", words, log, **variables) == 2
+        (line,) = capfd.readouterr().err.splitlines()
+        assert f"{blob} is in use" in line and f"process {holder.pid}" in line
+        assert snapshot(tmp_path) == before
     assert run_script("image_train", words, log, **variables) == 0
     assert (blob / "model000004.pt").exists() and not list(tmp_path.rglob(".lock"))
 
@@ -302,7 +307,7 @@ def test_images_of_two_calls_do_not_mix(tmp_path, trained, capfd):
     words = dict(model_path=trained / "ema_0.9_000004.pt", timestep_respacing=1, save_images=True)
     run("image_sample", tmp_path / "s", **words, num_samples=4)
     assert run_script("image_sample", flags(**words, num_samples=2), tmp_path / "s") == 2
-    assert f"save_images: {tmp_path}/s/images has files in it already; give another --log_dir" in capfd.readouterr().err
+    assert f"save_images: {tmp_path}/s/images has files in it already; give another log_dir" in capfd.readouterr().err
     assert len(list((tmp_path / "s" / "images").iterdir())) == 4
 
 

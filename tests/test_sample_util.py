@@ -7,18 +7,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 from parity_cases import ToyModel, make_diffusion
 
-from improved_diffusion import dist_util, logger
-from improved_diffusion.inference.generate import (
-    SampleNoise,
-    chosen_labels,
-    draw_labels,
-    generate,
+from improved_diffusion import logger
+from improved_diffusion.inference.arrays import (
     load_base_samples,
     load_labelled_samples,
     save_arrays,
     save_samples,
     to_uint8,
 )
+from improved_diffusion.inference.generate import (
+    SampleNoise,
+    chosen_labels,
+    draw_labels,
+    generate,
+)
+from improved_diffusion.samplers import SAMPLERS
 from improved_diffusion.utils.errors import InputError
 
 
@@ -30,16 +33,14 @@ class StubDiffusion:
     def __init__(self):
         self.calls = []
 
-    def _loop(self, model, shape, model_kwargs, plus, **kwargs):
+    def p_sample_loop_progressive(self, model, shape, *, plus=0, model_kwargs, **kwargs):
         self.calls.append((tuple(shape), kwargs))
         values = model_kwargs["number"].float() + plus
-        return (values.view(-1, 1, 1, 1) / 127.5 - 1 + 1e-4).expand(shape)
+        sample = (values.view(-1, 1, 1, 1) / 127.5 - 1 + 1e-4).expand(shape)
+        return [{"sample": sample, "pred_xstart": sample}] * self.num_timesteps
 
-    def p_sample_loop(self, model, shape, **kwargs):
-        return self._loop(model, shape, plus=0, **kwargs)
-
-    def ddim_sample_loop(self, model, shape, **kwargs):
-        return self._loop(model, shape, plus=10, **kwargs)
+    def ddim_sample_loop_progressive(self, model, shape, **kwargs):
+        return self.p_sample_loop_progressive(model, shape, plus=10, **kwargs)
 
 
 def numbered(numbers, noise_fn):
@@ -86,7 +87,7 @@ def test_ddim_and_clipping_are_passed_on():
     diffusion = StubDiffusion()
     images, _ = draw(diffusion, sampler="ddim", clip_denoised=False)
     assert images[:, 0, 0, 0].tolist() == list(range(10, 17))
-    assert all(kwargs == dict(clip_denoised=False, device=dist_util.dev()) for _, kwargs in diffusion.calls)
+    assert all(not kwargs["clip_denoised"] and "noise_fn" not in kwargs for _, kwargs in diffusion.calls)
 
 
 def test_without_labels_there_are_none():
@@ -227,16 +228,40 @@ def test_with_a_seed_the_number_of_ranks_changes_nothing(on_ranks, world_size, n
     np.testing.assert_array_equal(many_labels, labels)
 
 
-def test_without_a_seed_samples_are_drawn_from_the_global_generator():
-    """Batch by batch, labels first, as ever."""
+@pytest.mark.parametrize("sampler", list(SAMPLERS))
+def test_without_a_seed_samples_are_those_of_the_diffusions_loops(sampler):
+    """Batch by batch, labels first, from the global generator."""
     th.manual_seed(8)
-    images, labels = by_seed(None, 4)
+    images, labels = by_seed(None, 4, sampler=sampler)
     th.manual_seed(8)
     for part in (slice(0, 4), slice(4, 7)):
         y = th.randint(0, 10, (len(labels[part]),))
         assert y.tolist() == labels[part].tolist()
-        x = make_diffusion(6, "cosine").p_sample_loop(ToyModel(), (len(y), 3, 4, 4), model_kwargs={"y": y})
+        diffusion = make_diffusion(6, "cosine")
+        loop = {"ancestral": diffusion.p_sample_loop, "ddim": diffusion.ddim_sample_loop}[sampler]
+        x = loop(ToyModel(), (len(y), 3, 4, 4), model_kwargs={"y": y})
         np.testing.assert_array_equal(to_uint8(x).numpy(), images[part])
+
+
+@pytest.mark.parametrize("seed", [None, 5])
+def test_a_new_sampler_needs_only_its_row(monkeypatch, seed):
+    """It is given standard normal noise of the samples' shape, and what draws more."""
+    seen = []
+
+    def still(diffusion, model, x_T, *, model_kwargs, noise_fn, clip_denoised):
+        seen.append((x_T.clone(), noise_fn, clip_denoised))
+        return x_T
+
+    monkeypatch.setitem(SAMPLERS, "still", still)
+    th.manual_seed(3)
+    images, _ = draw(StubDiffusion(), sampler="still", clip_denoised=False, seed=seed)
+    th.manual_seed(3)
+    for (x_T, noise_fn, clip_denoised), start in zip(seen, (0, 3, 6), strict=True):
+        numbers = range(start, min(start + 3, 7))
+        new = th.randn_like if seed is None else SampleNoise(seed, numbers)
+        assert th.equal(x_T, new(th.empty(len(numbers), 1, 4, 4))) and not clip_denoised
+        assert (noise_fn is None) == (seed is None)
+        np.testing.assert_array_equal(images[list(numbers)], to_uint8(x_T).numpy())
 
 
 def test_conditions_are_given_the_noise_of_their_samples():
@@ -312,23 +337,27 @@ def test_labelled_samples_are_what_save_samples_wrote(npz):
     images, labels = load_labelled_samples(save_samples(IMAGES, np.arange(6)))
     np.testing.assert_array_equal(images, IMAGES)
     assert labels.tolist() == list(range(6))
-    with pytest.raises(InputError, match=r"^samples .*base\.npz: no labelled images in it"):
+    with pytest.raises(InputError, match=r"^samples .*base\.npz: .*holds no arr_1"):
         load_labelled_samples(npz(arr_0=IMAGES))
+
+
+LABELS = np.zeros(6, np.int64)
 
 
 @pytest.mark.parametrize(
     ("arrays", "parts"),
     [
-        (dict(images=IMAGES), ["has no arr_0", "it has images"]),
-        (dict(), ["has no arr_0", "it has nothing"]),
-        (dict(arr_0=IMAGES[:, :2]), ["(6, 2, 4, 3)", "small_size 4", "(N, 4, 4, 3)"]),
-        (dict(arr_0=IMAGES[..., :1]), ["(6, 4, 4, 1)", "image_channels 3"]),
-        (dict(arr_0=IMAGES[:0]), ["(0, 4, 4, 3)"]),
-        (dict(arr_0=IMAGES[0]), ["(4, 4, 3)"]),
-        (dict(arr_0=IMAGES / 255), ["float64", "uint8"]),
-        (dict(arr_0=np.float32(3)), ["float32", "uint8"]),
-        (dict(arr_0=IMAGES), ["no label for each image in arr_1", "class_cond"]),
-        (dict(arr_0=IMAGES, arr_1=np.zeros(5, int)), ["no label for each image in arr_1"]),
+        (dict(images=IMAGES), ["holds no arr_0", "but images"]),
+        (dict(), ["holds no arr_0", "but nothing"]),
+        (dict(arr_0=IMAGES[:, :2], arr_1=LABELS), ["(6, 2, 4, 3)", "small_size 4", "(N, 4, 4, 3)"]),
+        (dict(arr_0=IMAGES[..., :1], arr_1=LABELS), ["(6, 4, 4, 1)", "image_channels 3"]),
+        (dict(arr_0=IMAGES[:0], arr_1=LABELS), ["(0, 4, 4, 3)"]),
+        (dict(arr_0=IMAGES[0], arr_1=LABELS), ["(4, 4, 3)"]),
+        (dict(arr_0=IMAGES / 255, arr_1=LABELS), ["float64", "uint8"]),
+        (dict(arr_0=np.float32(3), arr_1=LABELS), ["float32", "uint8"]),
+        (dict(arr_0=IMAGES), ["holds no arr_1", "class_cond"]),
+        (dict(arr_0=IMAGES, arr_1=np.zeros(5, int)), ["arr_1 holds no label for each image", "class_cond"]),
+        (dict(arr_0=IMAGES, arr_1=np.zeros(6)), ["arr_1 holds no label"]),
         (dict(arr_0=IMAGES, arr_1=np.arange(6)), ["labels from 0 to 5", "num_classes 3 allows 0 to 2"]),
         (dict(arr_0=IMAGES, arr_1=np.arange(6) % 4), ["labels from 0 to 3", "num_classes 3 allows 0 to 2"]),
         (dict(arr_0=IMAGES, arr_1=np.arange(6) - 4), ["labels from -4 to 1", "num_classes 3 allows 0 to 2"]),
@@ -348,11 +377,11 @@ def test_base_samples_that_cannot_work(npz, arrays, parts):
     ("content", "message"),
     [
         (None, "there is no such file"),
-        (b"", "not an npz file of numbers"),
-        (b"text", "not an npz file of numbers"),
-        ("cut short", "not an npz file of numbers"),
-        ("one array", "not an npz file of numbers"),
-        ("objects", "not an npz file of numbers"),
+        (b"", "not an npz file of images"),
+        (b"text", "not an npz file of images"),
+        ("cut short", "not an npz file of images"),
+        ("one array", "not an npz file of images"),
+        ("objects", "not an npz file of images"),
         ("folder", "there is no such file"),
     ],
 )

@@ -301,6 +301,14 @@ def test_use_ddim_and_timestep_respacing(tmp_path, steps_taken, use_ddim, respac
     assert steps_taken == {"ddim_sample" if use_ddim else "p_sample": steps}
 
 
+def test_use_ddim_is_the_sampler_ddim(tmp_path):
+    weights, common = save_weights(tmp_path / "model.pt"), dict(num_samples=2, timestep_respacing=4, seed=2)
+    words = dict(old=dict(use_ddim=True), new=dict(sampler="ddim"), other=dict(sampler="ancestral"))
+    found = {name: sample(tmp_path / name, weights, **common, **more)[1]["arr_0"] for name, more in words.items()}
+    np.testing.assert_array_equal(found["old"], found["new"])
+    assert (found["new"] != found["other"]).any()
+
+
 @pytest.mark.parametrize("num_classes", [1, 3])
 def test_labels_are_drawn_among_num_classes_and_written(tmp_path, num_classes):
     words = dict(class_cond=True, num_classes=num_classes)

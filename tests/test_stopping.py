@@ -22,7 +22,8 @@ from training import (
     train,
 )
 
-from improved_diffusion import dist_util, image_datasets, logger
+from improved_diffusion import dist_util, logger
+from improved_diffusion.data import images as image_files
 from improved_diffusion.train_util import TrainLoop
 from improved_diffusion.utils.errors import InputError, TrainingError
 
@@ -32,7 +33,7 @@ STEPS = 7
 @pytest.fixture(autouse=True)
 def one_cpu(monkeypatch):
     on_one_cpu(monkeypatch)
-    monkeypatch.setattr(image_datasets, "RETRY_PAUSES", (0, 0))
+    monkeypatch.setattr(image_files, "RETRY_PAUSES", (0, 0))
 
 
 @pytest.fixture(scope="module")

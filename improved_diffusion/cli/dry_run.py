@@ -5,7 +5,6 @@ import weakref
 
 import torch as th
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from .. import dist_util
 from ..options import ScriptOptions, TrainingOptions
@@ -86,7 +85,7 @@ class _LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
             storage = tensor.untyped_storage() if isinstance(tensor, th.Tensor) else None
             if storage is not None and storage not in self._known:
                 self._known.add(storage)

@@ -1,4 +1,4 @@
-"""A dataset's batches, for ever in new orders or once, decoded ahead by processes that end with this one."""
+"""Batches of a dataset, endless and shuffled or once and in order, decoded ahead by worker processes."""
 
 import multiprocessing
 import os
@@ -14,38 +14,24 @@ from ..utils.errors import InputError
 
 class BatchStream:
     """
-    A dataset's batches for ever, each epoch in a new order. What does not fill a batch at an
-    epoch's end is left out.
+    Endless batches of a dataset, each epoch in a new order, without the incomplete batch at an epoch's end.
 
-    The orders are seeded by torch's global generator, an epoch at a time.
+    torch's global generator seeds each epoch's order.
 
-    :param random_flip: ask the dataset for sample ~i instead of i with probability 1/2, anew each epoch. Which ones is
-                        drawn from the epoch's seed too: who decodes them, and where a run was resumed, change nothing.
-    :param pin_memory: where there is a GPU, give batches in page-locked memory, which is copied to it without waiting.
+    :param random_flip: ask the dataset for (i, flip) instead of i, flip being True with probability 1/2. Drawn from
+                        the epoch's seed: which process decodes, and where a run was resumed, change nothing.
+    :param pin_memory: with a GPU, give batches in page-locked memory, for faster copies.
     """
 
     def __init__(
-        self,
-        dataset,
-        batch_size,
-        shuffle,
-        num_workers,
-        collate_fn=default_collate,
-        random_flip=False,
-        pin_memory=True,
+        self, dataset, batch_size, shuffle, num_workers, collate_fn=default_collate, random_flip=False, pin_memory=True
     ):
         self.dataset = dataset
         self._order = _EpochOrder(len(dataset), batch_size, shuffle, random_flip)
-        self._loader = _loader(
-            dataset,
-            num_workers,
-            collate_fn,
-            pin_memory,
-            batch_sampler=self._order,
-            persistent_workers=num_workers > 0,
-        )
+        kwargs = dict(batch_sampler=self._order, persistent_workers=num_workers > 0)
+        self._loader = _loader(dataset, num_workers, collate_fn, pin_memory, **kwargs)
         self._epoch = None  # iterator over the rest of the epoch
-        self._given = 0  # batches of this epoch given out so far
+        self._given = 0  # batches of this epoch so far
 
     def __iter__(self):
         return self
@@ -65,19 +51,19 @@ class BatchStream:
         return batch, cond
 
     def first(self, count):
-        """A batch of the dataset's first samples, whatever has been given out; fewer if it has no more."""
+        """A batch of the dataset's first `count` samples, or of all; the position does not change."""
         samples = [self.dataset[i] for i in range(min(count, len(self.dataset)))]
         return self._loader.collate_fn(samples)
 
     def state_dict(self):
-        """The place in the data, for load_state_dict(); plain values only."""
+        """The position, for load_state_dict(); plain values only."""
         return {**self._order.settings(), "seed": self._order.seed, "given": self._given}
 
     def load_state_dict(self, state):
         """
-        Continue behind the last batch that the stream which gave `state` gave out.
+        Continue at the position of `state`.
 
-        :raises ValueError: if that stream had another number of images or another batch size.
+        :raises ValueError: if its stream had another number of images, batch size or shuffle.
         """
         for key, mine in self._order.settings().items():
             if state[key] != mine:
@@ -101,16 +87,17 @@ class _EpochOrder:
         return {"num_images": self.num_images, "batch_size": self.batch_size, "shuffle": self.shuffle}
 
     def reseed(self):
-        # two draws an epoch, the first unused (one unshuffled): as many as a DataLoader made anew takes
+        # two draws an epoch, the first unused (one unshuffled), as a new DataLoader takes
         for _ in range(2 if self.shuffle else 1):
             self.seed = th.empty((), dtype=th.int64).random_().item()
 
     def __iter__(self):
         generator = th.Generator().manual_seed(self.seed)
         order = th.randperm(self.num_images, generator=generator) if self.shuffle else th.arange(self.num_images)
-        if self.random_flip:  # drawn after the order, which stays what it is without
-            order = th.where(th.randint(2, order.shape, generator=generator).bool(), ~order, order)
         order = order.tolist()
+        if self.random_flip:  # drawn after the order, which does not depend on it
+            flips = th.randint(2, (self.num_images,), generator=generator).bool().tolist()
+            order = list(zip(order, flips, strict=True))
         for i in range(self.skip, len(self)):
             yield order[i * self.batch_size : (i + 1) * self.batch_size]
 
@@ -150,8 +137,8 @@ def _loader(dataset, num_workers, collate_fn, pin_memory, **kwargs):
 
 def _leave_signals_to_the_parent(worker):
     """
-    A terminal or a scheduler sends SIGINT, SIGHUP and SIGTERM to all processes of a run, and training
-    answers them by going on until it has saved: its workers end when it says so, or is gone itself.
+    A terminal or a scheduler sends SIGINT, SIGHUP and SIGTERM to all processes of a run. Training still needs batches
+    until it has saved: workers end when it terminates them, or is gone itself.
     """
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
@@ -173,11 +160,11 @@ def _leave_signals_to_the_parent(worker):
 
 
 def _one_line_errors(loader):
-    """A loader's batches; an InputError raised in a worker loses the worker's traceback."""
+    """A loader's batches; an InputError of a worker comes without the worker's traceback."""
     try:
         yield from loader
         return
     except InputError as e:
         message = str(e).strip().splitlines()[-1].split("InputError: ")[-1]
-        traceback.clear_frames(e.__traceback__)  # they hold each other and the loader's iterator, which holds workers
+        traceback.clear_frames(e.__traceback__)  # in a cycle with the loader's iterator, which holds workers
     raise InputError(message)

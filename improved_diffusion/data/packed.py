@@ -4,9 +4,8 @@ Packed images: a folder of arrays, scaled and cropped once instead of decoded ev
     images.npy    uint8 [N, S, S, C], C is 1 or 3
     labels.npz    labels: int64 [N], indices into classes; classes: [K] names
 
-numpy.save and numpy.savez write them too. The images are mapped into memory that all processes of a machine share, and
-never read as a whole: damage inside the pixels goes unnoticed. A folder in use may be renamed or removed, but
-images.npy must not be cut short.
+numpy.save and numpy.savez write them too. The images are memory-mapped, shared by all processes of a machine, and never
+read as a whole: damaged pixels go unnoticed. A folder in use may be renamed or removed, but images.npy not truncated.
 
 Version 1.0 packed images in one .npz file of images, labels and classes. Such files are read into memory.
 """
@@ -94,10 +93,14 @@ def read_packed(path, with_labels):
         raise InputError(f"{path}: packed images are mapped from a local disk; copy them to one")
     try:
         if os.path.isdir(path):
-            images, labels = _map(os.path.join(path, IMAGES)), os.path.join(path, LABELS)
+            images, labels = np.lib.format.open_memmap(os.path.join(path, IMAGES), mode="r"), os.path.join(path, LABELS)
+            if images.offset + images.nbytes != os.path.getsize(images.filename):
+                raise ValueError(f"{IMAGES} is not as long as its header says")
+            images = images.view(np.ndarray)
         else:
             (images,), labels = read_npz(path, "images"), path
-        if images.dtype != np.uint8 or not _is_square(images.shape):
+        n, height, width, channels = images.shape if images.ndim == 4 else (0, 0, 0, 0)
+        if images.dtype != np.uint8 or n * height == 0 or height != width or channels not in (1, 3):
             wanted = "uint8 of shape (N, S, S, 1 or 3)"
             raise InputError(f"{path}: images are {images.dtype} of shape {images.shape}; {wanted} is wanted")
         found = images, *(_read_labels(labels, len(images)) if with_labels else (None, None))
@@ -117,28 +120,17 @@ def read_packed(path, with_labels):
     return found
 
 
-def _is_square(shape):
-    return len(shape) == 4 and min(shape) > 0 and shape[1] == shape[2] and shape[3] in (1, 3)
-
-
-def _map(path):
-    images = np.lib.format.open_memmap(path, mode="r")
-    if images.offset + images.nbytes != os.path.getsize(path):
-        raise ValueError(f"{IMAGES} is not as long as its header says")
-    return images.view(np.ndarray)
-
-
-def read_npz(path, *names):
+def read_npz(file, *names):
     """
+    :param file: a path, or an open binary file.
     :return: a list of the arrays of these names, their checksums verified.
-    :raises: InputError if one is missing, and whatever numpy and zipfile raise for damaged files.
+    :raises Exception: any kind, if an array is missing or the file damaged.
     """
     arrays = []
-    with zipfile.ZipFile(path) as archive:
-        there = archive.namelist()
-        missing = [name for name in names if f"{name}.npy" not in there]
-        if missing:
-            raise InputError(f"{path}: holds no {' and no '.join(missing)} (but {', '.join(there) or 'nothing'})")
+    with zipfile.ZipFile(file) as archive:
+        there = [name.removesuffix(".npy") for name in archive.namelist()]
+        if missing := [name for name in names if name not in there]:
+            raise ValueError(f"it holds no {' and no '.join(missing)}, but {', '.join(there) or 'nothing'}")
         for name in names:
             with archive.open(f"{name}.npy") as member:
                 arrays.append(np.lib.format.read_array(member, allow_pickle=False))

@@ -3,7 +3,6 @@
 import functools
 import os
 import re
-import struct
 
 import numpy as np
 from PIL import Image
@@ -12,18 +11,18 @@ from torch.utils.data import Dataset
 from ..utils.errors import InputError, first_line
 from ..utils.files import is_remote, write_files
 from ..utils.progress import Progress
+from .images import to_image
 from .loader import BatchesInOrder
 from .packed import ENDING, OLD_ENDING, check_new, write_packed
 
-PNG_BEGIN, PNG_END = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", b"\0\0\0\0IEND\xaeB`\x82"
+PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 
 
 def write(source, out):
     """
-    Write images to a folder of PNG files named by class, or pack them if the name of `out` ends in .packed. Print a
-    line for each folder.
+    Write images to a folder of PNG files named by class, or pack them if the name of `out` ends in .packed.
 
-    PNG files that exist stay: called again with the same source, it continues. Packed images are whole or absent.
+    Existing PNG files are kept: repeated with the same source, it continues. Packed images are whole or absent.
 
     :param source: a Source, or {name of a folder in `out`: Source}.
     :raises InputError: if `out` cannot be written, or an image cannot be read.
@@ -44,7 +43,7 @@ def write(source, out):
 
 def _pack(path, source):
     def batches():
-        with Progress("packing", len(source), "images", say=print) as progress:
+        with Progress("packing", len(source), "images", print) as progress:
             for batch in BatchesInOrder(source, 64, source.num_workers, collate_fn=np.stack):
                 yield batch
                 progress.update(len(batch))
@@ -84,7 +83,7 @@ def _check_folder(path, source):
 
 def _write_folder(path, source):
     there = 0
-    with Progress(path, len(source), "images", say=print) as progress:
+    with Progress(path, len(source), "images", print) as progress:
         for were_there in BatchesInOrder(_Files(path, source), 64, source.num_workers, collate_fn=list):
             there += sum(were_there)
             progress.update(len(were_there))
@@ -107,24 +106,21 @@ class _Files(Dataset):
         name = f"{source.classes[source.labels[i]]}_{i:0{source.digits}d}.png"
         there = _is_there(os.path.join(self._folder, name), source.shape[0])
         if not there:
-            pixels = source[i]
-            image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
-            save = functools.partial(image.save, format="PNG", compress_level=source.compress_level)
+            save = functools.partial(to_image(source[i]).save, format="PNG", compress_level=source.compress_level)
             write_files(self._folder, {name: save}, flush=False)
         return there
 
 
 def _is_there(path, size):
-    """Whether a PNG file is there from its beginning to its end: a crash of the machine cuts files short."""
+    """Whether a whole PNG file is there: a crash of the machine may truncate one."""
     try:
         with open(path, "rb") as f:
-            begin = f.read(len(PNG_BEGIN) + 8)
-            f.seek(max(f.seek(0, os.SEEK_END) - len(PNG_END), 0))
-            if not (begin.startswith(PNG_BEGIN) and f.read() == PNG_END):
+            f.seek(-len(PNG_END), os.SEEK_END)
+            if f.read() != PNG_END:
                 return False
-    except OSError:  # if it exists but cannot be read, writing it raises
+            width, height = Image.open(f, formats=["PNG"]).size
+    except (OSError, ValueError):  # one that cannot be read is written, which raises
         return False
-    width, height = struct.unpack(">II", begin[len(PNG_BEGIN) :])
     if (width, height) != (size, size):
         raise InputError(f"{path}: exists as {width}x{height}, not {size}x{size}; name another folder")
     return True

@@ -2,7 +2,7 @@
 Sources of data preparation: images and their classes, as others publish them.
 
 A new source is a function that returns a Source, in the table SOURCES. Its docstring becomes the help of
-scripts/prepare.py, its keyword parameters, described in flags.py, become flags.
+scripts/prepare.py, its keyword parameters, described in options.PrepareOptions, become flags.
 """
 
 import codecs
@@ -20,8 +20,8 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
-from ..image_datasets import ImageDataset, decode_image, find_images, label_by_name, scale_and_crop
 from ..utils.errors import InputError, first_line
+from .images import decode_image, find_images, label_by_name, read_image, scale_and_crop, to_image
 from .packed import is_packed, read_npz, read_packed
 
 
@@ -97,7 +97,7 @@ def cifar10(src):
 
 def _read_cifar(src, names):
     """{name: the dict pickled there}."""
-    right = "name cifar-10-python.tar.gz, or the folder cifar-10-batches-py in it"
+    advice = "name cifar-10-python.tar.gz, or the folder cifar-10-batches-py in it"
     batches = {}
     try:
         if os.path.isdir(src):
@@ -114,9 +114,9 @@ def _read_cifar(src, names):
     except InputError:
         raise
     except Exception as e:  # damaged archives raise anything
-        raise InputError(f"{src}: cannot be read ({first_line(e)}); {right}") from None
+        raise InputError(f"{src}: cannot be read ({first_line(e)}); {advice}") from None
     if missing := [name for name in names if name not in batches]:
-        raise InputError(f"{src}: holds no {', no '.join(missing)}; {right}")
+        raise InputError(f"{src}: holds no {', no '.join(missing)}; {advice}")
     return batches
 
 
@@ -181,8 +181,6 @@ def _read_batch(path, name):
         return load_pickle(functools.partial(open, path, "rb"), path).get(name)
     try:
         return read_npz(path, name)[0]
-    except InputError:
-        raise
     except Exception as e:  # damaged ones raise anything
         raise InputError(f"{path}: not a whole npz file of data and labels ({first_line(e)})") from None
 
@@ -190,13 +188,14 @@ def _read_batch(path, name):
 class _Lsun(Source):
     """Images of a database, in the order of its keys."""
 
-    def __init__(self, src, class_name, image_size, max_images):
+    def __init__(self, src, class_name, image_size, max_images, num_workers):
         self._src, self._database, self._process = src, None, None
         with contextlib.closing(_open_database(src)) as database, _reading(src, database) as transaction:
             self._keys = list(itertools.islice(transaction.cursor().iternext(values=False), max_images or None))
         if not self._keys:
             raise InputError(f"{src}: holds no images")
         self.classes, self.labels, self.shape = [class_name], [0] * len(self._keys), (image_size, image_size, 3)
+        self.num_workers = processes(num_workers)
 
     def __getitem__(self, i):
         if self._process != os.getpid():  # a database cannot be shared with child processes
@@ -216,9 +215,7 @@ def lsun(src, *, class_name="", image_size=256, max_images=0, num_workers=-1):
     name = class_name or os.path.basename(os.path.abspath(src)).partition("_")[0]
     if not name:
         raise InputError(f"{src}: its name has no class before its first underscore; name the class")
-    source = _Lsun(src, name, image_size, max_images)
-    source.num_workers = processes(num_workers)
-    return source
+    return _Lsun(src, name, image_size, max_images, num_workers)
 
 
 def _open_database(src):
@@ -255,22 +252,17 @@ def _reading(src, database):
 class _Images(Source):
     """Images of a folder, or packed ones, scaled and cropped."""
 
-    def __init__(self, src, image_size, image_channels):
-        self.shape = (image_size, image_size, image_channels)
+    def __init__(self, src, image_size, image_channels, num_workers):
+        self.shape, self.num_workers = (image_size, image_size, image_channels), processes(num_workers)
         if is_packed(src):
-            self._packed, self.labels, self.classes = read_packed(src, with_labels=True)
+            self._images, self.labels, self.classes = read_packed(src, with_labels=True)
+            self._open = to_image
         else:
-            paths = find_images(src)
-            self.labels, self.classes = label_by_name(paths)
-            self.folder = src
-            self._dataset = ImageDataset(image_size, paths, image_channels=image_channels)
+            self._images, self.folder, self._open = find_images(src), src, read_image
+            self.labels, self.classes = label_by_name(self._images)
 
     def __getitem__(self, i):
-        if self.folder:
-            return self._dataset.pixels(i)
-        pixels = self._packed[i]
-        image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
-        return scale_and_crop(image, self.shape[0], self.shape[2])
+        return scale_and_crop(self._open(self._images[i]), self.shape[0], self.shape[2])
 
 
 def images(src, *, image_size=64, image_channels=3, num_workers=-1):
@@ -280,9 +272,7 @@ def images(src, *, image_size=64, image_channels=3, num_workers=-1):
     src is a folder, searched recursively, or a URL that blobfile lists, or packed images. The class of an image is its
     file name up to the first underscore. Packed, pixels, labels and order are those of the folder.
     """
-    source = _Images(src, image_size, image_channels)
-    source.num_workers = processes(num_workers)
-    return source
+    return _Images(src, image_size, image_channels, num_workers)
 
 
 SOURCES = {function.__name__: function for function in (cifar10, lsun, imagenet64, images, digits)}

@@ -1,12 +1,12 @@
 """Samples as pictures: many in a grid, or each in a file."""
 
-import io
+import functools
 import math
 import re
 
 import numpy as np
-from PIL import Image
 
+from ..data.images import to_image
 from ..utils.files import write_files
 
 COLUMNS = 10
@@ -47,14 +47,7 @@ def write_pngs(directory, pictures):
     :raises InputError: if one cannot be written.
     """
     for name, pixels in pictures.items():
-        write_files(directory, {name: lambda f, pixels=pixels: f.write(png(pixels))}, flush=False)
-
-
-def png(pixels):
-    """uint8 [h, w, 1 or 3] -> bytes of a PNG file."""
-    file = io.BytesIO()
-    Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels).save(file, format="png")
-    return file.getvalue()
+        write_files(directory, {name: functools.partial(to_image(pixels).save, format="png")}, flush=False)
 
 
 def sample_names(count, labels=None, class_names=None):

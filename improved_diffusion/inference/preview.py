@@ -1,14 +1,16 @@
-"""A picture of what a model draws, each time training saves it."""
+"""A picture of samples at each checkpoint."""
 
 import blobfile as bf
 import torch as th
 
 from .. import dist_util, logger
+from ..samplers import SAMPLERS
 from ..utils.errors import first_line
-from .generate import SampleNoise, to_uint8
+from .arrays import to_uint8
+from .generate import SampleNoise
 from .pictures import grid, write_pngs
 
-SEED = 0  # always the same noise: successive pictures show the same samples as they become better
+SEED = 0  # fixed: successive pictures show the same samples as they become better
 STEPS = 20  # of DDIM
 
 
@@ -18,11 +20,11 @@ def _filename(step):
 
 class Preview:
     """
-    Draws samples in a few steps of DDIM, without touching the global random generators.
+    Draws samples by DDIM, without touching the global random generators.
 
-    :param diffusion: a GaussianDiffusion of STEPS timesteps or fewer.
+    :param diffusion: of STEPS timesteps or fewer.
     :param shape: of one sample, (C, H, W).
-    :param count: of samples.
+    :param count: number of samples.
     :param conditions: keyword arguments of the model, tensors [count, ...].
     """
 
@@ -31,9 +33,9 @@ class Preview:
 
     def __call__(self, make_model, directory, step):
         """
-        Write preview_{step}.png to a folder, and give it to the logger. What goes wrong is logged: no run ends by it.
+        Write preview_{step}.png to a folder, and log it. Errors are logged too: they end no run.
 
-        :param make_model: gives the network to draw from, in eval() mode.
+        :param make_model: returns the network, in eval() mode.
         """
         try:
             picture = grid(self._draw(make_model()))
@@ -50,12 +52,8 @@ class Preview:
 
     @th.inference_mode()
     def _draw(self, model):
-        device = dist_util.dev()
-        sample = self.diffusion.ddim_sample_loop(
-            model,
-            (self.count, *self.shape),
-            model_kwargs={name: value.to(device) for name, value in self.conditions.items()},
-            device=device,
-            noise_fn=SampleNoise(SEED, range(self.count)),
-        )
+        device, noise_fn = dist_util.dev(), SampleNoise(SEED, range(self.count))
+        x_T = noise_fn(th.empty(self.count, *self.shape, device=device))
+        kwargs = {name: value.to(device) for name, value in self.conditions.items()}
+        sample = SAMPLERS["ddim"](self.diffusion, model, x_T, model_kwargs=kwargs, noise_fn=noise_fn)
         return to_uint8(sample).cpu().numpy()

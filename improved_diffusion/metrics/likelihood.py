@@ -29,7 +29,8 @@ def evaluate_bpd(
     sums = {name: th.zeros(diffusion.num_timesteps, dtype=th.float64, device=device) for name in TERMS}
     sums["total_bpd"] = th.zeros((), dtype=th.float64, device=device)
     count = 0
-    with Progress("evaluating", len(data) * diffusion.num_timesteps, "steps") as progress:
+    steps = len(data) * diffusion.num_timesteps
+    with Progress("evaluating", steps, "steps", logger.log, show=dist_util.rank() == 0) as progress:
         model = counting_calls(model, progress)
         for batch, cond in data:
             batch = batch.to(device)

@@ -1,4 +1,4 @@
-"""Which ranks the others wait for: when they meet, and later at each collective."""
+"""Names the ranks that others wait for: at the start, and later at each collective."""
 
 import platform
 import sys
@@ -7,11 +7,11 @@ import time
 
 from .errors import InputError
 
-MEETING_LIMIT = 600.0  # seconds in which all ranks have to come; torchrun gives its nodes as long
+MEETING_LIMIT = 600.0  # seconds for all ranks to arrive, as torchrun gives its nodes
 # Seconds of waiting after which a line names the missing ranks
 MEETING_NOTICE = 10.0
 COLLECTIVE_NOTICE = 60.0
-PERIOD = 5.0  # seconds between two looks of Attendance
+PERIOD = 5.0  # seconds between checks by Attendance
 
 
 def _in_words(ranks):
@@ -22,20 +22,18 @@ def _in_words(ranks):
 
 
 def _place(rank):
-    """The key of the store under which a rank leaves its host's name when it comes."""
+    """The store's key of a rank's host name, set when it arrives."""
     return f"place of rank {rank}"
 
 
 class Meeting:
     """
-    Within `with Meeting(...)`, the ranks that a launcher promises find each other. A line on stderr says who is
-    missing after MEETING_NOTICE. After MEETING_LIMIT the process ends, from a thread: it may be in C++, waiting for
-    the answer of a port that is another program's.
+    Within `with Meeting(...)`, a launcher's ranks find each other. After MEETING_NOTICE a line on stderr names the
+    missing ones. After MEETING_LIMIT a thread ends the process, which may be blocked in C++: by a port that is another
+    program's.
 
-    :param promise: who promises how many ranks.
-    :param rank: of this process.
-    :param size: the number of ranks.
-    :param where: returns the place at which they meet, for the line.
+    :param promise: which launcher promises how many ranks, for the line.
+    :param where: returns the meeting place, for the line.
     :param end: called with the status 2 at the limit.
     """
 
@@ -56,7 +54,7 @@ class Meeting:
 
     def wait_for_all(self, store):
         """
-        Come to the store, and return when all ranks have.
+        Register in the store, and return when all ranks have.
 
         :raises InputError: naming the missing ranks, after MEETING_LIMIT.
         """
@@ -67,7 +65,7 @@ class Meeting:
             if time.monotonic() - self._began > MEETING_LIMIT:
                 raise InputError(self._line())
             time.sleep(0.05)
-        self._missing = lambda: "a connection to the other ranks"  # which all are here
+        self._missing = lambda: "a connection to the other ranks"  # all have arrived
 
     def _line(self):
         try:
@@ -81,25 +79,25 @@ class Meeting:
         if self._over.wait(MEETING_NOTICE):
             return
         print(self._line(), file=sys.stderr, flush=True)
-        if not self._over.wait(MEETING_LIMIT - MEETING_NOTICE + PERIOD):  # later than whoever can raise an error
+        if not self._over.wait(MEETING_LIMIT - MEETING_NOTICE + PERIOD):  # after wait_for_all() would have raised
             print(f"error: {self._line()}", file=sys.stderr, flush=True)
             self.end(2)
 
 
 class Attendance:
     """
-    Counts this rank's arrivals at collectives, `with attendance: dist.all_reduce(...)`. A thread passes the count on
-    to the other ranks through the store. When they are missing at a collective for COLLECTIVE_NOTICE seconds, the
-    first of the waiting ranks says so on stderr, once. A step costs an addition, and no message.
+    Counts this rank's arrivals at collectives, `with attendance: dist.all_reduce(...)`. A thread publishes the count in
+    the store. When ranks are missing at a collective for COLLECTIVE_NOTICE seconds, the first of the waiting ranks
+    names them on stderr, once. A step costs an addition, and no message.
 
-    :param store: in which all ranks have met.
+    :param store: of all ranks, after Meeting.wait_for_all().
     """
 
     def __init__(self, store, rank, size):
         self._store, self._rank, self._size = store, rank, size
         self._count = 0
         self._since = None  # when this rank arrived at the collective it is in
-        self._noticed = 0  # the last collective that was looked at
+        self._noticed = 0  # the last collective that was reported
         self._left = threading.Event()
         self._publish()
         self._thread = threading.Thread(target=self._watch, daemon=True)

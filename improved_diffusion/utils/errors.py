@@ -1,33 +1,32 @@
-"""The exceptions a user should ever see, and what to take over from others."""
+"""The exceptions that a user sees, and what other libraries' exceptions mean."""
 
 
 class InputError(ValueError):
     """
-    What the user gave (a flag, a file, a value) cannot work.
+    The user gave an invalid option, file or value.
 
-    str() is one line that names it and says what would be right; scripts print
-    that line and leave with status 2 (parser.run).
+    str() is one line that names it and what is valid; scripts print it and exit with status 2 (parser.run).
     """
 
 
 class FileAccessError(InputError):
-    """The system does not let this process read a file or list a folder, so nothing is known about its content."""
+    """The system does not let this process read a file or list a folder: nothing is known about its content."""
 
 
 class TrainingError(RuntimeError):
     """
-    Training cannot go on (the network yields NaN). str() is one line that says at which step, on which
-    rank, and which checkpoint is the last good one; scripts print it and leave with status 1.
+    Training cannot continue (the network yields NaN). str() is one line with the step, the rank and the last good
+    checkpoint; scripts print it and exit with status 1.
     """
 
 
 def is_loss_of_a_worker(error):
-    """Whether torch tells, wherever the program is at that moment, that a process of a DataLoader's was killed."""
+    """Whether an exception means that a DataLoader's process was killed; torch raises it anywhere in the program."""
     return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker")
 
 
 def first_line(error):
-    """What another library's exception says, without what it says below that."""
+    """The first line of an exception's message."""
     return getattr(error, "strerror", None) or str(error).partition("\n")[0]
 
 
@@ -37,7 +36,7 @@ def loss_of_shared_memory(error):
 
 
 def is_out_of_memory(error):
-    """Whether an exception says that a GPU or the machine has no memory left for a tensor or an array."""
+    """Whether an exception means that a GPU or the machine is out of memory."""
     # torch's of the CPU are RuntimeErrors
     return isinstance(error, MemoryError) or any(
         text in str(error) for text in ("out of memory", "can't allocate memory", "not enough memory")

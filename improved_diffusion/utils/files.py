@@ -38,21 +38,20 @@ def write_files(directory, writers, flush=True):
     """
     Write files so that a crash leaves each whole or absent, and a failure changes none.
 
-    All are written under temporary names and flushed to the disk first, then renamed in order. Where
-    they replace older ones, the last of them goes first and comes last: it stands for the set. A whole
-    temporary file of the last one likewise stands for the set while it is renamed: after a crash there,
-    rename_files() completes the set.
+    All are written under temporary names and flushed, then renamed in order. The last file marks a complete set:
+    the old one is removed first, the new one is renamed last. Its temporary file, once whole, marks a set that only
+    needs renaming: after a crash there, rename_files() completes it.
 
-    :param writers: {file name: function that writes to the binary file it is given}.
-    :param flush: False leaves the flushing to the system, which takes a tenth of the time for small files: then a
-                  crash of the machine itself may cut short what it came right after.
+    :param writers: {file name: function that writes to a binary file}.
+    :param flush: False leaves flushing to the system: ten times faster for small files, but a crash of the machine
+                  may truncate them.
     :raises InputError: if one cannot be written.
     """
     staged = {}  # final path -> temporary path, or a buffer for what is not on a local disk
     path = bf.join(directory, list(writers)[-1])
     try:
         if len(writers) > 1 and not is_remote(directory) and os.path.lexists(path + TEMPORARY):
-            open(path + TEMPORARY, "wb").close()  # an earlier crash's must not stand for the files written now
+            open(path + TEMPORARY, "wb").close()  # an earlier crash's must not mark the files written now
         for name, write in writers.items():
             path = bf.join(directory, name)
             if is_remote(path):
@@ -67,11 +66,11 @@ def write_files(directory, writers, flush=True):
                 if flush:
                     os.fsync(f.fileno())
     except BaseException as e:
-        for temporary in reversed(staged.values()):  # the last first: without the others it must not be there
+        for temporary in reversed(staged.values()):  # the last, which marks the set, first
             if isinstance(temporary, str):
                 with contextlib.suppress(OSError):
                     os.remove(temporary)
-        # the second is torch.save's for a full disk, or that of what gives the content
+        # torch.save raises RuntimeError for a full disk
         if isinstance(e, (OSError, RuntimeError)) and not is_loss_of_a_worker(e):
             raise _cannot_be_written(path, e) from e
         raise
@@ -94,7 +93,7 @@ def write_files(directory, writers, flush=True):
 
 def rename_files(directory, names, flush=True):
     """
-    Give temporary files in a local folder their names, in order; those that have theirs already stay.
+    Give temporary files in a local folder their names, in order. Files without a temporary one stay.
 
     :param flush: as of write_files().
     :raises InputError: if one cannot be renamed.
@@ -103,7 +102,7 @@ def rename_files(directory, names, flush=True):
         for name in names:
             path = os.path.join(directory, name)
             if name == names[-1] and len(names) > 1:
-                _flush_directory(directory)  # the others are there before the one that stands for them
+                _flush_directory(directory)  # the others first: it marks the set
             if os.path.lexists(path + TEMPORARY):
                 os.replace(path + TEMPORARY, path)
         if flush:
@@ -130,12 +129,9 @@ def _flush_directory(directory):
         os.close(fd)
 
 
-_locks = set()  # descriptors of the files that this process has locked
-
-
 class FolderLock:
     """
-    A lock on a folder, for one process at a time; the system takes it back from a process that is killed.
+    A lock on a folder, for one process at a time; it ends with the process, however that ends.
 
     It is advisory, a file in the folder. Remote folders, and file systems without locks, are not locked.
     """
@@ -157,13 +153,12 @@ class FolderLock:
             return
         end, waiting = time.monotonic() + self.patience, False
         while (holder := self._try()) is not None:
+            problem = f"{self.directory} is in use by another run ({holder})"
             if time.monotonic() >= end:
-                raise InputError(
-                    f"{self.directory} is in use by another run ({holder}): stop that one, or take another folder"
-                )
+                raise InputError(f"{problem}: stop that one, or take another folder")
             if not waiting:
                 with contextlib.suppress(OSError):  # nobody may be there to read it
-                    print(f"{self.directory} is in use by another run ({holder}): waiting for its end", flush=True)
+                    print(f"{problem}: waiting for its end", flush=True)
             waiting = True
             time.sleep(0.1)
 
@@ -175,22 +170,18 @@ class FolderLock:
         except OSError:  # the run's first file will fail likewise, with its own line
             return None
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            removed = not os.path.samestat(os.fstat(descriptor), os.stat(self._path))
-        except BlockingIOError:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # child processes do not inherit it, as flock()'s
+        except (BlockingIOError, PermissionError):
             holder = os.pread(descriptor, 1000, 0).decode(errors="replace")
             os.close(descriptor)
             return holder or "one that has just begun"
-        except FileNotFoundError:
-            removed = True
         except OSError:  # no locks on this file system
             os.close(descriptor)
             return None
-        if removed:  # by its holder, between the two calls
+        if os.fstat(descriptor).st_nlink == 0:  # removed by its holder, between the two calls
             os.close(descriptor)
             return self._try()
         self._descriptor = descriptor
-        _locks.add(descriptor)
         with contextlib.suppress(OSError):  # a full disk
             os.truncate(descriptor, 0)
             os.write(descriptor, f"process {os.getpid()} on {platform.node()}".encode())
@@ -198,18 +189,8 @@ class FolderLock:
 
     def release(self):
         """Give the lock back, if this process has it."""
-        if self._descriptor in _locks:
+        if self._descriptor is not None:
             with contextlib.suppress(OSError):
                 os.remove(self._path)
-            _locks.remove(self._descriptor)
             os.close(self._descriptor)
-
-
-def _close_locks():
-    """A forked process, such as one that decodes images, would keep the locks of its parent when that is killed."""
-    while _locks:
-        os.close(_locks.pop())
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_close_locks)
+            self._descriptor = None

@@ -1,7 +1,7 @@
 """
-Launchers: what the environment says of this rank, and the store by which the ranks find each other.
+Launchers: this rank by the environment, and the store through which the ranks find each other.
 
-The launcher is recognised by the environment it sets:
+Each launcher sets variables:
 
     torchrun                 RANK, WORLD_SIZE, LOCAL_RANK
     mpiexec (Open MPI)       OMPI_COMM_WORLD_RANK, ..._SIZE, ..._LOCAL_RANK
@@ -9,7 +9,7 @@ The launcher is recognised by the environment it sets:
     srun (Slurm)             SLURM_PROCID, SLURM_STEP_NUM_TASKS, SLURM_LOCALID
     none                     one process, rank 0
 
-mpi4py is imported only when an mpiexec started several of us, to agree on an address.
+mpi4py is imported only if mpiexec started several ranks, to agree on an address.
 """
 
 import faulthandler
@@ -68,28 +68,36 @@ def whole_number(name, default=None):
         raise InputError(f"the environment variable {name} is {os.environ.get(name)!r}, not a whole number") from None
 
 
+def _has_address():
+    """Whether the user, or torchrun, gives the store's address."""
+    return {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+
+
+def meeting_place():
+    return f"at {os.environ['MASTER_ADDR']} port {os.environ['MASTER_PORT']}" if _has_address() else "in MPI"
+
+
 def shared_store(world):
-    """The store by which the ranks find each other."""
-    told_by_user = {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()  # or by torchrun
-    if world.launcher == "mpiexec" and not told_by_user:
+    """The store through which the ranks find each other."""
+    if world.launcher == "mpiexec" and not _has_address():
         return _store_by_mpi(world)
-    if world.launcher == "srun" and not told_by_user:
+    if world.launcher == "srun" and not _has_address():
         # the step's first node, and a port that other jobs on it will hardly have
         first_node = re.sub(r"\[(\w+)[^]]*\]", r"\1", os.environ.get("SLURM_STEP_NODELIST", "localhost")).split(",")[0]
         job, step = (whole_number(name) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
         os.environ.setdefault("MASTER_ADDR", first_node)
         os.environ.setdefault("MASTER_PORT", str(15000 + (31 * job + step) % 15000))
-    # a size of 1, or rank 0 would wait for the others in there, and could not say for whom
+    # with the true size rank 0 would wait for the others in there, and could not name the missing ones
     limit = timedelta(seconds=attendance.MEETING_LIMIT)
     store, _, _ = next(dist.rendezvous("env://", world.rank, 1, timeout=limit))
     if os.environ.get("LOCAL_WORLD_SIZE") == str(world.size):
-        # a torchrun of one node that restarts its ranks gives them the store again, and ranks that are gone are in it
+        # when torchrun restarts its ranks, the store of a single node still holds the keys of the lost ones
         store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     return store
 
 
 def _store_by_mpi(world):
-    """A store on rank 0, whose address MPI tells the others. The port is free, since the store has it already."""
+    """A store on rank 0, whose address MPI broadcasts. It binds a free port first."""
     another = (
         f"mpiexec started {world.size} ranks, but %s: install the MPI of this mpiexec (mpich from PyPI brings its own "
         "mpiexec), or use torchrun"

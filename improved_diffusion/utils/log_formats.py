@@ -26,19 +26,16 @@ class StreamEnded(InputError):
 class KVWriter:
     """An output for rows of values."""
 
-    damage = None  # what was wrong with an existing file, until the logger has reported it
+    damage = None  # what was wrong with an existing file, until it is logged
 
     def writekvs(self, kvs):
         raise NotImplementedError
 
     def drop_from(self, key, value, unless_above=math.inf):
-        """
-        Remove the rows whose `key` is a number >= value; none if there is one > unless_above. An output
-        that cannot keeps them.
-        """
+        """Remove the rows whose `key` is a number >= value; none if there is one > unless_above."""
 
     def writeimage(self, key, pixels, step):
-        """Show a picture, uint8 [h, w, 1 or 3]. An output that cannot leaves it."""
+        """Show a picture, uint8 [h, w, 1 or 3], where the output can."""
 
     def close(self):
         """Nothing to close, unless a subclass holds something open."""
@@ -99,7 +96,7 @@ class HumanOutputFormat(KVWriter, SeqWriter):
 
 
 class JSONOutputFormat(KVWriter):
-    """One JSON object a line, keys in the order they were logged. The file is open only during a write."""
+    """One JSON object per line, keys in the order of logging. The file is open only during a write."""
 
     def __init__(self, filename):
         self.filename = os.path.abspath(filename)
@@ -121,10 +118,10 @@ class JSONOutputFormat(KVWriter):
 
 class CSVOutputFormat(KVWriter):
     """
-    A header, then a row a dump. An existing file's columns go on; a new key becomes a column at the right.
+    A header, then a row per dump. An existing file's columns stay; a new key becomes a column at the right.
 
     The file is open only during a write, so that os.replace() never leaves a stale handle. Damaged lines of an existing
-    file are dropped, and the file as it was is kept beside it.
+    file are dropped; a copy of the file is kept beside it.
     """
 
     def __init__(self, filename):
@@ -137,10 +134,9 @@ class CSVOutputFormat(KVWriter):
         newcomers = sorted(kvs.keys() - set(self.keys))
         if newcomers:
             _, rows = self._read()
-            keys = self.keys + newcomers
-            self._rewrite(keys, [*rows, _cells(kvs, keys)])
+            self._rewrite(self.keys + newcomers, [*rows, kvs])
         else:
-            _append(self.filename, _csv_line(_cells(kvs, self.keys), self.keys))
+            _append(self.filename, _csv_line(kvs, self.keys))
 
     def drop_from(self, key, value, unless_above=math.inf):
         keys, rows = self._read()
@@ -155,10 +151,9 @@ class CSVOutputFormat(KVWriter):
         if not lines:
             return [], []
         header, *rows = map(_csv_cells, lines)
-        keys = header
-        if keys is None:  # as much of the names as is left
-            keys = lines[0].decode(errors="replace").replace("\0", "?").split(",")
-        # rows are whole and alike far more often than not: where they are longer than the header, it has lost a comma
+        # of a damaged header, the names that are left
+        keys = lines[0].decode(errors="replace").replace("\0", "?").split(",") if header is None else header
+        # most rows are whole and of one length: where they are longer than the header, it has lost a comma
         usual = collections.Counter(len(row) for row in rows if row is not None).most_common(1)
         keys = keys + [f"column {i + 1}" for i in range(len(keys), usual[0][0] if usual else 0)]
         whole = [row for row in rows if row is not None and len(row) <= len(keys)]
@@ -177,9 +172,9 @@ class TensorBoardOutputFormat(KVWriter):
     """
     Scalars in an event file in dir; values that are not numbers are left out.
 
-    A row's step is its "step" where it has one, else one more than the last row's, from 1.
+    A row's step is its "step", else the last row's plus one.
 
-    :raises InputError: a ValueError, if TensorBoard is not installed.
+    :raises InputError: if TensorBoard is not installed.
     """
 
     def __init__(self, dir):
@@ -218,9 +213,9 @@ FILE_FORMATS = {  # name: writer, and its file's name around the suffix
 
 def make_output_format(format, ev_dir, log_suffix=""):
     """
-    Open the output called "stdout" or as in FILE_FORMATS, in the directory ev_dir, made if need be.
+    Open the output "stdout", or one of FILE_FORMATS in the directory ev_dir, which is created.
 
-    :raises InputError: a ValueError, for any other name, or if the format's library is missing.
+    :raises InputError: (a ValueError) for any other name, or if the format's library is missing.
     """
     check_format(format)
     os.makedirs(ev_dir, exist_ok=True)
@@ -267,14 +262,13 @@ def _shorten(text):
     return text if len(text) <= 30 else text[:27] + "..."
 
 
-def _cells(kvs, keys):
-    return [kvs.get(key, "") for key in keys]
-
-
 def _csv_line(row, keys):
+    """:param row: a list of cells, or a dict."""
+    if isinstance(row, dict):
+        row = [row.get(key, "") for key in keys]
     text = io.StringIO()
     csv.writer(text, lineterminator="").writerow([*row, *[""] * (len(keys) - len(row))])
-    # a row that breaks inside a value and is cut there by a crash would pass for a whole one
+    # a crash inside a value with line breaks would leave a line that passes for a whole row
     return " ".join(text.getvalue().splitlines()) + "\n"
 
 
@@ -296,17 +290,12 @@ def _json_object(line):
     return row if isinstance(row, dict) else None
 
 
-@contextlib.contextmanager
-def _one_line_error(path):
+def _append(path, text):
     try:
-        yield
+        with open(path, "a", newline="", encoding="utf-8") as f:
+            f.write(text)
     except OSError as e:
         raise InputError(f"{path}: cannot be written ({e.strerror})") from None
-
-
-def _append(path, text):
-    with _one_line_error(path), open(path, "a", newline="", encoding="utf-8") as f:
-        f.write(text)
 
 
 def _drop_cut_line(path):
@@ -323,12 +312,7 @@ def _lines(path):
 
 
 def _set_aside(path, count):
-    """
-    Keep a copy of a file that is damaged.
-
-    :param count: of its lines.
-    :return: a line for the log.
-    """
+    """Keep a copy of a file with `count` damaged lines; return a line about it."""
     names = itertools.chain([path + ".damaged"], (f"{path}.damaged{i}" for i in itertools.count(2)))
     copy = next(name for name in names if not os.path.lexists(name))
     with open(path, "rb") as f:

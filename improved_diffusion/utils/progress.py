@@ -1,9 +1,8 @@
-"""How far something is: a bar on a terminal; where there is none, a line of the log now and then."""
+"""Progress: a bar on a terminal; without one, a line a minute."""
 
 import sys
 import time
 
-from .. import dist_util, logger
 from .streams import Unfailing
 
 SECONDS_BETWEEN_LINES = 60
@@ -11,23 +10,21 @@ SECONDS_BETWEEN_LINES = 60
 
 class Progress:
     """
-    Of rank 0; the others say nothing.
-
-    :param what: is done, for "sampling: 120 of 4,000 steps".
+    :param what: for "sampling: 120 of 4000 steps".
     :param total: units in all, None for no end.
-    :param unit: of what is counted, in the plural.
-    :param done: units that had been done before.
-    :param lines: whether there are lines where there is no terminal.
-    :param say: takes such a line; the logger's log() if None.
+    :param unit: what is counted, in the plural.
+    :param say: takes the lines; None for no lines.
+    :param done: units done before.
+    :param show: False shows nothing: for ranks other than 0.
     """
 
-    def __init__(self, what, total, unit, done=0, lines=True, say=None):
+    def __init__(self, what, total, unit, say, done=0, show=True):
         self.what, self.total, self.unit, self.done = what, total, unit, done
-        self._begun, self._first = time.monotonic(), done
-        self._said = self._begun
-        self._rated = self._begun, done
-        self._bar, self._lines, self._say = None, lines and dist_util.rank() == 0, say or logger.log
-        if dist_util.rank() == 0 and sys.stderr is not None and sys.stderr.isatty():
+        self._start, self._first = time.monotonic(), done
+        self._last_line = self._start
+        self._rated = self._start, done
+        self._bar, self._say = None, say if show else None
+        if show and sys.stderr is not None and sys.stderr.isatty():
             from tqdm import tqdm
 
             self._bar = tqdm(
@@ -41,22 +38,22 @@ class Progress:
             )
 
     def update(self, n=1):
-        """n more units are done."""
+        """Count n more units."""
         self.done += n
         if self._bar is not None:
             self._bar.update(n)
         now = time.monotonic()
-        if self._bar is None and self._lines and now - self._said >= SECONDS_BETWEEN_LINES:
-            self._said = now
+        if self._bar is None and self._say and now - self._last_line >= SECONDS_BETWEEN_LINES:
+            self._last_line = now
             self._say(f"{self.what}: {self.done} of {self.total} {self.unit}, {self._left(now)} left")
 
     def reach(self, done):
-        """`done` units are done in all."""
+        """Count up to `done` units in all."""
         if done > self.done:
             self.update(done - self.done)
 
     def rate(self):
-        """Units a second since this was last asked."""
+        """Units a second since the last call."""
         now = time.monotonic()
         then, done = self._rated
         self._rated = now, self.done
@@ -68,7 +65,7 @@ class Progress:
             self._bar.set_postfix({name: f"{value:.3g}" for name, value in values.items()}, refresh=False)
 
     def _left(self, now):
-        seconds = (now - self._begun) / (self.done - self._first) * (self.total - self.done)
+        seconds = (now - self._start) / (self.done - self._first) * (self.total - self.done)
         return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
 
     def close(self):
@@ -83,7 +80,7 @@ class Progress:
 
 
 def counting_calls(model, progress):
-    """The model as a function whose every call is one unit of progress."""
+    """A function that calls the model and counts each call as one unit of progress."""
 
     def call(*args, **kwargs):
         out = model(*args, **kwargs)

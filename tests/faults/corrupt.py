@@ -19,7 +19,7 @@ from training import assert_same
 
 from improved_diffusion import dist_util
 from improved_diffusion.image_datasets import ImageDataset, load_data
-from improved_diffusion.inference import generate
+from improved_diffusion.inference import arrays
 from improved_diffusion.utils.errors import InputError
 
 SIZE = 8
@@ -49,7 +49,7 @@ def damaged(data, rng):
 
 def read(kind, path):
     if kind == "npz":
-        return list(generate.load_base_samples(str(path), size=SIZE, channels=3, num_classes=10))
+        return list(arrays.load_base_samples(str(path), size=SIZE, channels=3, num_classes=10))
     if kind == "checkpoint":
         return dist_util.load_state_dict(str(path))
     image, _ = ImageDataset(SIZE, [str(path)])[0]

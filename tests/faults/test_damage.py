@@ -12,7 +12,7 @@ from PIL import Image
 from processes import KINDS, finish, names_of, start, where_it_began
 from training import load
 
-from improved_diffusion.inference.generate import load_base_samples
+from improved_diffusion.inference.arrays import load_base_samples
 from improved_diffusion.utils.errors import InputError
 
 HERE = Path(__file__).parent
@@ -184,5 +184,5 @@ def test_npz_with_another_digit_in_its_shape(tmp_path):
     data = path.read_bytes()
     assert data.count(b"'shape': (60, ") == 1
     path.write_bytes(data.replace(b"'shape': (60, ", b"'shape': (20, "))
-    with pytest.raises(InputError, match="not an npz file of numbers"):
+    with pytest.raises(InputError, match="not an npz file of images"):
         load_base_samples(str(path), size=8, channels=3)
