@@ -24,9 +24,9 @@ CASES = [  # scripts, flags that differ from those that work, what the line must
     # the folder of images
     (READING, dict(data_dir=None), ["--data_dir", "a folder of images"]),
     (READING, dict(data_dir="nowhere"), ["nowhere: there is no such folder"]),
-    (READING, dict(data_dir="images/a_000.png"), ["images/a_000.png: not a whole set of packed images"]),
-    (READING, dict(data_dir="base.npz"), ["base.npz: not a whole set", "holds no images", "arr_0, arr_1"]),
-    (READING, dict(data_dir="other.npz"), ["other.npz: ", "4x4 with 3 channels, 8x8 with 3 are wanted"]),
+    (READING, dict(data_dir="images/a_000.png"), ["images/a_000.png: not packed images"]),
+    (READING, dict(data_dir="base.npz"), ["base.npz: not packed images", "holds no images", "arr_0, arr_1"]),
+    (READING, dict(data_dir="other.npz"), ["other.npz: ", "4x4 with 3 channels, 8x8 with 3"]),
     (READING, dict(data_dir="gone.npz"), ["gone.npz: ", "No such file"]),
     (READING, dict(data_dir="text"), ["text: holds no images", "jpg, jpeg, png, gif"]),
     (TRAINING, dict(batch_size=7), ["images: 6 images", "batch_size 6 or less"]),

@@ -247,9 +247,9 @@ def test_a_loaded_state_flips_on_exactly(before, workers):
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        (dict(dataset=Identity(9)), "num_images was 8 then and is 9 now"),
-        (dict(batch_size=3), "batch_size was 2 then and is 3 now"),
-        (dict(shuffle=False), "shuffle was True then and is False now"),
+        (dict(dataset=Identity(9)), "num_images was 8 .* is 9"),
+        (dict(batch_size=3), "batch_size was 2 .* is 3"),
+        (dict(shuffle=False), "shuffle was True .* is False"),
     ],
 )
 def test_a_state_of_other_data_is_refused_with_the_numbers(other, message):

@@ -183,7 +183,7 @@ def test_not_a_file(tmp_path):
 def test_another_kind_of_file(tmp_path, recwarn, content):
     path = tmp_path / "model.pt"
     path.write_bytes(content)
-    assert refusal(path).removesuffix(", or damaged") == ": not a checkpoint (a file that torch.save wrote)"
+    assert "not a checkpoint" in refusal(path)
     assert not recwarn.list  # torch has something to say about other pickles
 
 
@@ -207,7 +207,7 @@ def test_a_flipped_byte_in_a_tensor(tmp_path):
         whole[place] ^= 64
         path.write_bytes(whole)
         assert not th.equal(th.load(path, weights_only=True)["weight"], CHECKPOINT["weight"])  # nor does it object
-        assert refusal(path) == ": not a checkpoint (a file that torch.save wrote), or damaged"
+        assert "damaged" in refusal(path)
         whole[place] ^= 64
     path.write_bytes(whole)
     assert_same(dist_util.load_state_dict(str(path)), CHECKPOINT)

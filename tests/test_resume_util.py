@@ -100,8 +100,8 @@ def test_optimizer_of_another_precision(tmp_path, before):
     "count, batch_size, warning",
     [
         (7, 3, None),
-        (7, 2, "the data cannot continue where it was: batch_size was 3 then and is 2 now"),
-        (9, 3, "the data cannot continue where it was: num_images was 7 then and is 9 now"),
+        (7, 2, "batch_size was 3"),
+        (9, 3, "num_images was 7"),
     ],
 )
 def test_other_data(tmp_path, seven_images, count, batch_size, warning):
@@ -114,7 +114,8 @@ def test_other_data(tmp_path, seven_images, count, batch_size, warning):
         num_workers=0,
     )
     loop, lines = resume(tmp_path / "run", data=new, batch_size=batch_size, max_steps=4)
-    assert [line for line in lines if "cannot continue" in line] == ([warning] if warning else [])
+    warnings = [line for line in lines if "cannot continue" in line]
+    assert len(warnings) == bool(warning) and all(warning in line for line in warnings)
     assert loop.step == 4 and "model000004.pt" in checkpoint_names(tmp_path / "run")
 
 

@@ -153,11 +153,11 @@ def logging_to(log_dir: str, notes=(), checkpoints: bool = False):
     """
     named = log_directory(log_dir)
     # ranks without a folder of their own share one; all take part in agreeing on it
-    directory = dist_util.from_rank_0(lambda: named or _new_directory())
+    directory = dist_util.broadcast_from_rank_0(lambda: named or _new_directory())
     elsewhere = os.environ.get("DIFFUSION_BLOB_LOGDIR", "") if checkpoints else ""
     lock = FolderLock(elsewhere or named or directory)
     if checkpoints:
-        dist_util.from_rank_0(lock.acquire)
+        dist_util.broadcast_from_rank_0(lock.acquire)
     try:
         logger.configure(named or directory)
         for note in [dist_util.describe(), *notes]:

@@ -58,7 +58,7 @@ def save_config(directory: str, script: str, options: ScriptOptions, class_names
     """Write config.json. All ranks call it, rank 0 writes."""
     config = {"script": script, "flags": options.of_the_run(), "class_names": class_names}
     text = json.dumps(config, indent=1).encode()
-    dist_util.from_rank_0(write_files, directory, {CONFIG: lambda f: f.write(text)})
+    dist_util.broadcast_from_rank_0(write_files, directory, {CONFIG: lambda f: f.write(text)})
 
 
 def read_config(directory: str) -> dict[str, Any] | None:
@@ -100,7 +100,7 @@ def resumed(flags: Flags[Opts]) -> Run[Opts]:
         directory = os.environ.get("DIFFUSION_BLOB_LOGDIR") or log_directory(flags.options.general.log_dir)
         if not directory:
             raise InputError("resume_checkpoint auto: give log_dir, the folder that the run's files are in")
-    config = dist_util.from_rank_0(read_config, directory)
+    config = dist_util.broadcast_from_rank_0(read_config, directory)
     if config is None:
         return Run(flags.options)
     run = _take(flags, config, directory)
@@ -117,7 +117,7 @@ def of_weights(flags: Flags[Opts], weights: dict[str, Any]) -> Run[Opts]:
     :raises InputError: if neither config.json nor the shapes tell what has to be known.
     """
     path = flags.options.values()["model_path"]
-    config = dist_util.from_rank_0(read_config, bf.dirname(path))
+    config = dist_util.broadcast_from_rank_0(read_config, bf.dirname(path))
     if config is not None:
         run = _take(flags, config, bf.dirname(path))
     else:
