@@ -234,7 +234,9 @@ def test_a_file_that_one_rank_reads(tmp_path, monkeypatch):
     path = str(tmp_path / "model.pt")
     (tmp_path / "model.pt").write_bytes(saved(CHECKPOINT))
     asked = []
-    monkeypatch.setattr(dist_util, "from_rank_0", lambda function, *args: asked.append(args) or function(*args))
+    monkeypatch.setattr(
+        dist_util, "broadcast_from_rank_0", lambda function, *args: asked.append(args) or function(*args)
+    )
     assert_same(dist_util.read_state_dict(path), CHECKPOINT)
     assert dist_util.read_state_dict(path, map_location="meta")["weight"].device.type == "meta"
     with pytest.raises(InputError, match="there is no such file"):
@@ -316,7 +318,7 @@ def test_a_result_of_rank_0(on_ranks, size, result):
         calls.append(args)
         return result
 
-    assert on_ranks(size, lambda rank: dist_util.from_rank_0(find, "here", 3)) == [result] * size
+    assert on_ranks(size, lambda rank: dist_util.broadcast_from_rank_0(find, "here", 3)) == [result] * size
     assert calls == [("here", 3)]
 
 
@@ -329,7 +331,7 @@ def test_an_exception_of_rank_0(on_ranks, error):
         calls.append(1)
         raise error
 
-    raised = on_ranks(3, lambda rank: raised_by(dist_util.from_rank_0, fail))
+    raised = on_ranks(3, lambda rank: raised_by(dist_util.broadcast_from_rank_0, fail))
     if isinstance(error, InputError):
         assert [(type(e), e.args) for e in raised] == [(InputError, error.args)] * 3
     else:  # not every exception can be sent as it is
@@ -353,7 +355,7 @@ def test_a_checkpoint_is_read_once(on_ranks, tmp_path, monkeypatch):
 
 def test_before_there_is_a_group_each_rank_asks_for_itself(monkeypatch):
     started_by(monkeypatch, TORCHRUN, 1, 2, 1)
-    assert dist_util.from_rank_0(dist_util.rank) == 1
+    assert dist_util.broadcast_from_rank_0(dist_util.rank) == 1
 
 
 @pytest.mark.parametrize(
@@ -383,7 +385,7 @@ def test_flags_and_objects_do_not_wait_for_gpus(monkeypatch):
     dist_util.all_gather_object("x")
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "get_rank", lambda: 1)
-    dist_util.from_rank_0(lambda: "x")
+    dist_util.broadcast_from_rank_0(lambda: "x")
     assert made == [dict(backend="gloo", timeout=dist_util.GROUP_TIMEOUT)] and used == [("cpu", "group 1")] * 4
     used.clear()
     dist_util.all_gather(th.zeros(0, 2))

@@ -554,7 +554,7 @@ class Call:
 def test_a_pickle_may_ask_for_nothing_but_arrays(monkeypatch, tmp_path, call, asks_for, protocol):
     monkeypatch.chdir(tmp_path)
     for content in (call, {"data": call}, {"data": [ARRAY, call]}):
-        with pytest.raises(InputError, match=rf"^a: batch: .*\(it asks for ({asks_for}), "):
+        with pytest.raises(InputError, match=rf"^a: batch: .*\(it asks for ({asks_for})\b"):
             load(pickle.dumps(content, protocol))
     assert list(tmp_path.iterdir()) == []
 
@@ -566,7 +566,7 @@ def test_other_content_is_refused_in_one_line(content):
 
 
 def test_a_file_that_cannot_be_opened(tmp_path):
-    with pytest.raises(InputError, match=r"a:  .*No such file"):
+    with pytest.raises(InputError, match=r"^a: .*No such file"):
         load_pickle(functools.partial(open, tmp_path / "a", "rb"), "a")
 
 

@@ -150,13 +150,12 @@ def scale_and_crop(image: Image.Image, size: int, image_channels: int = 3) -> np
     """
     if image_channels == 1:
         image = image.convert("L")
-
     # box filter first, since bicubic alone aliases; the published models were trained on such images
     while min(image.size) >= 2 * size:
         image = _halved(image)
     scale = size / min(image.size)
-    image = image.resize(tuple(round(x * scale) for x in image.size), resample=Image.Resampling.BICUBIC)
-
+    width, height = (round(n * scale) for n in image.size)
+    image = image.resize((width, height), resample=Image.Resampling.BICUBIC)
     pixels = np.asarray(image if image_channels == 1 else image.convert("RGB"))
     top, left = ((n - size) // 2 for n in pixels.shape[:2])
     return pixels[top : top + size, left : left + size].reshape(size, size, image_channels)

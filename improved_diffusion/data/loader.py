@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch as th
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, default_collate
 
 from ..utils.errors import InputError
 
@@ -27,7 +27,7 @@ class BatchStream:
 
     def __init__(
         self,
-        dataset: Dataset,
+        dataset: Any,  # a Dataset with a length
         batch_size: int,
         shuffle: bool,
         num_workers: int,
@@ -35,8 +35,8 @@ class BatchStream:
         random_flip: bool = False,
         pin_memory: bool = True,
     ):
-        self.dataset: Any = dataset
-        self._order = _EpochOrder(len(self.dataset), batch_size, shuffle, random_flip)
+        self.dataset = dataset
+        self._order = _EpochOrder(len(dataset), batch_size, shuffle, random_flip)
         kwargs = dict(batch_sampler=self._order, persistent_workers=num_workers > 0)
         self._loader = _loader(dataset, num_workers, collate_fn, pin_memory, **kwargs)
         self._epoch: Iterator | None = None  # over the rest of the epoch

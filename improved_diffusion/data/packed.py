@@ -95,10 +95,11 @@ def read_packed(path: str, with_labels: bool) -> tuple[np.ndarray, np.ndarray | 
         raise InputError(f"{path}: packed images must be on a local disk; copy them")
     try:
         if os.path.isdir(path):
-            images, labels = np.lib.format.open_memmap(os.path.join(path, IMAGES), mode="r"), os.path.join(path, LABELS)
-            if images.offset + images.nbytes != os.path.getsize(images.filename):
+            file, labels = os.path.join(path, IMAGES), os.path.join(path, LABELS)
+            mapped = np.lib.format.open_memmap(file, mode="r")
+            if mapped.offset + mapped.nbytes != os.path.getsize(file):
                 raise ValueError(f"{IMAGES} is not as long as its header says")
-            images = images.view(np.ndarray)
+            images = mapped.view(np.ndarray)
         else:
             (images,), labels = read_npz(path, "images"), path
         n, height, width, channels = images.shape if images.ndim == 4 else (0, 0, 0, 0)

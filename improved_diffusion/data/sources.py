@@ -64,9 +64,9 @@ def digits() -> Source:
     except ImportError:
         raise InputError("digits needs scikit-learn: pip install improved-diffusion[demo]") from None
     found, size = load_digits(), (16, 16)
-    images = [Image.fromarray(np.round(pixels * (255 / 16)).astype(np.uint8)) for pixels in found.images]
-    images = np.stack([image.resize(size, resample=Image.Resampling.BICUBIC) for image in images])
-    source = _Arrays(images[..., None], found.target, [str(i) for i in range(10)])
+    small = [Image.fromarray(np.round(pixels * (255 / 16)).astype(np.uint8)) for pixels in found.images]
+    images = [np.asarray(image.resize(size, resample=Image.Resampling.BICUBIC)) for image in small]
+    source = _Arrays(np.stack(images)[..., None], found.target, [str(i) for i in range(10)])
     source.compress_level = 6
     return source
 
@@ -257,8 +257,9 @@ class Images(Source):
             self._images, self.labels, self.classes = read_packed(src, with_labels=True)  # type: ignore[assignment]
             self._open: Callable = to_image
         else:
-            self._images, self.folder, self._open = find_images(src), src, read_image
-            self.labels, self.classes = label_by_name(self._images)
+            paths = find_images(src)
+            self._images, self.folder, self._open = paths, src, read_image  # type: ignore[assignment]
+            self.labels, self.classes = label_by_name(paths)
 
     def __getitem__(self, i):
         return scale_and_crop(self._open(self._images[i]), self.shape[0], self.shape[2])
@@ -348,7 +349,7 @@ def planar(name: str, data: Any, count: int, size: int | None = None) -> np.ndar
     :param size: S, if known.
     :raises InputError: if data has another type or shape.
     """
-    dtype, shape = getattr(data, "dtype", type(data).__name__), getattr(data, "shape", ())
+    dtype, shape = getattr(data, "dtype", type(data).__name__), tuple(getattr(data, "shape", ()))
     size = size or (math.isqrt(shape[1] // 3) if len(shape) == 2 else 0)
     if dtype != np.uint8 or 0 in (*shape, size) or shape != (count, 3 * size * size):
         wanted = f"uint8 of shape ({count}, {3 * size * size if size else '3 * S * S'})"
