@@ -125,7 +125,6 @@ def rows(group: Any) -> tuple[Option, ...]:
 @dataclass(frozen=True)
 class DataOptions(Group):
     title = "data"
-
     data_dir: str = option(
         "", "folder of images, searched recursively, or packed images", required="a folder of images, or packed images"
     )
@@ -138,7 +137,6 @@ class DataOptions(Group):
 @dataclass(frozen=True)
 class NetworkOptions(Group):
     title = "model"
-
     num_channels: int = option(128, "channels of the first level, a multiple of 32", minimum=32, maximum=2**16)
     num_res_blocks: int = option(2, "residual blocks per level", minimum=1, maximum=1024)
     num_heads: int = option(4, "attention heads")
@@ -174,7 +172,6 @@ class SuperResModelOptions(NetworkOptions):
 @dataclass(frozen=True)
 class DiffusionOptions(Group):
     title = "diffusion"
-
     learn_sigma: bool = option(False, "the model also predicts the variances of the reverse process")
     diffusion_steps: int = option(1000, "number of timesteps", minimum=1, maximum=2**20)
     noise_schedule: str = option("linear", "linear or cosine", choices=("linear", "cosine"))
@@ -191,7 +188,6 @@ class DiffusionOptions(Group):
 @dataclass(frozen=True)
 class TrainingOptions(Group):
     title = "training"
-
     batch_size: int = option(1, "images per step on each rank", minimum=1, maximum=2**24)
     microbatch: int = option(-1, "images per forward pass, to save memory; -1 = batch_size", minimum=-1)
     lr: float = option(1e-4, "learning rate of AdamW", above=0)
@@ -215,7 +211,6 @@ class TrainingOptions(Group):
 @dataclass(frozen=True)
 class WeightsOptions(Group):
     title = "sampling"
-
     model_path: str = option(
         "", "weights; config.json beside them holds the model's flags", required="a file such as ema_0.9999_200000.pt"
     )
@@ -255,7 +250,6 @@ class SuperResSamplingOptions(SamplingOptions):
 @dataclass(frozen=True)
 class TrainOutputOptions(Group):
     title = "output"
-
     log_interval: int = option(10, "steps between rows of the log", minimum=1)
     save_interval: int = option(10000, "steps between checkpoints", minimum=1)
     keep_checkpoints: int = option(0, "number of checkpoints to keep; 0 = all", minimum=0)
@@ -265,7 +259,6 @@ class TrainOutputOptions(Group):
 @dataclass(frozen=True)
 class SampleOutputOptions(Group):
     title = "output"
-
     save_images: bool = option(False, "also write each sample as a PNG file")
 
 
@@ -289,7 +282,6 @@ class GeneralOptions(Group):
     """Options of one call of a script, not stored in config.json."""
 
     title = "general"
-
     preset: str = option("", "defaults of a published model, see docs/published_models.md")
     log_dir: str = option("", "folder for all output; default: OPENAI_LOGDIR, else a new one in runs/")
     dry_run: bool = option(False, "print flags, model size, memory and timesteps, and exit")
@@ -300,7 +292,6 @@ class PrepareOptions(Group):
     """Options of the sources in data/sources.py; each has some of them."""
 
     title = "source"
-
     image_size: int = option(64, "height and width to scale and crop to, in pixels", minimum=1, maximum=MAX_PIXELS)
     image_channels: int = option(3, "3 for RGB, 1 for greyscale", choices=(1, 3))
     num_workers: int = option(-1, "processes that decode images; 0 = the main process; -1 = one per core", minimum=-1)

@@ -52,9 +52,6 @@ class Run(Generic[Opts]):
     notes: tuple[str, ...] = ()
 
 
-# ---------------------------------------------------------------- the file
-
-
 def save_config(directory: str, script: str, options: ScriptOptions, class_names: list[str] | None) -> None:
     """Write config.json on rank 0. A collective."""
     config = {"script": script, "flags": options.of_the_run(), "class_names": class_names}
@@ -80,9 +77,6 @@ def read_config(directory: str) -> dict[str, Any] | None:
         problem = f"not the flags of a run ({type(e).__name__}: {e})"
         raise InputError(f"{path}: {problem}; delete it, and give the flags instead") from None
     return config
-
-
-# ---------------------------------------------------------------- flags that are not given
 
 
 def resumed(flags: Flags[Opts]) -> Run[Opts]:

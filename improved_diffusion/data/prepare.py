@@ -61,9 +61,6 @@ def _classes(count):
     return f"{count} class{'es' * (count != 1)}"
 
 
-# ---------------------------------------------------------------- a folder
-
-
 def _check_folder(path, source):
     if is_remote(path):
         raise InputError(f"{path}: give a local folder")

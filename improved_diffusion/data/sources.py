@@ -281,9 +281,6 @@ def processes(num_workers: int) -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-# ---------------------------------------------------------------- file formats
-
-
 def _dtype(name, align=False, copy=False):
     """numpy.dtype() for old pickles, which give 0 and 1 for bools."""
     return np.dtype(name, bool(align), bool(copy))

@@ -56,9 +56,7 @@ def save_arrays(name: str, *arrays: np.ndarray) -> str:
     return bf.join(logger.get_dir(), name)
 
 
-def load_base_samples(
-    path: str, *, size: int, channels: int, num_classes: int | None = None
-) -> tuple[np.ndarray, np.ndarray | None]:
+def load_base_samples(path: str, *, size: int, channels: int, num_classes: int | None = None):
     """
     Load the input of a super-resolution model from a file in the format of save_samples().
 

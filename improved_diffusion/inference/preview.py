@@ -14,10 +14,7 @@ from .pictures import grid, write_pngs
 
 SEED = 0  # fixed: successive pictures show the same samples improve
 STEPS = 20  # of DDIM
-
-
-def _filename(step):
-    return f"preview_{step:06d}.png"
+FILENAME = "preview_{:06d}.png"
 
 
 class Preview:
@@ -41,7 +38,7 @@ class Preview:
         """
         try:
             picture = grid(self._draw(make_model()))
-            name = _filename(step)
+            name = FILENAME.format(step)
             write_pngs(directory, {name: picture})
             logger.get_current().writeimage("preview", picture, step)
             logger.log(f"drew {bf.join(directory, name)}")
@@ -50,7 +47,7 @@ class Preview:
 
     def is_missing(self, directory: str, step: int) -> bool:
         """Whether the preview of a step is missing, as after a kill."""
-        return not bf.exists(bf.join(directory, _filename(step)))
+        return not bf.exists(bf.join(directory, FILENAME.format(step)))
 
     @th.inference_mode()
     def _draw(self, model):

@@ -106,11 +106,11 @@ class JSONOutputFormat(KVWriter):
     def drop_from(self, key, value, unless_above=math.inf):
         """Drop damaged lines too."""
         lines = _lines(self.filename)
-        rows = [_json_object(line) for line in lines]
-        whole = [(line, row) for line, row in zip(lines, rows, strict=True) if row is not None]
+        rows = {line: row for line in lines if (row := _json_object(line)) is not None}
+        whole = [line for line in lines if line in rows]
         if len(whole) < len(lines):
             self.damage = _set_aside(self.filename, len(lines) - len(whole))
-        kept = _rows_kept([line for line, _ in whole], [row.get(key) for _, row in whole], value, unless_above)
+        kept = _rows_kept(whole, [rows[line].get(key) for line in whole], value, unless_above)
         _replace(self.filename, b"".join(line + b"\n" for line in kept))
 
 
@@ -309,7 +309,7 @@ def _lines(path):
 
 def _set_aside(path, count):
     """Copy a file with `count` damaged lines; return a message about it."""
-    names = itertools.chain([path + ".damaged"], (f"{path}.damaged{i}" for i in itertools.count(2)))
+    names = (f"{path}.damaged{i if i > 1 else ''}" for i in itertools.count(1))
     copy = next(name for name in names if not os.path.lexists(name))
     with open(path, "rb") as f:
         _replace(copy, f.read())

@@ -4,8 +4,6 @@ import sys
 import time
 from collections.abc import Callable
 
-from .streams import BestEffortStream
-
 SECONDS_BETWEEN_LINES = 60
 
 
@@ -31,8 +29,7 @@ class Progress:
             from tqdm import tqdm
 
             look = dict(dynamic_ncols=True, smoothing=0.1)
-            stream = BestEffortStream(sys.stderr)  # the terminal may close while the run continues
-            self._bar = tqdm(desc=what, total=total, unit=f" {unit}", initial=done, file=stream, **look)
+            self._bar = tqdm(desc=what, total=total, unit=f" {unit}", initial=done, **look)
 
     def update(self, n: int = 1) -> None:
         """Count n more units."""

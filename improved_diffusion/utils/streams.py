@@ -26,26 +26,3 @@ def flush() -> None:
                 stream.flush()
         except (OSError, ValueError):
             silence(stream)
-
-
-class BestEffortStream:
-    """A stream that ignores failing writes."""
-
-    def __init__(self, stream):
-        self._stream = stream
-
-    def write(self, text):
-        with contextlib.suppress(OSError, ValueError):
-            self._stream.write(text)
-
-    def flush(self):
-        with contextlib.suppress(OSError, ValueError):
-            self._stream.flush()
-
-    def __eq__(self, other):  # tqdm searches for bars on the same stream
-        return self._stream == getattr(other, "_stream", other)
-
-    __hash__ = None  # type: ignore[assignment]
-
-    def __getattr__(self, name):
-        return getattr(self._stream, name)
