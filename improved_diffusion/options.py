@@ -125,12 +125,8 @@ def rows(group: Any) -> tuple[Option, ...]:
 @dataclass(frozen=True)
 class DataOptions(Group):
     title = "data"
-    data_dir: str = option(
-        "", "folder of images, searched recursively, or packed images", required="a folder of images, or packed images"
-    )
-    num_workers: int = option(
-        -1, "processes that decode images; 0 = the main process; -1 = one for a folder, none if packed", minimum=-1
-    )
+    data_dir: str = option("", "folder of images, searched recursively, or packed", required="a folder of images")
+    num_workers: int = option(-1, "processes that decode; 0 = the main process; -1 = 1, or 0 if packed", minimum=-1)
     pin_memory: bool = option(True, "with a GPU: load batches into page-locked memory, for faster copies")
 
 
@@ -148,9 +144,7 @@ class NetworkOptions(Group):
     use_scale_shift_norm: bool = option(True, "embeddings scale and shift normalized features, instead of adding")
     num_classes: int = option(1000, "number of classes of a class-conditional model", minimum=1, maximum=2**24)
     image_channels: int = option(3, "3 for RGB, 1 for greyscale", choices=(1, 3))
-    channel_mult: str = option(
-        "", "channels per level in multiples of num_channels, such as 1,2,2; built in for sizes 32 to 512"
-    )
+    channel_mult: str = option("", "channels per level / num_channels, such as 1,2,2; built in for sizes 32 to 512")
 
 
 @dataclass(frozen=True)
@@ -175,9 +169,7 @@ class DiffusionOptions(Group):
     learn_sigma: bool = option(False, "the model also predicts the variances of the reverse process")
     diffusion_steps: int = option(1000, "number of timesteps", minimum=1, maximum=2**20)
     noise_schedule: str = option("linear", "linear or cosine", choices=("linear", "cosine"))
-    timestep_respacing: str = option(
-        "", "timesteps to use: 250, ddim50, or counts for equal sections, such as 10,15; empty = all"
-    )
+    timestep_respacing: str = option("", "timesteps to use: 250, ddim50, or counts per section (10,15); empty = all")
     sigma_small: bool = option(False, "fixed variances: the posterior's instead of beta")
     use_kl: bool = option(False, "minimize the variational bound instead of the squared error")
     predict_xstart: bool = option(False, "the model predicts x_start instead of the noise")
@@ -194,9 +186,7 @@ class TrainingOptions(Group):
     weight_decay: float = option(0.0, "weight decay of AdamW", minimum=0)
     lr_anneal_steps: int = option(0, "number of steps, the learning rate falling to 0; 0 = no limit", minimum=0)
     max_steps: int = option(0, "number of steps; 0 = no limit", minimum=0)
-    ema_rate: str = option(
-        "0.9999", "decay of the weights' moving average; several separated by commas", several=True, minimum=0, below=1
-    )
+    ema_rate: str = option("0.9999", "decay of the average of the weights", several=True, minimum=0, below=1)
     schedule_sampler: str = option("uniform", "distribution of timesteps", choices=("uniform", "loss-second-moment"))
     random_flip: bool = option(False, "mirror each image with probability 1/2")
     resume_checkpoint: str = option("", "model file to resume from, or auto: the newest complete one of log_dir")
@@ -211,9 +201,7 @@ class TrainingOptions(Group):
 @dataclass(frozen=True)
 class WeightsOptions(Group):
     title = "sampling"
-    model_path: str = option(
-        "", "weights; config.json beside them holds the model's flags", required="a file such as ema_0.9999_200000.pt"
-    )
+    model_path: str = option("", "weights, beside their config.json", required="a file such as ema_0.9999_200000.pt")
     batch_size: int = option(1, "images per batch on each rank", minimum=1, maximum=2**24)
     clip_denoised: bool = option(True, "clamp the predicted x_start to [-1, 1]")
 
@@ -242,9 +230,7 @@ class ClassSamplingOptions(SamplingOptions):
 
 @dataclass(frozen=True)
 class SuperResSamplingOptions(SamplingOptions):
-    base_samples: str = option(
-        "", "npz file of small images, as written by image_sample.py", required="an npz file of images"
-    )
+    base_samples: str = option("", "small images, written by image_sample.py", required="an npz file of images")
 
 
 @dataclass(frozen=True)
@@ -331,9 +317,8 @@ class ScriptOptions:
         """A copy with other values; ignores unknown names. :raises InputError: naming an invalid option."""
         values = {**self.values(), **values}
         groups = {field.name: type(getattr(self, field.name)) for field in dataclasses.fields(self)}
-        return type(self)(
-            **{name: group(**{row.name: values[row.name] for row in rows(group)}) for name, group in groups.items()}
-        )
+        made = {name: group(**{row.name: values[row.name] for row in rows(group)}) for name, group in groups.items()}
+        return type(self)(**made)
 
 
 @dataclass(frozen=True)

@@ -35,9 +35,8 @@ def print_dry_run(run: Run, create: Callable) -> None:
     held, peak = (f"{size / 2**20:,.0f} MiB" for size in estimate_memory(model, options))
     training = hasattr(options, "training")
     parts, step = ("weights, moments and averages", "training step") if training else ("the weights", "step")
-    print(
-        f"memory of a rank, estimated: {held} for {parts}, {peak} more at the peak of a {step}, libraries not counted"
-    )
+    needed = f"{held} for {parts}, {peak} more at the peak of a {step}, libraries not counted"
+    print(f"memory of a rank, estimated: {needed}")
     steps = diffusion.timestep_map
     shown = steps if len(steps) <= 12 else [*steps[:6], "...", *steps[-3:]]
     print(f"timesteps: {len(steps)} of {diffusion.original_num_steps}: {', '.join(map(str, shown))}")

@@ -160,12 +160,10 @@ def logging_to(log_dir: str, notes=(), checkpoints: bool = False):
 
 
 def log_directory(log_dir: str) -> str:
-    """The log directory by flag or environment, "" if neither is set. :raises InputError: for a URL."""
+    """The log directory given by flag or environment, or "". :raises InputError: for a URL."""
     directory = os.path.expanduser(log_dir or os.environ.get("OPENAI_LOGDIR", ""))
     if is_remote(directory):
-        raise InputError(
-            f"log_dir {directory}: give a local folder, and DIFFUSION_BLOB_LOGDIR for checkpoints at a URL"
-        )
+        raise InputError(f"log_dir {directory}: give a local folder; only DIFFUSION_BLOB_LOGDIR may be a URL")
     return directory
 
 

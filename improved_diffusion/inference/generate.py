@@ -106,9 +106,8 @@ def generate(
             x = th.empty(len(mine), *shape, device=device)
             if len(mine):
                 x_T = (noise_fn or th.randn_like)(x)
-                x = SAMPLERS[sampler](
-                    diffusion, model, x_T, model_kwargs=kwargs, noise_fn=noise_fn, clip_denoised=clip_denoised
-                )
+                options = dict(model_kwargs=kwargs, noise_fn=noise_fn, clip_denoised=clip_denoised)
+                x = SAMPLERS[sampler](diffusion, model, x_T, **options)
             gathered, gathered_labels = dist_util.all_gather(to_uint8(x)), None
             if dist_util.any_rank("y" in kwargs):  # a rank without samples may have no labels
                 y = kwargs["y"] if "y" in kwargs else th.zeros(0, dtype=th.long, device=device)

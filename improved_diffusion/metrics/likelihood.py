@@ -39,9 +39,8 @@ def evaluate_bpd(
             if seed is not None:
                 numbers = range(count, count + len(batch))
                 noise_fn = SampleNoise(seed, [dist_util.rank() + dist_util.world_size() * n for n in numbers])
-            metrics = diffusion.calc_bpd_loop(
-                model, batch, clip_denoised=clip_denoised, model_kwargs=cond, noise_fn=noise_fn
-            )
+            kwargs = dict(clip_denoised=clip_denoised, model_kwargs=cond, noise_fn=noise_fn)
+            metrics = diffusion.calc_bpd_loop(model, batch, **kwargs)
             for name in sums:
                 sums[name] += metrics[name].double().sum(dim=0)
             count += len(batch)

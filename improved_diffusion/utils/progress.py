@@ -56,7 +56,7 @@ class Progress:
         return (self.done - done) / max(now - then, 1e-9)
 
     def show(self, **values: float) -> None:
-        """Show numbers beside the bar."""
+        """Show numbers after the bar."""
         if self._bar is not None:
             self._bar.set_postfix({name: f"{value:.3g}" for name, value in values.items()}, refresh=False)
 
