@@ -56,7 +56,7 @@ def setup_dist() -> None:
     if dist.is_initialized():
         return
     world = find_world()
-    _end_with_the_launcher(world)
+    _exit_with_launcher(world)
     if th.cuda.is_available():
         th.cuda.set_device(dev())
     backend = "nccl" if th.cuda.is_available() else "gloo"
@@ -72,7 +72,7 @@ def setup_dist() -> None:
             promise = f"{world.launcher} promises {world.size} ranks"
             raise InputError(f"{promise}, but rank {world.rank} did not find the others: {first_line(e)}") from None
         finally:
-            _end_at_uncaught_exceptions()  # after torch has replaced sys.excepthook by one that buffers stderr
+            _exit_at_uncaught_exceptions()  # after torch has replaced sys.excepthook by one that buffers stderr
     atexit.register(_leave_group)  # a gloo group alive at the interpreter's exit can abort it
 
 
@@ -84,7 +84,7 @@ def _join(backend, world):
     global _attendance
     size_var = next(row[2] for row in LAUNCHERS if row[0] == world.launcher and row[2] in os.environ)
     promise = f"{world.launcher} promises {world.size} ranks ({size_var} is {os.environ[size_var]})"
-    with attendance.Meeting(promise, world.rank, world.size, meeting_place, end_at_once) as meeting:
+    with attendance.Meeting(promise, world.rank, world.size, meeting_place, exit_at_once) as meeting:
         store = shared_store(world)
         meeting.wait_for_all(store)
         store.set_timeout(GROUP_TIMEOUT)  # NCCL's limit for the first collective
@@ -94,7 +94,7 @@ def _join(backend, world):
     _attendance = attendance.Attendance(store, world.rank, world.size)
 
 
-def _end_with_the_launcher(world):
+def _exit_with_launcher(world):
     """
     Exit when the launcher is killed. An orphan would keep writing to the folder of the next run.
 
@@ -149,22 +149,22 @@ def end(status: int | str) -> NoReturn:
     if isinstance(status, str):
         print(status, file=sys.stderr)
         status = 1
-    end_at_once(status)
+    exit_at_once(status)
 
 
-def end_at_once(status: int) -> NoReturn:
+def exit_at_once(status: int) -> NoReturn:
     """Exit without waiting for anything, such as a GPU in a collective with a lost rank."""
     streams.flush()
     os._exit(status)
 
 
-def _end_at_uncaught_exceptions():
+def _exit_at_uncaught_exceptions():
     """Exit at once after the traceback of an uncaught exception."""
     print_traceback = sys.excepthook
 
     def hook(*error):
         print_traceback(*error)
-        end_at_once(1)
+        exit_at_once(1)
 
     sys.excepthook = hook
 
@@ -179,7 +179,7 @@ def _leave_group():
         dist.destroy_process_group()
 
 
-def is_loss_of_a_rank(error: BaseException) -> bool:
+def is_lost_rank_error(error: BaseException) -> bool:
     """Whether an exception means that another rank is gone."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 

@@ -136,7 +136,7 @@ def test_signals_where_their_senders_are_not_known(monkeypatch):
     monkeypatch.delattr(signal, "sigtimedwait", raising=False)
     before, threads = signal.getsignal(signal.SIGINT), threading.active_count()
     try:
-        loader._leave_signals_to_the_parent(0)
+        loader._ignore_signals(0)
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
         assert (
             signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, []) and threading.active_count() == threads

@@ -405,7 +405,7 @@ def test_flags_and_objects_do_not_wait_for_gpus(monkeypatch):
     ],
 )
 def test_what_the_loss_of_a_rank_looks_like(error, answer):
-    assert dist_util.is_loss_of_a_rank(error) is answer
+    assert dist_util.is_lost_rank_error(error) is answer
 
 
 @pytest.mark.parametrize("flags", [(False, False, False), (False, True, False), (True, False, True)])
@@ -418,7 +418,7 @@ def test_which_ranks(on_ranks, flags):
 def ends(monkeypatch):
     """The statuses that this process would have ended at once with."""
     statuses = []
-    monkeypatch.setattr(dist_util, "end_at_once", statuses.append)
+    monkeypatch.setattr(dist_util, "exit_at_once", statuses.append)
     return statuses
 
 
@@ -477,7 +477,7 @@ def test_the_end_does_not_depend_on_streams(broken):
     if broken == "closed":
         script = script.partition("; print")[0]
     done = subprocess.run(
-        [sys.executable, "-c", f"{script}; print('said', file=sys.stderr); dist_util.end_at_once(7)"],
+        [sys.executable, "-c", f"{script}; print('said', file=sys.stderr); dist_util.exit_at_once(7)"],
         env=clean_environment(),
         capture_output=True,
         text=True,
@@ -525,5 +525,5 @@ def test_whose_launcher_is_watched(monkeypatch, variables, watched):
         monkeypatch.setenv(name, value)
     started = []
     monkeypatch.setattr(dist_util.threading, "Thread", lambda **kwargs: started.append(kwargs) or Mock())
-    dist_util._end_with_the_launcher(dist_util.find_world())
+    dist_util._exit_with_launcher(dist_util.find_world())
     assert len(started) == watched

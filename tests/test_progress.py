@@ -9,7 +9,7 @@ from harness import on_a_terminal
 
 from improved_diffusion.utils import progress
 from improved_diffusion.utils.log_formats import HumanOutputFormat
-from improved_diffusion.utils.progress import Progress, counting_calls
+from improved_diffusion.utils.progress import Progress, count_calls
 
 
 @pytest.fixture
@@ -105,7 +105,7 @@ def test_the_rate_is_that_since_it_was_last_asked(clock):
 
 def test_every_call_of_a_model_counts():
     bar = Progress("sampling", 3, "steps", None)
-    model = counting_calls(lambda x, t, y: x + t + y, bar)
+    model = count_calls(lambda x, t, y: x + t + y, bar)
     assert [model(1, 2, y=3), model(1, 1, y=1)] == [6, 3]
     assert bar.done == 2
 

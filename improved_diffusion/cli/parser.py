@@ -205,8 +205,8 @@ def run(main: Callable[[], object]) -> None:
             raise
         with contextlib.suppress(OSError, ValueError):  # a closed stderr
             print(f"{os.path.basename(sys.argv[0])}: error: {_with_flag(message)}", file=sys.stderr)
-        if dist_util.is_loss_of_a_rank(e):
-            dist_util.end_at_once(status)
+        if dist_util.is_lost_rank_error(e):
+            dist_util.exit_at_once(status)
         dist_util.end(status)
     finally:
         streams.flush()  # a failure at the interpreter's exit would change the exit status
@@ -221,16 +221,16 @@ def _explain(error):
     if isinstance(error, KeyboardInterrupt):
         return 128 + signal.SIGINT, "interrupted"
     line = first_line(error).strip()
-    if errors.is_loss_of_a_worker(error):
-        if errors.is_loss_of_a_worker(error.__cause__):
+    if errors.is_dead_worker_error(error):
+        if errors.is_dead_worker_error(error.__cause__):
             line = first_line(error.__cause__).strip()
         return 1, f"a process that reads images ended ({line}); is there too little memory?"
-    if shm := errors.loss_of_shared_memory(error):
+    if shm := errors.shared_memory_error(error):
         return 1, f"shared memory is full ({shm}); make /dev/shm larger, or give a smaller --num_workers"
     if errors.is_out_of_memory(error):
         advice = "give a smaller --batch_size, or for training --microbatch or --use_checkpoint True"
         return 1, f"out of memory ({line}); {advice}. --dry_run True estimates the memory"
-    if dist_util.is_loss_of_a_rank(error):
+    if dist_util.is_lost_rank_error(error):
         return 1, f"rank {dist_util.rank()}: another rank, or the connection to it, is gone: {line}"
     return None, ""
 

@@ -135,14 +135,14 @@ def _loader(dataset, num_workers, collate_fn, pin_memory, **kwargs):
         dataset,
         num_workers=num_workers,
         collate_fn=collate_fn,
-        worker_init_fn=_leave_signals_to_the_parent,
+        worker_init_fn=_ignore_signals,
         pin_memory=pin_memory and th.cuda.is_available(),
         generator=th.Generator(),  # keeps the loader's draws out of the global generator
         **kwargs,
     )
 
 
-def _leave_signals_to_the_parent(worker):
+def _ignore_signals(worker):
     """
     Ignore signals in a data worker, unless its parent sends them or dies.
 

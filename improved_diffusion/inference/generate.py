@@ -9,7 +9,7 @@ from .. import dist_util, logger
 from ..samplers import SAMPLERS
 from ..script_util import configure_compute
 from ..utils.errors import InputError
-from ..utils.progress import Progress, counting_calls
+from ..utils.progress import Progress, count_calls
 from .arrays import to_uint8
 
 
@@ -96,7 +96,7 @@ def generate(
     rank, world, device = dist_util.rank(), dist_util.world_size(), dist_util.dev()
     rounds = range(0, num_samples, batch_size * world)
     with Progress("sampling", len(rounds) * diffusion.num_timesteps, "steps", logger.log, show=rank == 0) as progress:
-        model = counting_calls(model, progress)
+        model = count_calls(model, progress)
         for first in rounds:
             share = min(batch_size, -(-(num_samples - first) // world))  # spreads the last round over all ranks
             start = min(first + share * rank, num_samples)
@@ -145,7 +145,7 @@ def chosen_labels(
     if not num_classes:
         raise InputError(f"classes {classes}: the model is not class-conditional")
     parts = [part.strip().partition(":") for part in classes.split(",")]
-    labels = np.array([_label_of(name, num_classes, class_names) for name, _, _ in parts], dtype=np.int64)
+    labels = np.array([_parse_label(name, num_classes, class_names) for name, _, _ in parts], dtype=np.int64)
     counts = [count for _, _, count in parts]
     if not any(counts):
         return labels if num_samples is None else np.resize(labels, num_samples)
@@ -157,7 +157,7 @@ def chosen_labels(
     return drawn
 
 
-def _label_of(name, num_classes, class_names):
+def _parse_label(name, num_classes, class_names):
     if class_names is not None and name in class_names:
         return class_names.index(name)
     known = num_classes if class_names is None else len(class_names)

@@ -7,7 +7,7 @@ import torch as th
 
 from .. import dist_util, logger
 from ..inference.generate import SampleNoise
-from ..utils.progress import Progress, counting_calls
+from ..utils.progress import Progress, count_calls
 
 TERMS = ("vb", "mse", "xstart_mse")
 
@@ -31,7 +31,7 @@ def evaluate_bpd(
     count = 0
     steps = len(data) * diffusion.num_timesteps
     with Progress("evaluating", steps, "steps", logger.log, show=dist_util.rank() == 0) as progress:
-        model = counting_calls(model, progress)
+        model = count_calls(model, progress)
         for batch, cond in data:
             batch = batch.to(device)
             cond = {k: v.to(device) for k, v in cond.items()}

@@ -19,7 +19,7 @@ class TrainingError(RuntimeError):
     """
 
 
-def is_loss_of_a_worker(error: BaseException | None) -> bool:
+def is_dead_worker_error(error: BaseException | None) -> bool:
     """Whether a DataLoader's worker was killed; torch raises this anywhere in the program."""
     return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker")
 
@@ -29,7 +29,7 @@ def first_line(error: BaseException) -> str:
     return getattr(error, "strerror", None) or str(error).partition("\n")[0]
 
 
-def loss_of_shared_memory(error: BaseException) -> str:
+def shared_memory_error(error: BaseException) -> str:
     """The line in which torch reports full shared memory, as a data worker does; "" for other errors."""
     return next((line.strip() for line in str(error).splitlines() if "</torch_" in line), "")
 

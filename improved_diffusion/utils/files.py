@@ -11,7 +11,7 @@ from typing import Any
 
 import blobfile as bf
 
-from .errors import InputError, first_line, is_loss_of_a_worker
+from .errors import InputError, first_line, is_dead_worker_error
 
 try:
     import fcntl
@@ -68,7 +68,7 @@ def write_files(directory: str, writers: dict[str, Callable[[Any], object]], flu
                 with contextlib.suppress(OSError):
                     os.remove(temporary)
         # for a full disk torch.save raises RuntimeError
-        if isinstance(e, (OSError, RuntimeError)) and not is_loss_of_a_worker(e):
+        if isinstance(e, (OSError, RuntimeError)) and not is_dead_worker_error(e):
             raise _cannot_be_written(path, e) from e
         raise
 

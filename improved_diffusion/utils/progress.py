@@ -71,7 +71,7 @@ class Progress:
         self.close()
 
 
-def counting_calls(model: Callable, progress: Progress) -> Callable:
+def count_calls(model: Callable, progress: Progress) -> Callable:
     """Wrap a model so that each call counts as one unit of progress."""
 
     def call(*args, **kwargs):
