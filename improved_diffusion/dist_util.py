@@ -35,7 +35,7 @@ def rank() -> int:
 
 
 def world_size() -> int:
-    """The number of ranks, from where rank() takes it."""
+    """The number of ranks, in the process group or else in the launcher's environment."""
     return dist.get_world_size() if dist.is_initialized() else find_world().size
 
 
@@ -118,14 +118,14 @@ def _exit_with_launcher(world):
 def _loopback_only():
     """Let gloo skip the lookup of the host's name, useless to a single process."""
     name = "GLOO_SOCKET_IFNAME"
-    if name in os.environ or sys.platform != "linux":
-        yield
-        return
-    os.environ[name] = "lo"
+    added = name not in os.environ and sys.platform == "linux"
+    if added:
+        os.environ[name] = "lo"
     try:
         yield
     finally:
-        del os.environ[name]
+        if added:
+            del os.environ[name]
 
 
 def leave() -> None:

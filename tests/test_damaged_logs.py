@@ -1,4 +1,4 @@
-"""Damaged lines of progress.csv and progress.json: dropped, while the rest goes on and the file as it was is kept."""
+"""Damaged lines of progress.csv and progress.json: dropped, after a copy of the file."""
 
 import json
 import math

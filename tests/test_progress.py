@@ -42,6 +42,14 @@ def test_no_bar_and_now_and_then_a_line_where_there_is_no_terminal(capfd, clock)
     assert lines == ["sampling: 5 of 10 steps, 2 min left", "sampling: 7 of 10 steps, 72 s left"]
 
 
+def test_without_a_total_there_are_no_lines(capfd, clock):
+    lines = []
+    with Progress("training", None, "steps", lines.append) as bar:
+        clock[0] += 1000
+        bar.update()
+    assert (bar.done, lines, capfd.readouterr()) == (1, [], ("", ""))
+
+
 def test_training_logs_rows_instead_of_lines(capfd, clock):
     with Progress("training", None, "steps", say=None) as bar:
         clock[0] += 1000

@@ -70,7 +70,7 @@ def _check_folder(path, source):
     if source.folder and not is_remote(source.folder):
         inside = os.path.realpath(source.folder)
         if os.path.commonpath([inside, os.path.realpath(path)]) == inside:
-            raise InputError(f"{path}: lies in {source.folder}, the source; give a folder outside")
+            raise InputError(f"{path}: is inside {source.folder}, the source; give a folder outside")
     try:
         os.makedirs(path, exist_ok=True)
     except OSError as e:
