@@ -1,6 +1,7 @@
-"""Images, from a folder or packed, as endless batches."""
+"""Batches of images, from a folder or packed."""
 
 import functools
+from collections.abc import Callable
 
 import blobfile as bf  # noqa: F401 (part of this module, as in the original)
 import numpy as np
@@ -20,62 +21,51 @@ _list_image_files_recursively = list_images  # the original's name
 
 def load_data(
     *,
-    data_dir,
-    batch_size,
-    image_size,
-    class_cond=False,
-    deterministic=False,
-    image_channels=3,
-    num_classes=None,
-    num_workers=-1,
-    add_conditions=None,
-    class_names=None,
-    random_flip=False,
-    pin_memory=True,
-):
+    data_dir: str,
+    batch_size: int,
+    image_size: int,
+    class_cond: bool = False,
+    deterministic: bool = False,
+    image_channels: int = 3,
+    num_classes: int | None = None,
+    num_workers: int = -1,
+    add_conditions: Callable[[th.Tensor], dict[str, th.Tensor]] | None = None,
+    class_names: list[str] | None = None,
+    random_flip: bool = False,
+    pin_memory: bool = True,
+) -> BatchStream:
     """
-    Endless batches of this rank's share of the images below a folder, or of packed ones (data/packed.py): the same
-    batches.
+    Endless batches of this rank's share of the images.
 
-    :param data_dir: folder, or any URL that blobfile lists, searched recursively; or packed images.
-    :param batch_size: images a batch, on this rank.
-    :param image_size: images are scaled and centre-cropped to this square size.
-    :param class_cond: also give labels. The label of "dog_17.png" is the place of "dog" among the
-                       sorted prefixes of all files.
+    :param data_dir: folder or URL for blobfile, searched recursively; or packed images (data/packed.py).
+    :param batch_size: images per batch on this rank.
+    :param image_size: scale and centre-crop to this square size, in pixels.
+    :param class_cond: return labels too: the label of "dog_17.png" is the index of "dog" in the sorted prefixes.
     :param deterministic: in sorted order instead of shuffled.
     :param image_channels: 3 for RGB, 1 for greyscale.
-    :param num_classes: how many classes the labels may have, if bounded.
-    :param num_workers: processes that decode ahead; 0 decodes in this one. -1 is one for a folder, and
-                        none for packed images, which have nothing to decode.
-    :param add_conditions: function of a batch that gives further conditions of it, called in the workers.
-    :param class_names: all classes, sorted, if not those of the images here: of the run that is continued.
-    :param random_flip: mirror each image, left for right, with probability 1/2, redrawn each epoch; the order and all
-                        other random numbers do not depend on it.
-    :param pin_memory: with a GPU, give batches in page-locked memory, for faster copies.
-    :return: an iterator of (float32 [N, C, H, W] in [-1, 1], {"y": int64 [N]} or {}), with
-             state_dict() and load_state_dict() to continue where another left off. Its dataset has num_images
-             (of all ranks) and class_names.
-    :raises InputError: (a ValueError) here, not at the first batch, if the folder is missing, has no
-                        images, fewer than a batch, an unreadable one, or too many classes; or if the
-                        packed images are damaged, or of another size.
+    :param num_classes: the allowed number of classes, if limited.
+    :param num_workers: processes that decode; 0 = this process; -1 = one for a folder, none for packed images.
+    :param add_conditions: maps a batch to further conditions; called in the workers.
+    :param class_names: sorted names of all classes, such as those of a resumed run; default: those of the images.
+    :param random_flip: mirror each image horizontally with probability 1/2. Order and other random numbers stay.
+    :param pin_memory: with a GPU, batches in page-locked memory, for faster copies.
+    :return: an iterator of (float32 [N, C, H, W] in [-1, 1], {"y": int64 [N]} or {}) with state_dict() and
+             load_state_dict(). Its dataset has num_images (of all ranks) and class_names.
+    :raises InputError: at once, if the folder is missing or has unreadable images, too many classes or fewer images
+                        than a batch; if packed images are damaged or of another size.
     """
     dataset = _open_dataset(data_dir, image_size, class_cond, image_channels, num_classes, class_names)
     if len(dataset) < batch_size:
         share = f" for this one of {dist_util.world_size()} ranks" if dist_util.world_size() > 1 else ""
-        raise InputError(
-            f"{data_dir}: {len(dataset)} images{share} are fewer than a batch; "
-            f"give batch_size {len(dataset)} or less, or more images"
-        )
+        problem = f"{data_dir}: {len(dataset)} images{share} are fewer than a batch"
+        raise InputError(f"{problem}; give batch_size {len(dataset)} or less, or more images")
     num_workers = _workers(num_workers, dataset)
     collate_fn = functools.partial(_collate, add_conditions=add_conditions)
     return BatchStream(dataset, batch_size, not deterministic, num_workers, collate_fn, random_flip, pin_memory)
 
 
-def load_superres_data(*, large_size, small_size, **kwargs):
-    """
-    load_data() at large_size, whose conditions also hold "low_res", [N, C, small_size, small_size]: the same images
-    (mirrored where they are) scaled down by averaging.
-    """
+def load_superres_data(*, large_size: int, small_size: int, **kwargs) -> BatchStream:
+    """load_data() at large_size, with the condition "low_res": the batch, area-averaged to [N, C, small, small]."""
     return load_data(image_size=large_size, add_conditions=functools.partial(_low_res, small_size), **kwargs)
 
 
@@ -84,55 +74,50 @@ def _low_res(small_size, batch):
 
 
 def _collate(samples, add_conditions=None):
-    """
-    :param samples: a list of samples, or a batch already.
-    :return: (float32 [N, C, H, W], conditions).
-    """
+    """Collate samples, unless they are a batch, and add conditions: (float32 [N, C, H, W], {name: tensor})."""
     batch, cond = samples if isinstance(samples, tuple) else default_collate(samples)
     return batch, cond if add_conditions is None else {**cond, **add_conditions(batch)}
 
 
 def load_data_once(
     *,
-    data_dir,
-    batch_size,
-    image_size,
-    class_cond=False,
-    image_channels=3,
-    num_classes=None,
-    num_workers=-1,
-    limit=None,
-    class_names=None,
-    pin_memory=True,
-):
+    data_dir: str,
+    batch_size: int,
+    image_size: int,
+    class_cond: bool = False,
+    image_channels: int = 3,
+    num_classes: int | None = None,
+    num_workers: int = -1,
+    limit: int | None = None,
+    class_names: list[str] | None = None,
+    pin_memory: bool = True,
+) -> BatchesInOrder:
     """
-    As load_data(deterministic=True), but each image comes exactly once and the last batch may be smaller.
+    One epoch of load_data(deterministic=True); the last batch may be smaller.
 
-    :param limit: use only the first `limit` images of the folder.
-    :return: an iterator of what load_data() gives.
-    :raises InputError: as load_data(), but for a folder with less than a batch.
+    :param limit: use only the first `limit` images.
+    :raises InputError: as load_data(), except for fewer images than a batch.
     """
     dataset = _open_dataset(data_dir, image_size, class_cond, image_channels, num_classes, class_names, limit)
     return BatchesInOrder(dataset, batch_size, _workers(num_workers, dataset), _collate, pin_memory)
 
 
 def _workers(num_workers, dataset):
-    return dataset.enough_workers if num_workers < 0 else num_workers
+    return dataset.default_workers if num_workers < 0 else num_workers
 
 
 def _open_dataset(data_dir, image_size, class_cond, image_channels, num_classes, class_names, limit=None):
     if not data_dir:
-        raise InputError("no data_dir: name a folder of images, or packed ones")
+        raise InputError("no data_dir: give a folder of images, or packed images")
     share = slice(dist_util.rank(), limit, dist_util.world_size())
     packed, labels, names = is_packed(data_dir), None, None
     if packed:
         images, labels, names = read_packed(data_dir, with_labels=class_cond)
         size, channels = images.shape[2:]
         if (size, channels) != (image_size, image_channels):
-            raise InputError(
-                f"{data_dir}: its images are {size}x{size} with {channels} channels, {image_size}x{image_size} with "
-                f"{image_channels} are wanted; scripts/prepare.py images scales a folder or packed images"
-            )
+            found = f"its images are {size}x{size} with {channels} channels, not {image_size}x{image_size}"
+            advice = "scale the source with scripts/prepare.py images"
+            raise InputError(f"{data_dir}: {found} with {image_channels}; {advice}")
     else:
         images = find_images(data_dir)
         if class_cond:
@@ -140,11 +125,15 @@ def _open_dataset(data_dir, image_size, class_cond, image_channels, num_classes,
     if class_cond:
         if num_classes is not None and len(names) > num_classes:
             origin = "" if packed else ", by its file names up to the first underscore"
-            raise InputError(
-                f"{data_dir}: has {len(names)} classes ({', '.join(names[:3])}, ...){origin}, but num_classes is "
-                f"{num_classes}"
-            )
-        labels, names = _relabel(data_dir, np.asarray(labels), names, class_names)
+            found = f"{len(names)} classes ({', '.join(names[:3])}, ...){origin}"
+            raise InputError(f"{data_dir}: has {found}, but num_classes is {num_classes}")
+        labels = np.asarray(labels)
+        if class_names is not None:  # labels become indices into class_names
+            if unknown := set(names) - set(class_names):
+                known = f"{', '.join(class_names[:5])}{', ...' if len(class_names) > 5 else ''}"
+                raise InputError(f"{data_dir}: the class {min(unknown)} is not one of the model's ({known})")
+            index = {name: i for i, name in enumerate(class_names)}
+            labels, names = np.array([index[name] for name in names], dtype=np.int64)[labels], class_names
         labels = labels[share]
     if packed:
         dataset = PackedDataset(images[share], labels)
@@ -155,31 +144,14 @@ def _open_dataset(data_dir, image_size, class_cond, image_channels, num_classes,
     return dataset
 
 
-def _relabel(data_dir, labels, names, class_names):
-    """
-    Labels as indices into class_names instead of names, and class_names; both unchanged if that is None.
-
-    :raises InputError: if a class is not among them.
-    """
-    if class_names is None:
-        return labels, names
-    if unknown := set(names) - set(class_names):
-        raise InputError(
-            f"{data_dir}: the class {min(unknown)} is none of those that the model was trained on "
-            f"({', '.join(class_names[:5])}{', ...' if len(class_names) > 5 else ''})"
-        )
-    place = {name: i for i, name in enumerate(class_names)}
-    return np.array([place[name] for name in names], dtype=np.int64)[labels], class_names
-
-
 class _Samples(Dataset):
     """
-    Images and their labels as samples. A subclass's pixels() gives image i, uint8 [H, W, C].
+    Images and labels as samples. Subclasses implement pixels(i): uint8 [H, W, C].
 
-    An index is i, or (i, flip) as BatchStream draws them: flip mirrors the image, left for right.
+    An index is i, or (i, flip) from BatchStream; flip mirrors the image horizontally.
     """
 
-    num_images = class_names = None  # of all ranks together, if known
+    num_images = class_names = None  # over all ranks, if known
 
     def __init__(self, images, classes):
         super().__init__()
@@ -190,9 +162,7 @@ class _Samples(Dataset):
         return len(self.local_images)
 
     def __getitem__(self, idx):
-        """
-        :return: (float32 array [C, H, W] in [-1, 1], {"y": int64} or {}).
-        """
+        """:return: (float32 array [C, H, W] in [-1, 1], {"y": int64} or {})."""
         i, flip = _index_and_flip(idx)
         cond = {} if self.local_classes is None else {"y": np.array(self.local_classes[i], dtype=np.int64)}
         pixels = self.pixels(i)
@@ -213,16 +183,16 @@ def _normalize(pixels):
 
 class ImageDataset(_Samples):
     """
-    Images scaled and centre-cropped to a square.
+    Image files, scaled and centre-cropped to a square.
 
-    :param resolution: size of the square.
+    :param resolution: size of the square, in pixels.
     :param image_paths: paths of all images.
     :param classes: their labels, or None.
-    :param shard: which of num_shards interleaved shares of the images to use.
+    :param shard: the index of the share to use, out of num_shards interleaved ones.
     :param image_channels: 3 for RGB, 1 for greyscale.
     """
 
-    enough_workers = 1
+    default_workers = 1
 
     def __init__(self, resolution, image_paths, classes=None, shard=0, num_shards=1, image_channels=3):
         super().__init__(image_paths[shard:][::num_shards], None if classes is None else classes[shard:][::num_shards])
@@ -230,33 +200,27 @@ class ImageDataset(_Samples):
         self.image_channels = image_channels
 
     def pixels(self, idx):
-        """
-        :return: uint8 array [resolution, resolution, C].
-        """
         return scale_and_crop(read_image(self.local_images[idx]), self.resolution, self.image_channels)
 
 
 class PackedDataset(_Samples):
     """
-    Images that have been scaled and cropped before. A DataLoader of them needs _collate().
+    Images that are scaled and cropped already. A DataLoader of them needs _collate().
 
     :param images: uint8 [N, H, W, C].
     :param classes: their labels, int64 [N], or None.
     """
 
-    enough_workers = 0
+    default_workers = 0
 
     def pixels(self, idx):
-        """
-        :return: uint8 array [H, W, C].
-        """
         return self.local_images[idx]
 
     def __getitems__(self, indices):
         """
-        A whole batch, as a DataLoader asks for it: takes a third of the time.
+        A batch in one call by the DataLoader, in a third of the time.
 
-        :return: (float32 tensor [N, C, H, W] in [-1, 1], {"y": int64 [N]} or {}), for _collate() to leave as it is.
+        :return: (float32 tensor [N, C, H, W] in [-1, 1], {"y": int64 [N]} or {}).
         """
         indices, flips = map(list, zip(*map(_index_and_flip, indices), strict=True))
         cond = {} if self.local_classes is None else {"y": th.from_numpy(self.local_classes[indices])}

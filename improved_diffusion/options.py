@@ -1,13 +1,13 @@
 """
 Every option of the library, one row each: name, type, default, help and valid values.
 
-A group of options is a frozen dataclass, whose fields are the rows. Everything else is derived from them: the
-defaults dictionaries of script_util.py, the scripts' flags with their --help and checks (cli/parser.py), config.json
-(cli/run_config.py) and the table in docs/flags.md. To add an option, add a row.
+A group of options is a frozen dataclass; its fields are the rows. Derived from them: the defaults of script_util.py,
+flags, their help and checks (cli/parser.py), config.json (cli/run_config.py) and docs/flags.md. To add an option, add
+a row.
 
     options = TrainOptions(training=TrainingOptions(lr=2e-4))
     options.training.lr
-    data = options.call(load_data, class_names=None)  # the options that load_data() takes, by name
+    data = options.call(load_data, class_names=None)  # passes the parameters of load_data() by name
 """
 
 import dataclasses
@@ -29,11 +29,11 @@ MAX_PIXELS = 2**16  # of an image's side
 @dataclass(frozen=True)
 class Valid:
     """
-    The values that an option may have.
+    The valid values of an option.
 
     :param above, below: exclusive bounds.
-    :param several: the value is text: numbers separated by commas, each within the bounds.
-    :param required: "" is refused.
+    :param several: the value is a str of numbers separated by commas, each within the bounds.
+    :param required: "" is invalid; describes what to give.
     """
 
     minimum: float | None = None
@@ -42,10 +42,10 @@ class Valid:
     below: float | None = None
     choices: tuple = ()
     several: bool = False
-    required: str = ""  # what to give
+    required: str = ""
 
     def accepts(self, value: Any) -> bool:
-        """Whether an option may have the value. None stands for no value."""
+        """Whether the value is valid. None, for no value, is."""
         if self.several:
             try:
                 return all(self._in_range(float(v)) for v in str(value).split(","))
@@ -56,7 +56,7 @@ class Valid:
         return value is None or (value in self.choices if self.choices else self._in_range(value))
 
     def _in_range(self, value):
-        # written so that NaN is in no range
+        # NaN is in no range, since it compares False
         return (
             (self.minimum is None or value >= self.minimum)
             and (self.maximum is None or value <= self.maximum)
@@ -65,28 +65,22 @@ class Valid:
         )
 
     def __str__(self):
-        if self.required:
-            return self.required
-        if self.choices:
-            return " or ".join(map(str, self.choices))
-        bounds = [
-            f"{value} or more" if self.maximum is None else f"{value}" for value in [self.minimum] if value is not None
-        ]
-        bounds += [f"more than {value}" for value in [self.above] if value is not None]
-        bounds += [f"to {value}" for value in [self.maximum] if value is not None]
-        bounds += [f"below {value}" for value in [self.below] if value is not None]
-        text = " ".join(bounds).replace("or more below", "or more, below")
+        if self.required or self.choices:
+            return self.required or " or ".join(map(str, self.choices))
+        least = "{}" if self.maximum is not None else "{} or more," if self.below is not None else "{} or more"
+        bounds = {least: self.minimum, "more than {}": self.above, "to {}": self.maximum, "below {}": self.below}
+        text = " ".join(words.format(bound) for words, bound in bounds.items() if bound is not None)
         return f"{text}, or several separated by commas" if self.several else text
 
 
 def option(default, help, **valid) -> Any:
-    """One row: a dataclass field with its help and Valid values."""
+    """A row: a dataclass field with help and Valid values."""
     return dataclasses.field(default=default, metadata={"help": help, "valid": Valid(**valid) if valid else None})
 
 
 @dataclass(frozen=True)
 class Option:
-    """A row as parsers and documents use it."""
+    """A row, for parsers and documents."""
 
     name: str
     type: type
@@ -97,11 +91,7 @@ class Option:
 
 
 class Group:
-    """
-    Base of the groups of options.
-
-    :raises InputError: naming the option whose value is not valid.
-    """
+    """Base class of the groups. :raises InputError: naming an option with an invalid value."""
 
     title: typing.ClassVar[str]
 
@@ -111,17 +101,13 @@ class Group:
 
 
 def check(row: Option, value) -> None:
-    """:raises InputError: if an option of this row cannot have the value."""
+    """:raises InputError: if the value is invalid for the option."""
     if row.valid is not None and not row.valid.required and not row.valid.accepts(value):
         raise InputError(f"{row.name} {value}: give {row.valid}")
 
 
 def rows(group: Any) -> tuple[Option, ...]:
-    """
-    The options in the order of their declaration.
-
-    :param group: a Group, or the class of a script's options for those of all its groups.
-    """
+    """The options of a Group, or of all groups in a ScriptOptions class, in order of declaration."""
     found: list[Option] = []
     for field in dataclasses.fields(group):
         if isinstance(field.type, type) and issubclass(field.type, Group):
@@ -139,22 +125,14 @@ def rows(group: Any) -> tuple[Option, ...]:
 @dataclass(frozen=True)
 class DataOptions(Group):
     title = "data"
-
-    data_dir: str = option(
-        "",
-        "folder of images, searched recursively, or packed images that prepare.py wrote",
-        required="a folder of images, or packed ones",
-    )
-    num_workers: int = option(
-        -1, "processes that decode images; 0 = the main process; -1 = one for a folder, none if packed", minimum=-1
-    )
+    data_dir: str = option("", "folder of images, searched recursively, or packed", required="a folder of images")
+    num_workers: int = option(-1, "processes that decode; 0 = the main process; -1 = 1, or 0 if packed", minimum=-1)
     pin_memory: bool = option(True, "with a GPU: load batches into page-locked memory, for faster copies")
 
 
 @dataclass(frozen=True)
 class NetworkOptions(Group):
     title = "model"
-
     num_channels: int = option(128, "channels of the first level, a multiple of 32", minimum=32, maximum=2**16)
     num_res_blocks: int = option(2, "residual blocks per level", minimum=1, maximum=1024)
     num_heads: int = option(4, "attention heads")
@@ -163,12 +141,10 @@ class NetworkOptions(Group):
     dropout: float = option(0.0, "dropout probability in training", minimum=0, below=1)
     class_cond: bool = option(False, "class-conditional; a file's class is its name up to the first underscore")
     use_checkpoint: bool = option(False, "recompute activations in the backward pass: less memory, more time")
-    use_scale_shift_norm: bool = option(True, "the embedding scales and shifts normalized features; else it is added")
+    use_scale_shift_norm: bool = option(True, "embeddings scale and shift normalized features, instead of adding")
     num_classes: int = option(1000, "number of classes of a class-conditional model", minimum=1, maximum=2**24)
     image_channels: int = option(3, "3 for RGB, 1 for greyscale", choices=(1, 3))
-    channel_mult: str = option(
-        "", "channels per level in multiples of num_channels, such as 1,2,2; built in for sizes 32 to 512"
-    )
+    channel_mult: str = option("", "channels per level / num_channels, such as 1,2,2; built in for sizes 32 to 512")
 
 
 @dataclass(frozen=True)
@@ -190,13 +166,10 @@ class SuperResModelOptions(NetworkOptions):
 @dataclass(frozen=True)
 class DiffusionOptions(Group):
     title = "diffusion"
-
     learn_sigma: bool = option(False, "the model also predicts the variances of the reverse process")
     diffusion_steps: int = option(1000, "number of timesteps", minimum=1, maximum=2**20)
     noise_schedule: str = option("linear", "linear or cosine", choices=("linear", "cosine"))
-    timestep_respacing: str = option(
-        "", "timesteps to use: 250, ddim50, or counts for equal sections, such as 10,15; empty = all"
-    )
+    timestep_respacing: str = option("", "timesteps to use: 250, ddim50, or counts per section (10,15); empty = all")
     sigma_small: bool = option(False, "fixed variances: the posterior's instead of beta")
     use_kl: bool = option(False, "minimize the variational bound instead of the squared error")
     predict_xstart: bool = option(False, "the model predicts x_start instead of the noise")
@@ -207,17 +180,14 @@ class DiffusionOptions(Group):
 @dataclass(frozen=True)
 class TrainingOptions(Group):
     title = "training"
-
     batch_size: int = option(1, "images per step on each rank", minimum=1, maximum=2**24)
-    microbatch: int = option(-1, "images per forward pass; changes memory only; -1 = batch_size", minimum=-1)
+    microbatch: int = option(-1, "images per forward pass, to save memory; -1 = batch_size", minimum=-1)
     lr: float = option(1e-4, "learning rate of AdamW", above=0)
     weight_decay: float = option(0.0, "weight decay of AdamW", minimum=0)
     lr_anneal_steps: int = option(0, "number of steps, the learning rate falling to 0; 0 = no limit", minimum=0)
     max_steps: int = option(0, "number of steps; 0 = no limit", minimum=0)
-    ema_rate: str = option(
-        "0.9999", "decay of the weights' moving average; several separated by commas", several=True, minimum=0, below=1
-    )
-    schedule_sampler: str = option("uniform", "how training draws timesteps", choices=("uniform", "loss-second-moment"))
+    ema_rate: str = option("0.9999", "decay of the average of the weights", several=True, minimum=0, below=1)
+    schedule_sampler: str = option("uniform", "distribution of timesteps", choices=("uniform", "loss-second-moment"))
     random_flip: bool = option(False, "mirror each image with probability 1/2")
     resume_checkpoint: str = option("", "model file to resume from, or auto: the newest complete one of log_dir")
     fp16_scale_growth: float = option(1e-3, "growth of log2 of the float16 loss scale per step", minimum=0, maximum=1)
@@ -225,20 +195,13 @@ class TrainingOptions(Group):
     def __post_init__(self):
         super().__post_init__()
         if not (self.microbatch == -1 or 1 <= self.microbatch <= self.batch_size):
-            raise InputError(
-                f"microbatch {self.microbatch}: give 1 to batch_size ({self.batch_size}), or -1 for all of it"
-            )
+            raise InputError(f"microbatch {self.microbatch}: give 1 to batch_size ({self.batch_size}), or -1 for that")
 
 
 @dataclass(frozen=True)
 class WeightsOptions(Group):
     title = "sampling"
-
-    model_path: str = option(
-        "",
-        "weights, such as ema_0.9999_200000.pt; the config.json beside it holds the model's flags",
-        required="a file such as ema_0.9999_200000.pt",
-    )
+    model_path: str = option("", "weights, beside their config.json", required="a file such as ema_0.9999_200000.pt")
     batch_size: int = option(1, "images per batch on each rank", minimum=1, maximum=2**24)
     clip_denoised: bool = option(True, "clamp the predicted x_start to [-1, 1]")
 
@@ -253,7 +216,7 @@ class SamplingOptions(WeightsOptions):
     batch_size: int = option(16, "images per batch on each rank", minimum=1, maximum=2**24)
     num_samples: int = option(10000, "number of images to draw", minimum=1, maximum=2**31)
     sampler: str = option("ancestral", " or ".join(SAMPLERS), choices=tuple(SAMPLERS))
-    use_ddim: bool = option(False, "the same as sampler ddim")
+    use_ddim: bool = option(False, "same as sampler ddim")
 
     @property
     def sampler_name(self) -> str:
@@ -262,22 +225,17 @@ class SamplingOptions(WeightsOptions):
 
 @dataclass(frozen=True)
 class ClassSamplingOptions(SamplingOptions):
-    classes: str = option("", "classes to draw, in turn (3,7 or cat,dog), or with their counts (3:10,7:5)")
+    classes: str = option("", "classes to draw, alternating (3,7 or cat,dog) or with counts (3:10,7:5)")
 
 
 @dataclass(frozen=True)
 class SuperResSamplingOptions(SamplingOptions):
-    base_samples: str = option(
-        "",
-        "npz file of small images, such as image_sample.py writes",
-        required="an npz file of images",
-    )
+    base_samples: str = option("", "small images, written by image_sample.py", required="an npz file of images")
 
 
 @dataclass(frozen=True)
 class TrainOutputOptions(Group):
     title = "output"
-
     log_interval: int = option(10, "steps between rows of the log", minimum=1)
     save_interval: int = option(10000, "steps between checkpoints", minimum=1)
     keep_checkpoints: int = option(0, "number of checkpoints to keep; 0 = all", minimum=0)
@@ -287,7 +245,6 @@ class TrainOutputOptions(Group):
 @dataclass(frozen=True)
 class SampleOutputOptions(Group):
     title = "output"
-
     save_images: bool = option(False, "also write each sample as a PNG file")
 
 
@@ -298,9 +255,7 @@ class ComputeOptions(Group):
     use_fp16: bool = option(False, "the torso of the network in float16")
     use_bf16: bool = option(False, "the torso of the network under autocast to bfloat16")
     compile: bool = option(False, "torch.compile the network")
-    seed: int | None = option(
-        None, "seed; makes runs on one CPU machine equal bit for bit", minimum=0, maximum=2**63 - 1
-    )
+    seed: int | None = option(None, "random seed; on a CPU, runs are bit-exact", minimum=0, maximum=2**63 - 1)
 
     def __post_init__(self):
         super().__post_init__()
@@ -310,72 +265,60 @@ class ComputeOptions(Group):
 
 @dataclass(frozen=True)
 class GeneralOptions(Group):
-    """Options of one call of a script; config.json does not keep them."""
+    """Options of one call of a script, not stored in config.json."""
 
     title = "general"
-
-    preset: str = option("", "flags of a published model, where they are not given: see docs/published_models.md")
+    preset: str = option("", "defaults of a published model, see docs/published_models.md")
     log_dir: str = option("", "folder for all output; default: OPENAI_LOGDIR, else a new one in runs/")
-    dry_run: bool = option(False, "print the flags, the model's size and memory, and the timesteps, and stop")
+    dry_run: bool = option(False, "print flags, model size, memory and timesteps, and exit")
 
 
 @dataclass(frozen=True)
 class PrepareOptions(Group):
-    """Options of the sources in data/sources.py; each takes some of them."""
+    """Options of the sources in data/sources.py; each has some of them."""
 
     title = "source"
-
     image_size: int = option(64, "height and width to scale and crop to, in pixels", minimum=1, maximum=MAX_PIXELS)
     image_channels: int = option(3, "3 for RGB, 1 for greyscale", choices=(1, 3))
     num_workers: int = option(-1, "processes that decode images; 0 = the main process; -1 = one per core", minimum=-1)
     max_images: int = option(0, "number of images; 0 = all", minimum=0)
-    class_name: str = option("", "start of the files' names; by default SRC's name up to its first _")
-    split: str = option("", "train or val, of a folder with both; by default train", choices=("", "train", "val"))
+    class_name: str = option("", "class in file names; default: the name of SRC up to its first _")
+    split: str = option("", "train or val; default: train if SRC has it", choices=("", "train", "val"))
 
 
-# ---------------------------------------------------------------- what each script takes
+# ---------------------------------------------------------------- scripts
 
 
 @dataclass(frozen=True)
 class ScriptOptions:
-    """Base of the options of one script: a field per group."""
+    """Base class of the options of a script, a field per group."""
 
     general: GeneralOptions = GeneralOptions()
 
     def values(self) -> dict[str, Any]:
-        """All options of all groups, {name: value}."""
+        """The options of all groups, {name: value}."""
         return {name: value for group in dataclasses.asdict(self).values() for name, value in group.items()}
 
     def of_the_run(self) -> dict[str, Any]:
-        """The options that describe a run, whichever call of a script continues it."""
+        """The options without the general group, which may differ when a run is resumed."""
         general = dataclasses.asdict(self.general)
         return {name: value for name, value in self.values().items() if name not in general}
 
     def arguments_of(self, function: Callable) -> dict[str, Any]:
-        """The options that a function takes as parameters of the same name."""
+        """The options that are parameters of a function."""
         parameters = inspect.signature(function).parameters
         return {name: value for name, value in self.values().items() if name in parameters}
 
     def call(self, function: Callable[..., T], **arguments) -> T:
-        """
-        Call a function with the options that it takes.
-
-        :param arguments: further ones; they take precedence over the options.
-        """
+        """Call a function with the options that are its parameters. Explicit arguments take precedence."""
         return function(**{**self.arguments_of(function), **arguments})
 
     def replace(self: S, **values) -> S:
-        """
-        These options with other values.
-
-        :param values: {name: value}; names that are no options of this script are ignored.
-        :raises InputError: naming the option whose value is not valid.
-        """
+        """A copy with other values; ignores unknown names. :raises InputError: naming an invalid option."""
         values = {**self.values(), **values}
         groups = {field.name: type(getattr(self, field.name)) for field in dataclasses.fields(self)}
-        return type(self)(
-            **{name: group(**{row.name: values[row.name] for row in rows(group)}) for name, group in groups.items()}
-        )
+        made = {name: group(**{row.name: values[row.name] for row in rows(group)}) for name, group in groups.items()}
+        return type(self)(**made)
 
 
 @dataclass(frozen=True)

@@ -168,7 +168,7 @@ class TrainLoop:
         """The resume.Checkpoint that the run continues, found once; None for a new run."""
         if self._checkpoint is False:
             own = find_resume_checkpoint()  # by each rank, as in the original; what rank 0 finds counts
-            path = dist_util.from_rank_0(lambda: own) or self.resume_checkpoint
+            path = dist_util.broadcast_from_rank_0(lambda: own) or self.resume_checkpoint
             self._checkpoint = resume.find_checkpoint(path, get_blob_logdir())
             self._last_checkpoint = self._checkpoint and self._checkpoint.path
             self.resume_checkpoint = self._last_checkpoint or ""
@@ -178,7 +178,7 @@ class TrainLoop:
         """Load the model's weights, and set resume_step if they are a run's."""
         if checkpoint := self._find_checkpoint():
             logger.log(f"loading model from checkpoint: {checkpoint.path}...")
-            dist_util.from_rank_0(lambda: load_weights(self.model, checkpoint.take(), checkpoint.path))
+            dist_util.broadcast_from_rank_0(lambda: load_weights(self.model, checkpoint.take(), checkpoint.path))
             if checkpoint.step is None:
                 logger.log(f"{checkpoint.path} is not a model000000.pt: a new run starts from its weights")
             self.resume_step = checkpoint.step or 0
@@ -447,7 +447,7 @@ class TrainLoop:
             "flags": self.flags,
             **self._parts().state_dict(),
         }
-        path = dist_util.from_rank_0(self._write_checkpoint, model, averages, state)
+        path = dist_util.broadcast_from_rank_0(self._write_checkpoint, model, averages, state)
         if self._progress is not None:
             self._progress.rate()  # from here on, without the time that saving took
         # overflows may be the network's, not the loss scale's

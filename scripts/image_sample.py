@@ -51,7 +51,7 @@ def main():
         if options.model.class_cond and class_names:
             logger.log(f"classes: {describe_classes(class_names, only=labels)}")
         if options.output.save_images:
-            dist_util.from_rank_0(refuse_old_images)
+            dist_util.broadcast_from_rank_0(refuse_old_images)
         logger.log("sampling...")
         size = options.model.image_size
         images, drawn = options.call(

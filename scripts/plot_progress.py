@@ -1,9 +1,9 @@
 """
-Draw what training runs logged, from progress.csv in their log directories: the loss, its terms and its quartiles of t,
-the gradients' norm and the speed, against the step. Runs that are named together are drawn over each other.
+Plot progress.csv of training runs: the loss, its terms and its quartiles of t, the norm of the gradients and the speed,
+against the step. Several runs share the axes.
 
-Written for runs that are going on or broke off: of a step that was logged twice, before and after a resume, the later
-row counts; a row cut short, a value that is no finite number and a column that is missing are left out.
+Works on running and interrupted runs: the last row of a step counts; truncated rows, values that are not finite and
+missing columns are skipped.
 """
 
 import csv
@@ -14,7 +14,7 @@ from improved_diffusion.cli.parser import FlagParser, run
 from improved_diffusion.utils.errors import InputError
 from improved_diffusion.utils.log_formats import number
 
-PANELS = [  # title, {column: its name in the legend}, logarithmic
+PANELS = [  # title, {column: its label}, logarithmic
     ("loss", {"loss": ""}, True),
     ("squared error", {"mse": ""}, True),
     ("variational bound, bits/dim", {"vb": ""}, True),
@@ -22,7 +22,7 @@ PANELS = [  # title, {column: its name in the legend}, logarithmic
     ("norm of the gradients", {"grad_norm": ""}, True),
     ("images/s", {"images/s": ""}, False),
 ]
-STYLES = ["-", "--", "-.", ":"]  # of a panel's columns; a run keeps its colour
+STYLES = ["-", "--", "-.", ":"]  # a line style per column, a colour per run
 
 
 def main():
@@ -34,7 +34,7 @@ def main():
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise InputError("matplotlib draws it: pip install improved-diffusion[demo]") from None
+        raise InputError("plots need matplotlib: pip install improved-diffusion[demo]") from None
     try:
         draw(Figure, runs).savefig(out)
     except OSError as e:
@@ -42,17 +42,18 @@ def main():
     print(os.path.abspath(out))
 
 
-def read_progress(logdir):
+def read_progress(logdir: str) -> dict[float, dict[str, float]]:
     """
-    :return: {step: {column: number}} of logdir/progress.csv in the order of steps, finite numbers only.
-    :raises InputError: if there is no such file, or no row with a step in it.
+    The finite numbers of logdir/progress.csv, {step: {column: number}}, sorted by step.
+
+    :raises InputError: if the file is missing or has no row with a step.
     """
     path = os.path.join(logdir, "progress.csv")
     try:
         with open(path, newline="", encoding="utf-8", errors="replace") as f:
-            lines = [line for line in f if line.endswith("\n")]  # a crash may leave a number that is cut short
+            lines = [line for line in f if line.endswith("\n")]  # a crash may truncate the last number
     except OSError as e:
-        raise InputError(f"{path}: cannot be read ({e.strerror}); give a training run's log directory") from None
+        raise InputError(f"{path}: cannot be read ({e.strerror}); give the log directory of a training run") from None
     rows = {}
     for row in csv.DictReader(line.replace("\0", "") for line in lines):
         numbers = {column: number(text) for column, text in row.items()}
@@ -60,20 +61,22 @@ def read_progress(logdir):
         if "step" in numbers:
             rows[numbers.pop("step")] = numbers
     if not rows:
-        raise InputError(f"{path}: has no row with a step; the run has logged nothing yet, or it is no training run's")
+        raise InputError(f"{path}: has no row with a step; give the log directory of a training run")
     return dict(sorted(rows.items()))
 
 
-def draw(Figure, runs):
+def draw(Figure, runs: list[tuple[str, dict[float, dict[str, float]]]]):
     """
-    :param Figure: matplotlib's, which needs no display.
-    :param runs: (name, what read_progress() returned) of each.
-    :return: one Figure, with a panel for each of PANELS that any run has numbers for.
+    Draw those PANELS that any run has numbers for.
+
+    :param Figure: matplotlib.figure.Figure, which needs no display.
+    :param runs: (name, result of read_progress()) of each run.
+    :return: the Figure.
     """
     columns = {column for _, rows in runs for row in rows.values() for column in row}
     panels = [panel for panel in PANELS if columns & panel[1].keys()]
     if not panels:
-        raise InputError(f"no column to draw: there is none of {', '.join(c for _, cs, _ in PANELS for c in cs)}")
+        raise InputError(f"no column to draw: none of {', '.join(c for _, cs, _ in PANELS for c in cs)}")
     figure = Figure(figsize=(12, 3.5 * math.ceil(len(panels) / 2)), dpi=100, layout="constrained")
     for i, (title, labels, logarithmic) in enumerate(panels):
         axes = figure.add_subplot(math.ceil(len(panels) / 2), 2, i + 1, title=title, xlabel="step")
@@ -83,8 +86,8 @@ def draw(Figure, runs):
                 points = [(step, row[column]) for step, row in rows.items() if column in row]
                 if points:
                     marker = "." if len(points) == 1 else ""
-                    text = literal(f"{name} {label}".strip())
-                    axes.plot(*zip(*points, strict=True), style, marker=marker, color=f"C{run_index}", label=text)
+                    look = dict(marker=marker, color=f"C{run_index}", label=literal(f"{name} {label}".strip()))
+                    axes.plot(*zip(*points, strict=True), style, **look)
                     positive = positive and all(value > 0 for _, value in points)
         if logarithmic and positive:
             axes.set_yscale("log")
@@ -96,7 +99,7 @@ def draw(Figure, runs):
 
 
 def literal(name):
-    """A folder's name as text: matplotlib hides labels that begin with _, and reads $ as mathematics."""
+    """Escape a label: matplotlib hides those that start with _, and parses $ as mathematics."""
     return ("\u200b" if name.startswith("_") else "") + name.replace("$", r"\$")
 
 

@@ -1,10 +1,10 @@
 """
-Prepare images for training: read a data set as it is published, or any folder of images, and write a folder of PNG
-files named by class, or packed images if the name of OUT ends in .packed.
+Prepare images for training: convert a published data set or a folder of images to a folder of PNG files named by class,
+or to packed images if the name of OUT ends in .packed.
 
     python scripts/prepare.py images photos photos64.packed --image_size 64
 
-A folder may be continued after an interruption, by the same command; packed images are whole or absent.
+Repeat the command to continue an interrupted folder. Packed images are whole or absent.
 """
 
 import inspect
@@ -28,13 +28,13 @@ def main():
 
 def create_argparser():
     parser = FlagParser(description=__doc__)
-    commands = parser.add_subparsers(dest="source", metavar="SOURCE", required=True, help="SOURCE --help tells more:")
+    commands = parser.add_subparsers(dest="source", metavar="SOURCE", required=True, help="see SOURCE --help:")
     for name, source in SOURCES.items():
-        summary = inspect.getdoc(source).partition("\n")[0]
-        command = commands.add_parser(name, help=summary, description=source.__doc__)
+        description = inspect.getdoc(source) or ""
+        command = commands.add_parser(name, help=description.partition("\n")[0], description=description)
         parameters = inspect.signature(source).parameters
         if "src" in parameters:
-            command.add_argument("src", metavar="SRC", help="what is read")
+            command.add_argument("src", metavar="SRC", help="data set to read")
         command.add_argument("out", metavar="OUT", help="folder to write; packed images if its name ends in .packed")
         for parameter in parameters.values():
             if parameter.name in ROWS:

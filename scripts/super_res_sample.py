@@ -48,7 +48,7 @@ def main():
 
     with logging_to(options.general.log_dir, this_run.notes):
         if options.output.save_images:
-            dist_util.from_rank_0(refuse_old_images)
+            dist_util.broadcast_from_rank_0(refuse_old_images)
         logger.log(f"creating {options.sampling.num_samples} samples from {len(base_images)} images...")
         size = options.model.large_size
         images, labels = options.call(

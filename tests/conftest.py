@@ -33,7 +33,7 @@ def same_random_numbers():
 @pytest.fixture(autouse=True)
 def no_sudden_end(monkeypatch):
     """A script that loses another rank ends its process at once; the tests' own goes on."""
-    monkeypatch.setattr(dist_util, "end_at_once", sys.exit)
+    monkeypatch.setattr(dist_util, "exit_at_once", sys.exit)
 
 
 @pytest.fixture(autouse=True)

@@ -47,7 +47,7 @@ def test_collectives_of_ranks_in_threads(on_ranks):
             dist_util.all_gather(rows).tolist(),
             dist_util.all_gather_object({"rank": rank}),
             dist_util.all_reduce_sum(th.tensor(rank)).item(),
-            dist_util.from_rank_0(lambda: f"of rank {dist_util.rank()}"),
+            dist_util.broadcast_from_rank_0(lambda: f"of rank {dist_util.rank()}"),
             (dist_util.rank(), dist_util.world_size()),
         ]
 

@@ -341,9 +341,8 @@ def test_tensorboard_missing(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(ValueError) as caught:
         logger.configure(tmp_path, ["tensorboard"])
-    assert str(caught.value) == (
-        "OPENAI_LOG_FORMAT tensorboard needs the extra: pip install improved-diffusion[tensorboard]"
-    )
+    assert "OPENAI_LOG_FORMAT tensorboard" in str(caught.value)
+    assert "pip install improved-diffusion[tensorboard]" in str(caught.value)
     assert Logger.CURRENT is None
 
 
@@ -491,7 +490,7 @@ def test_a_log_directory_that_cannot_be_is_refused_in_one_line(tmp_path, monkeyp
     file = tmp_path / "file"
     file.touch()
     monkeypatch.setenv("OPENAI_LOGDIR", str(file))
-    with pytest.raises(ValueError, match=r"log_dir .*file: cannot be made a folder") as refusal:
+    with pytest.raises(ValueError, match=f"log_dir {file}: ") as refusal:
         logger.configure()
     assert "\n" not in str(refusal.value)
 
@@ -528,8 +527,9 @@ def test_a_stream_that_ends_is_dropped_with_a_line_in_the_others():
     log.dumpkvs()
     log.log("b")
     assert log.output_formats == [memory]
-    lines = [f"{name}: cannot be written (Broken pipe): nothing more is written there" for name in ("short", "shorter")]
-    assert [line for (line,) in memory.lines] == ["a", *lines, "b"]
+    first, *dropped, last = [line for (line,) in memory.lines]
+    assert (first, last) == ("a", "b")
+    assert [line.partition(":")[0] for line in dropped] == ["short", "shorter"]
     assert memory.rows == [{"x": 1}]
     assert short.getvalue() == shorter.getvalue() == "a\n"
 

@@ -1,1 +1,1 @@
-"""The command line: the only room that knows flags."""
+"""The command line: flags, config.json, logs and exit codes."""

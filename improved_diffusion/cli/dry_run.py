@@ -1,7 +1,9 @@
-"""What a command line amounts to: its flags, the model's size and memory, the timesteps. Nothing is computed."""
+"""Print a run's flags, model size, memory and timesteps, without computing anything."""
 
 import dataclasses
 import weakref
+from collections.abc import Callable
+from typing import Any
 
 import torch as th
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -10,12 +12,10 @@ from .. import dist_util
 from ..options import ScriptOptions, TrainingOptions
 from .run_config import Run
 
-MIB = 2**20
 
-
-def print_dry_run(run: Run, create) -> None:
+def print_dry_run(run: Run, create: Callable) -> None:
     """
-    Print it, on rank 0.
+    Print the summary of a run on rank 0.
 
     :param create: factory of (model, diffusion).
     """
@@ -32,22 +32,21 @@ def print_dry_run(run: Run, create) -> None:
         for name, value in dataclasses.asdict(group).items():
             print(f"  --{name} {value!r}" if value in ("", None) else f"  --{name} {value}")
     print(f"parameters: {sum(p.numel() for p in model.parameters()):,}")
+    held, peak = (f"{size / 2**20:,.0f} MiB" for size in estimate_memory(model, options))
     training = hasattr(options, "training")
-    held, peak = estimate_memory(model, options)
-    print(
-        f"memory of a rank, estimated: {held / MIB:,.0f} MiB for "
-        f"{'weights, moments and averages' if training else 'the weights'}, "
-        f"{peak / MIB:,.0f} MiB more at the peak of a {'training ' * training}step, libraries not counted"
-    )
+    parts, step = ("weights, moments and averages", "training step") if training else ("the weights", "step")
+    needed = f"{held} for {parts}, {peak} more at the peak of a {step}, libraries not counted"
+    print(f"memory of a rank, estimated: {needed}")
     steps = diffusion.timestep_map
     shown = steps if len(steps) <= 12 else [*steps[:6], "...", *steps[-3:]]
     print(f"timesteps: {len(steps)} of {diffusion.original_num_steps}: {', '.join(map(str, shown))}")
 
 
-def estimate_memory(model: th.nn.Module, options: ScriptOptions) -> tuple[int, int]:
+def estimate_memory(model: Any, options: ScriptOptions) -> tuple[int, int]:
     """
+    Bytes that a run (holds permanently, allocates in addition at the peak of a step).
+
     :param model: on the device "meta".
-    :return: bytes (held all the time, more at the peak of a step).
     """
     values = options.values()
     training: TrainingOptions | None = getattr(options, "training", None)
@@ -59,7 +58,7 @@ def estimate_memory(model: th.nn.Module, options: ScriptOptions) -> tuple[int, i
         batch_size = training.microbatch if training.microbatch > 0 else batch_size
     else:
         held = half or weights
-    if values["use_fp16"] or values["use_bf16"]:  # autocast has no meta device; its tensors have the same sizes
+    if values["use_fp16"] or values["use_bf16"]:  # for bf16 too: meta has no autocast, and the sizes are the same
         model.convert_to_fp16()
     size = values.get("image_size") or values["large_size"]
     shape = (batch_size, values["image_channels"], size, size)
@@ -76,7 +75,7 @@ def estimate_memory(model: th.nn.Module, options: ScriptOptions) -> tuple[int, i
 
 
 class _LiveBytes(TorchDispatchMode):
-    """The most bytes that the tensors made under it hold at one time."""
+    """Measure the peak of the bytes in tensors created within the mode."""
 
     def __init__(self):
         super().__init__()
@@ -90,9 +89,9 @@ class _LiveBytes(TorchDispatchMode):
             if storage is not None and storage not in self._known:
                 self._known.add(storage)
                 self.now += storage.nbytes()
-                weakref.finalize(storage, self._freed, storage.nbytes())
+                weakref.finalize(storage, self._free, storage.nbytes())
         self.peak = max(self.peak, self.now)
         return out
 
-    def _freed(self, size):
+    def _free(self, size):
         self.now -= size

@@ -13,13 +13,13 @@ SCRIPTS: dict[str, type[ScriptOptions]] = {
 HEAD = """# Flags
 
 `python -m improved_diffusion.cli.flag_table > docs/flags.md` generates this file from `options.py`.
-Counts may be written as `1e6`. `prepare.py` and `plot_progress.py` list their flags at `--help`.
+Counts may be written as `1e6`. For `prepare.py` and `plot_progress.py` see `--help`.
 """
 
 
 def flag_table() -> str:
-    """All flags as Markdown: a section per group, a row per flag."""
-    sections: dict[str, dict[Option, list[str]]] = {}  # group: {option: scripts that take it}
+    """All flags in Markdown: a section per group, a row per flag."""
+    sections: dict[str, dict[Option, list[str]]] = {}  # {group: {option: scripts that have it}}
     for script, taken in SCRIPTS.items():
         for row in rows(taken):
             sections.setdefault(row.group, {}).setdefault(row, []).append(script)

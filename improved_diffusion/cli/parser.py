@@ -1,4 +1,4 @@
-"""How a script reads its command line, where it logs, and how it exits."""
+"""Flags, log directory and exit status of the scripts."""
 
 import argparse
 import contextlib
@@ -9,21 +9,15 @@ import itertools
 import os
 import signal
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from .. import dist_util, logger
 from ..options import Option, ScriptOptions, check, rows
 from ..script_util import str2bool, whole_number
-from ..utils import streams
-from ..utils.errors import (
-    InputError,
-    TrainingError,
-    first_line,
-    is_loss_of_a_worker,
-    is_out_of_memory,
-    loss_of_shared_memory,
-)
+from ..utils import errors, streams
+from ..utils.errors import InputError, TrainingError, first_line
 from ..utils.files import FolderLock, is_remote
 from .presets import PRESETS
 
@@ -36,7 +30,7 @@ READERS = {bool: (str2bool, "True|False"), int: (whole_number, "N"), float: (flo
 
 
 class FlagParser(argparse.ArgumentParser):
-    """A parser without abbreviations; a bad flag ends in one line and status 2."""
+    """A parser without abbreviations. A bad flag exits with status 2 after one line."""
 
     def __init__(self, **kwargs):
         super().__init__(allow_abbrev=False, **kwargs)
@@ -48,33 +42,29 @@ class FlagParser(argparse.ArgumentParser):
             if flag.startswith("--"):
                 near = [known for known in self._option_string_actions if known.startswith(flag)]
                 near += difflib.get_close_matches(flag, self._option_string_actions, n=1)
-                self.error(f"there is no flag {flag}; {f'did you mean {near[0]}?' if near else '--help lists them'}")
+                self.error(f"there is no flag {flag}; {f'did you mean {near[0]}?' if near else 'see --help'}")
         if unknown:
             self.error(f"unrecognized arguments: {' '.join(unknown)}")
         return args
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message}\n")  # one line, without the list of all flags
+        self.exit(2, f"{self.prog}: error: {message}\n")  # without argparse's usage text
 
 
 def create_parser(options: ScriptOptions, description: str | None) -> FlagParser:
-    """
-    A parser with a flag for each option.
-
-    :param options: whose values are the flags' defaults.
-    """
+    """A parser with a flag for each option. The values of `options` are the defaults."""
     epilog = "Counts may be written as 1e6. The default is in brackets."
     parser = FlagParser(description=description, epilog=epilog)
-    general, *others = dataclasses.fields(options)
-    for field in [*others, general]:
-        group = parser.add_argument_group(getattr(options, field.name).title)
-        for row in rows(type(getattr(options, field.name))):
-            add_flag(group, row, getattr(getattr(options, field.name), row.name))
+    general, *others = (getattr(options, field.name) for field in dataclasses.fields(options))
+    for group in [*others, general]:
+        flags = parser.add_argument_group(group.title)
+        for row in rows(type(group)):
+            add_flag(flags, row, getattr(group, row.name))
     return parser
 
 
 def add_flag(parser, row: Option, default: Any) -> None:
-    """Add an option's flag to a parser or a group of one."""
+    """Add an option's flag to a parser or argument group."""
     read, metavar = READERS[row.type]
     shown = f" [{default}]" if default not in ("", None) else ""
     parser.add_argument(f"--{row.name}", default=default, type=read, metavar=metavar, help=row.help + shown)
@@ -82,7 +72,7 @@ def add_flag(parser, row: Option, default: Any) -> None:
 
 @dataclass(frozen=True)
 class Flags(Generic[Opts]):
-    """A command line: the options, and the names of those that it gives (itself or by its preset)."""
+    """A command line: the options, and the names of those given by it or its preset."""
 
     options: Opts
     given: frozenset[str]
@@ -90,10 +80,10 @@ class Flags(Generic[Opts]):
 
 def parse_flags(parser: FlagParser, options: Opts) -> Flags[Opts]:
     """
-    Parse the command line. Each value is checked by itself and against the others before anything else happens.
+    Parse the command line and validate each value, alone and against the others.
 
-    :param options: of create_parser().
-    :raises SystemExit: (status 2, after one line) for a bad flag.
+    :param options: the argument of create_parser().
+    :raises SystemExit: with status 2 after one line, for a bad flag.
     """
     args = vars(parser.parse_args())
     absent = object()
@@ -111,12 +101,12 @@ def parse_flags(parser: FlagParser, options: Opts) -> Flags[Opts]:
     for row in rows(type(options)):
         needed = row.name == "model_path" or not options.general.dry_run
         if needed and row.valid is not None and not row.valid.accepts(args[row.name]):
-            parser.error(f"--{row.name} is not given: name {row.valid}")
+            parser.error(f"--{row.name} is not given: give {row.valid}")
     return Flags(options, frozenset(given | preset.keys()))
 
 
 def _preset(name, options, given):
-    """The values of a preset that the command line leaves open."""
+    """The values of a preset that the command line does not give."""
     if not name:
         return {}
     if name not in PRESETS:
@@ -129,11 +119,10 @@ def _preset(name, options, given):
     if "batch_size" in values:
         ranks = dist_util.world_size()
         if "lr" not in names:
-            del values["batch_size"]  # the training's
+            del values["batch_size"]  # it is for training
         elif values["batch_size"] % ranks:
-            raise InputError(
-                f"preset {name}: {ranks} ranks cannot share its batch of {values['batch_size']}; give batch_size"
-            )
+            problem = f"its batch of {values['batch_size']} is not a multiple of {ranks} ranks"
+            raise InputError(f"preset {name}: {problem}; give batch_size")
         else:
             values["batch_size"] //= ranks
     return values
@@ -151,42 +140,36 @@ def logging_to(log_dir: str, notes=(), checkpoints: bool = False):
     :param checkpoints: the block writes checkpoints; rank 0 locks their folder.
     :raises InputError: if another run has locked it.
     """
-    named = log_directory(log_dir)
-    # ranks without a folder of their own share one; all take part in agreeing on it
-    directory = dist_util.from_rank_0(lambda: named or _new_directory())
-    elsewhere = os.environ.get("DIFFUSION_BLOB_LOGDIR", "") if checkpoints else ""
-    lock = FolderLock(elsewhere or named or directory)
+    log_dir = log_directory(log_dir)
+    # a collective: also ranks whose environment names a folder call it
+    directory = dist_util.broadcast_from_rank_0(lambda: log_dir or _new_directory())
+    blob_dir = os.environ.get("DIFFUSION_BLOB_LOGDIR", "") if checkpoints else ""
+    lock = FolderLock(blob_dir or log_dir or directory)
     if checkpoints:
-        dist_util.from_rank_0(lock.acquire)
+        dist_util.broadcast_from_rank_0(lock.acquire)
     try:
-        logger.configure(named or directory)
+        logger.configure(log_dir or directory)
         for note in [dist_util.describe(), *notes]:
             logger.log(note)
         try:
             yield
         finally:
-            logger.log(f"all files are in {logger.get_dir()}{f', checkpoints in {elsewhere}' if elsewhere else ''}")
+            logger.log(f"all files are in {logger.get_dir()}{f', checkpoints in {blob_dir}' if blob_dir else ''}")
     finally:
         lock.release()
 
 
 def log_directory(log_dir: str) -> str:
-    """
-    The folder that the user names by flag or environment, "" for none.
-
-    :raises InputError: if it is a URL.
-    """
+    """The log directory given by flag or environment, or "". :raises InputError: for a URL."""
     directory = os.path.expanduser(log_dir or os.environ.get("OPENAI_LOGDIR", ""))
     if is_remote(directory):
-        raise InputError(
-            f"log_dir {directory}: give a local folder; DIFFUSION_BLOB_LOGDIR may name a URL for checkpoints"
-        )
+        raise InputError(f"log_dir {directory}: give a local folder; only DIFFUSION_BLOB_LOGDIR may be a URL")
     return directory
 
 
 def _new_directory():
     name = os.path.join("runs", f"{script_name()}-{datetime.datetime.now():%Y-%m-%d-%H%M%S}")
-    for suffix in itertools.chain([""], (f"-{i}" for i in itertools.count(2))):  # other runs may start this second
+    for suffix in itertools.chain([""], (f"-{i}" for i in itertools.count(2))):  # other runs may start in this second
         try:
             os.makedirs(name + suffix)
             return name + suffix
@@ -197,17 +180,17 @@ def _new_directory():
 
 
 def script_name() -> str:
-    """Name of the running script, without its ending."""
+    """The running script's name without extension."""
     return os.path.splitext(os.path.basename(sys.argv[0]))[0]
 
 
 # ---------------------------------------------------------------- exit
 
 
-def run(main) -> None:
+def run(main: Callable[[], object]) -> None:
     """
-    Run a script's main(). Errors that a user can mend, an interruption and the loss of another rank end in one line
-    and an exit status; any other exception keeps its traceback.
+    Run a script's main(). Errors for the user, an interruption and a lost rank become one line and an exit status;
+    other exceptions keep their traceback.
     """
     try:
         try:
@@ -220,43 +203,43 @@ def run(main) -> None:
         status, message = _explain(e)
         if status is None:
             raise
-        with contextlib.suppress(OSError, ValueError):  # stderr may be closed
+        with contextlib.suppress(OSError, ValueError):  # a closed stderr
             print(f"{os.path.basename(sys.argv[0])}: error: {_with_flag(message)}", file=sys.stderr)
-        if dist_util.is_loss_of_a_rank(e):
-            dist_util.end_at_once(status)
+        if dist_util.is_lost_rank_error(e):
+            dist_util.exit_at_once(status)
         dist_util.end(status)
     finally:
-        streams.flush()  # a failure at the interpreter's end would change the exit status
+        streams.flush()  # a failure at the interpreter's exit would change the exit status
 
 
 def _explain(error):
-    """(exit status, line) of an exception, (None, "") for one that is a mistake of ours."""
+    """(exit status, line) of an exception; (None, "") for a bug."""
     if isinstance(error, InputError):
         return 2, str(error)
     if isinstance(error, TrainingError):
         return 1, str(error)
     if isinstance(error, KeyboardInterrupt):
         return 128 + signal.SIGINT, "interrupted"
-    if is_loss_of_a_worker(error):
-        how = error.__cause__ if is_loss_of_a_worker(error.__cause__) else error
-        return 1, f"a process that reads images ended ({first_line(how).strip()}); is there too little memory?"
-    if line := loss_of_shared_memory(error):
-        return 1, f"shared memory is full ({line}); make /dev/shm larger, or give a smaller --num_workers"
-    if is_out_of_memory(error):
-        return 1, (
-            f"out of memory ({first_line(error)}); give a smaller --batch_size, or for training --microbatch or "
-            "--use_checkpoint True. --dry_run True estimates what is needed"
-        )
-    if dist_util.is_loss_of_a_rank(error):
-        return 1, f"rank {dist_util.rank()}: another rank, or the connection to it, is gone: {first_line(error)}"
+    line = first_line(error).strip()
+    if errors.is_dead_worker_error(error):
+        if errors.is_dead_worker_error(error.__cause__):
+            line = first_line(error.__cause__).strip()
+        return 1, f"a process that reads images ended ({line}); is there too little memory?"
+    if shm := errors.shared_memory_error(error):
+        return 1, f"shared memory is full ({shm}); make /dev/shm larger, or give a smaller --num_workers"
+    if errors.is_out_of_memory(error):
+        advice = "give a smaller --batch_size, or for training --microbatch or --use_checkpoint True"
+        return 1, f"out of memory ({line}); {advice}. --dry_run True estimates the memory"
+    if dist_util.is_lost_rank_error(error):
+        return 1, f"rank {dist_util.rank()}: another rank, or the connection to it, is gone: {line}"
     return None, ""
 
 
 def _with_flag(message):
-    """Put the flag before a library's message, which starts with an option ("lr 0: ") or its value ("a.pt: ")."""
+    """Prefix a library's message, which starts with an option ("lr 0: ") or its value ("a.pt: "), with the flag."""
     words = [part for word in sys.argv[1:] for part in (word.split("=", 1) if word.startswith("--") else [word])]
     flags = [(flag, value) for flag, value in itertools.pairwise(words) if flag.startswith("--")]
     if any(message.startswith(f"{flag[2:]} ") for flag, _ in flags):
         return f"--{message}"
-    named = [flag for flag, value in flags if message.startswith((f"{value}:", f"{value}/"))]
-    return f"{named[0]} {message}" if len(named) == 1 else message
+    matches = [flag for flag, value in flags if message.startswith((f"{value}:", f"{value}/"))]
+    return f"{matches[0]} {message}" if len(matches) == 1 else message

@@ -1,1 +1,1 @@
-"""Images on disk: reading, batches, packed data sets, preparation."""
+"""Images on disk: decoding, batches, packed data sets, preparation."""

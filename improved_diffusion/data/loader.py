@@ -1,10 +1,12 @@
-"""Batches of a dataset, endless and shuffled or once and in order, decoded ahead by worker processes."""
+"""Batches of a dataset, endless or for one epoch, decoded ahead by worker processes."""
 
 import multiprocessing
 import os
 import signal
 import threading
 import traceback
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch as th
 from torch.utils.data import DataLoader, default_collate
@@ -14,24 +16,31 @@ from ..utils.errors import InputError
 
 class BatchStream:
     """
-    Endless batches of a dataset, each epoch in a new order, without the incomplete batch at an epoch's end.
+    Endless batches of a dataset, reshuffled each epoch, without the incomplete batch at the end of an epoch.
 
-    torch's global generator seeds each epoch's order.
+    torch's global generator seeds the order of each epoch.
 
-    :param random_flip: ask the dataset for (i, flip) instead of i, flip being True with probability 1/2. Drawn from
-                        the epoch's seed: which process decodes, and where a run was resumed, change nothing.
-    :param pin_memory: with a GPU, give batches in page-locked memory, for faster copies.
+    :param random_flip: index the dataset by (i, flip), flip being True with probability 1/2. Drawn from the epoch's
+                        seed: independent of workers and of resuming.
+    :param pin_memory: with a GPU, batches in page-locked memory, for faster copies.
     """
 
     def __init__(
-        self, dataset, batch_size, shuffle, num_workers, collate_fn=default_collate, random_flip=False, pin_memory=True
+        self,
+        dataset: Any,  # a Dataset with a length
+        batch_size: int,
+        shuffle: bool,
+        num_workers: int,
+        collate_fn: Callable = default_collate,
+        random_flip: bool = False,
+        pin_memory: bool = True,
     ):
         self.dataset = dataset
         self._order = _EpochOrder(len(dataset), batch_size, shuffle, random_flip)
         kwargs = dict(batch_sampler=self._order, persistent_workers=num_workers > 0)
         self._loader = _loader(dataset, num_workers, collate_fn, pin_memory, **kwargs)
-        self._epoch = None  # iterator over the rest of the epoch
-        self._given = 0  # batches of this epoch so far
+        self._epoch: Iterator | None = None  # over the rest of the epoch
+        self._given = 0  # batches returned in this epoch
 
     def __iter__(self):
         return self
@@ -50,44 +59,42 @@ class BatchStream:
         self._given += 1
         return batch, cond
 
-    def first(self, count):
-        """A batch of the dataset's first `count` samples, or of all; the position does not change."""
+    def first(self, count: int):
+        """A batch of the dataset's first `count` samples, if there are as many. Leaves the position unchanged."""
         samples = [self.dataset[i] for i in range(min(count, len(self.dataset)))]
         return self._loader.collate_fn(samples)
 
-    def state_dict(self):
-        """The position, for load_state_dict(); plain values only."""
+    def state_dict(self) -> dict[str, Any]:
+        """The position in the stream, as plain values."""
         return {**self._order.settings(), "seed": self._order.seed, "given": self._given}
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """
-        Continue at the position of `state`.
+        Continue from a position.
 
-        :raises ValueError: if its stream had another number of images, batch size or shuffle.
+        :raises ValueError: if it is of another number of images, batch size or shuffle.
         """
-        for key, mine in self._order.settings().items():
-            if state[key] != mine:
-                raise ValueError(f"{key} was {state[key]} then and is {mine} now")
+        for key, value in self._order.settings().items():
+            if state[key] != value:
+                raise ValueError(f"{key} was {state[key]} in the state, and is {value} now")
         self._epoch = None
         self._order.seed, self._given = state["seed"], state["given"]
 
 
 class _EpochOrder:
-    """The indices of each batch of one epoch: a batch sampler for DataLoader."""
+    """A batch sampler for DataLoader: the indices of each batch of one epoch."""
 
     def __init__(self, num_images, batch_size, shuffle, random_flip):
-        self.num_images = num_images
-        self.batch_size = batch_size
-        self.shuffle = shuffle
-        self.random_flip = random_flip
-        self.seed = 0
-        self.skip = 0
+        self.num_images, self.batch_size = num_images, batch_size
+        self.shuffle, self.random_flip = shuffle, random_flip
+        self.seed = 0  # of the epoch's order
+        self.skip = 0  # batches to skip
 
     def settings(self):
         return {"num_images": self.num_images, "batch_size": self.batch_size, "shuffle": self.shuffle}
 
     def reseed(self):
-        # two draws an epoch, the first unused (one unshuffled), as a new DataLoader takes
+        # consume as many draws as the original's new DataLoader per epoch: two, or one unshuffled
         for _ in range(2 if self.shuffle else 1):
             self.seed = th.empty((), dtype=th.int64).random_().item()
 
@@ -95,7 +102,7 @@ class _EpochOrder:
         generator = th.Generator().manual_seed(self.seed)
         order = th.randperm(self.num_images, generator=generator) if self.shuffle else th.arange(self.num_images)
         order = order.tolist()
-        if self.random_flip:  # drawn after the order, which does not depend on it
+        if self.random_flip:  # drawn after the order, to leave it unchanged
             flips = th.randint(2, (self.num_images,), generator=generator).bool().tolist()
             order = list(zip(order, flips, strict=True))
         for i in range(self.skip, len(self)):
@@ -106,9 +113,9 @@ class _EpochOrder:
 
 
 class BatchesInOrder:
-    """A dataset's batches in its order, each sample once; the last batch may be smaller. An iterator with a length."""
+    """Batches of one epoch in order; the last may be smaller. An iterator with a length."""
 
-    def __init__(self, dataset, batch_size, num_workers, collate_fn=default_collate, pin_memory=False):
+    def __init__(self, dataset, batch_size: int, num_workers: int, collate_fn=default_collate, pin_memory=False):
         self.dataset = dataset
         self._loader = _loader(dataset, num_workers, collate_fn, pin_memory, batch_size=batch_size)
         self._batches = _one_line_errors(self._loader)
@@ -128,29 +135,30 @@ def _loader(dataset, num_workers, collate_fn, pin_memory, **kwargs):
         dataset,
         num_workers=num_workers,
         collate_fn=collate_fn,
-        worker_init_fn=_leave_signals_to_the_parent,
+        worker_init_fn=_ignore_signals,
         pin_memory=pin_memory and th.cuda.is_available(),
-        generator=th.Generator(),  # the loader's own draws must not disturb the global generator's order
+        generator=th.Generator(),  # keeps the loader's draws out of the global generator
         **kwargs,
     )
 
 
-def _leave_signals_to_the_parent(worker):
+def _ignore_signals(worker):
     """
-    A terminal or a scheduler sends SIGINT, SIGHUP and SIGTERM to all processes of a run. Training still needs batches
-    until it has saved: workers end when it terminates them, or is gone itself.
+    Ignore signals in a data worker, unless its parent sends them or dies.
+
+    A terminal or scheduler signals all processes of a run, but training needs batches until it has saved.
     """
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     if not hasattr(signal, "sigtimedwait"):
         return
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    parent = multiprocessing.parent_process()  # by getppid() it is unknown to a process that a fork server started
-    above = os.getppid()
+    parent = multiprocessing.parent_process()  # under forkserver getppid() is another process
+    ppid = os.getppid()
 
     def wait():
-        # torch looks too, but not at a parent that died while the worker began; Python 3.10's is_alive() is not enough
-        while parent.is_alive() and os.getppid() == above:
+        # torch's watchdog misses a parent that dies while the worker starts, and Python 3.10's is_alive() some others
+        while parent.is_alive() and os.getppid() == ppid:
             received = signal.sigtimedwait({signal.SIGTERM}, 1)
             if received is not None and received.si_pid == parent.pid:
                 break
@@ -160,11 +168,11 @@ def _leave_signals_to_the_parent(worker):
 
 
 def _one_line_errors(loader):
-    """A loader's batches; an InputError of a worker comes without the worker's traceback."""
+    """A loader's batches. An InputError in a worker loses the worker's traceback."""
     try:
         yield from loader
         return
     except InputError as e:
         message = str(e).strip().splitlines()[-1].split("InputError: ")[-1]
-        traceback.clear_frames(e.__traceback__)  # in a cycle with the loader's iterator, which holds workers
+        traceback.clear_frames(e.__traceback__)  # a reference cycle with the iterator would keep the workers alive
     raise InputError(message)

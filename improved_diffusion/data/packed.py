@@ -1,18 +1,19 @@
 """
-Packed images: a folder of arrays, scaled and cropped once instead of decoded every epoch.
+Packed images: a folder of arrays, decoded, scaled and cropped once instead of every epoch.
 
     images.npy    uint8 [N, S, S, C], C is 1 or 3
     labels.npz    labels: int64 [N], indices into classes; classes: [K] names
 
-numpy.save and numpy.savez write them too. The images are memory-mapped, shared by all processes of a machine, and never
-read as a whole: damaged pixels go unnoticed. A folder in use may be renamed or removed, but images.npy not truncated.
+numpy.save and numpy.savez can write them. The images are memory-mapped, shared by all processes of a machine, and not
+verified: damaged pixels go unnoticed. A folder in use may be renamed or removed, but images.npy not truncated.
 
-Version 1.0 packed images in one .npz file of images, labels and classes. Such files are read into memory.
+Version 1.0 packed images in one .npz file of images, labels and classes. It is read into memory.
 """
 
 import os
 import shutil
 import zipfile
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -23,37 +24,36 @@ from ..utils.files import TEMPORARY, is_remote, write_files
 ENDING = ".packed"
 OLD_ENDING = ".npz"
 IMAGES, LABELS = "images.npy", "labels.npz"
-LARGE = 2**30  # bytes: an old file of more is worth packing again
+LARGE = 2**30  # bytes; a larger .npz file is worth packing again
 
 
-def is_packed(path):
-    """Whether a path names packed images rather than a folder of image files."""
+def is_packed(path: str) -> bool:
+    """Whether a path is that of packed images, not of a folder of image files."""
     path = path.rstrip("/")
     if path.endswith(ENDING) or os.path.isfile(path):
         return True
     return os.path.isfile(os.path.join(path, IMAGES)) or (path.endswith(OLD_ENDING) and not os.path.isdir(path))
 
 
-def check_new(path):
-    """
-    :raises InputError: if packed images cannot be written to `path`: at a URL, or where there is something.
-    """
+def check_new(path: str) -> None:
+    """:raises InputError: if `path` is a URL, or exists and is not an empty folder."""
     if is_remote(path):
-        raise InputError(f"{path}: name a local folder")
+        raise InputError(f"{path}: give a local folder")
     if os.path.lexists(path) and not (os.path.isdir(path) and not os.listdir(path)):
-        raise InputError(f"{path}: exists; remove it, or name another folder")
+        raise InputError(f"{path}: exists; remove it, or give another folder")
 
 
-def write_packed(path, batches, shape, labels, classes):
+def write_packed(
+    path: str, batches: Iterable[np.ndarray], shape: tuple[int, ...], labels: Sequence[int], classes: list[str]
+) -> None:
     """
     Write packed images, batch by batch. The folder is whole or absent.
 
     :param path: a new or empty folder.
-    :param batches: an iterator of uint8 arrays [n, S, S, C], N images in total.
+    :param batches: uint8 arrays [n, S, S, C], N images in total.
     :param shape: (N, S, S, C).
-    :param labels: N integers, indices into classes.
-    :param classes: names.
-    :raises InputError: if it cannot be written. What `batches` raises comes through.
+    :param labels: N indices into classes.
+    :raises InputError: if the folder cannot be written.
     :raises ValueError: if `batches` or `labels` do not match `shape`.
     """
     check_new(path)
@@ -82,27 +82,30 @@ def write_packed(path, batches, shape, labels, classes):
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def read_packed(path, with_labels):
+def read_packed(path: str, with_labels: bool) -> tuple[np.ndarray, np.ndarray | None, list[str] | None]:
     """
-    :param path: a folder as write_packed() makes, or a file of version 1.0.
-    :param with_labels: whether to read labels and classes.
-    :return: (uint8 array [N, S, S, C], mapped from the folder; int64 array [N] or None; list of names or None).
-    :raises InputError: if it is missing, at a URL, cut off, or anything else.
+    Map packed images.
+
+    :param path: a folder written by write_packed(), or a file of version 1.0.
+    :return: (uint8 array [N, S, S, C], memory-mapped from a folder; labels, int64 [N]; class names). The last two are
+             None unless with_labels.
+    :raises InputError: if the path is missing, a URL, damaged, or something else.
     """
     if is_remote(path):
-        raise InputError(f"{path}: packed images are mapped from a local disk; copy them to one")
+        raise InputError(f"{path}: packed images must be on a local disk; copy them")
     try:
         if os.path.isdir(path):
-            images, labels = np.lib.format.open_memmap(os.path.join(path, IMAGES), mode="r"), os.path.join(path, LABELS)
-            if images.offset + images.nbytes != os.path.getsize(images.filename):
+            file, labels = os.path.join(path, IMAGES), os.path.join(path, LABELS)
+            mapped = np.lib.format.open_memmap(file, mode="r")
+            if mapped.offset + mapped.nbytes != os.path.getsize(file):
                 raise ValueError(f"{IMAGES} is not as long as its header says")
-            images = images.view(np.ndarray)
+            images = mapped.view(np.ndarray)
         else:
             (images,), labels = read_npz(path, "images"), path
         n, height, width, channels = images.shape if images.ndim == 4 else (0, 0, 0, 0)
         if images.dtype != np.uint8 or n * height == 0 or height != width or channels not in (1, 3):
             wanted = "uint8 of shape (N, S, S, 1 or 3)"
-            raise InputError(f"{path}: images are {images.dtype} of shape {images.shape}; {wanted} is wanted")
+            raise InputError(f"{path}: images are {images.dtype} of shape {images.shape}; give {wanted}")
         found = images, *(_read_labels(labels, len(images)) if with_labels else (None, None))
     except InputError:
         raise
@@ -111,30 +114,29 @@ def read_packed(path, with_labels):
     except MemoryError:
         raise
     except Exception as e:  # damaged files raise anything
-        raise InputError(
-            f"{path}: not a whole set of packed images ({first_line(e)}); scripts/prepare.py makes one"
-        ) from None
+        raise InputError(f"{path}: not packed images, or damaged ({first_line(e)}); prepare.py writes them") from None
     if not os.path.isdir(path) and images.nbytes > LARGE:
-        gigabytes = images.nbytes / 1e9
-        logger.warn(f"{path}: each rank reads {gigabytes:.1f} GB; scripts/prepare.py images makes it a mapped folder")
+        advice = "a folder written by scripts/prepare.py images is mapped instead"
+        logger.warn(f"{path}: each rank reads {images.nbytes / 1e9:.1f} GB; {advice}")
     return found
 
 
-def read_npz(file, *names):
+def read_npz(file, *names: str) -> list[np.ndarray]:
     """
-    :param file: a path, or an open binary file.
-    :return: a list of the arrays of these names, their checksums verified.
-    :raises Exception: any kind, if an array is missing or the file damaged.
+    The arrays of these names, with verified checksums.
+
+    :param file: a path or an open binary file.
+    :raises Exception: of any kind, if an array is missing or the file is damaged.
     """
     arrays = []
     with zipfile.ZipFile(file) as archive:
-        there = [name.removesuffix(".npy") for name in archive.namelist()]
-        if missing := [name for name in names if name not in there]:
-            raise ValueError(f"it holds no {' and no '.join(missing)}, but {', '.join(there) or 'nothing'}")
+        found = [name.removesuffix(".npy") for name in archive.namelist()]
+        if missing := [name for name in names if name not in found]:
+            raise ValueError(f"it holds no {' and no '.join(missing)}, but {', '.join(found) or 'nothing'}")
         for name in names:
             with archive.open(f"{name}.npy") as member:
                 arrays.append(np.lib.format.read_array(member, allow_pickle=False))
-                if member.read(1):  # zipfile verifies the checksum at the end only
+                if member.read(1):  # zipfile verifies the checksum only at the end of the member
                     raise ValueError(f"{name} is longer than its header says")
     return arrays
 
@@ -142,9 +144,9 @@ def read_npz(file, *names):
 def _read_labels(path, count):
     labels, classes = read_npz(path, "labels", "classes")
     if labels.dtype.kind not in "iu" or labels.shape != (count,):
-        raise InputError(f"{path}: labels are {labels.dtype} of shape {labels.shape}; {count} integers are wanted")
+        raise InputError(f"{path}: labels are {labels.dtype} of shape {labels.shape}; give {count} integers")
     if classes.dtype.kind != "U" or classes.ndim != 1:
-        raise InputError(f"{path}: classes are {classes.dtype} of shape {classes.shape}; a list of names is wanted")
+        raise InputError(f"{path}: classes are {classes.dtype} of shape {classes.shape}; give a list of names")
     low, high = labels.min(), labels.max()
     if low < 0 or high >= len(classes):
         raise InputError(f"{path}: labels from {low} to {high}; {len(classes)} classes allow 0 to {len(classes) - 1}")

@@ -1,8 +1,9 @@
-"""Sinks of data preparation: a source's images as a folder of PNG files, or packed."""
+"""Sinks of data preparation: write a source as a folder of PNG files, or packed."""
 
 import functools
 import os
 import re
+from collections.abc import Mapping
 
 import numpy as np
 from PIL import Image
@@ -14,31 +15,32 @@ from ..utils.progress import Progress
 from .images import to_image
 from .loader import BatchesInOrder
 from .packed import ENDING, OLD_ENDING, check_new, write_packed
+from .sources import Source
 
 PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 
 
-def write(source, out):
+def write(source: Source | Mapping[str, Source], out: str) -> None:
     """
-    Write images to a folder of PNG files named by class, or pack them if the name of `out` ends in .packed.
+    Write images to a folder of PNG files named by class, or packed if the name of `out` ends in .packed.
 
-    Existing PNG files are kept: repeated with the same source, it continues. Packed images are whole or absent.
+    Existing PNG files are kept: repeat a call to continue it. Packed images are whole or absent.
 
-    :param source: a Source, or {name of a folder in `out`: Source}.
+    :param source: a Source, or {subfolder of `out`: Source}.
     :raises InputError: if `out` cannot be written, or an image cannot be read.
     """
     out = out.rstrip("/") or out
     if out.endswith(OLD_ENDING):
-        raise InputError(f"{out}: packed images are a folder whose name ends in {ENDING}")
-    parts = {os.path.join(out, k): v for k, v in source.items()} if isinstance(source, dict) else {out: source}
-    if out.endswith(ENDING):
-        check, sink = lambda path, _: check_new(path), _pack
-    else:
-        check, sink = _check_folder, _write_folder
+        raise InputError(f"{out}: packed images are a folder; give a name that ends in {ENDING}")
+    parts = {os.path.join(out, k): v for k, v in source.items()} if isinstance(source, Mapping) else {out: source}
+    packed = out.endswith(ENDING)
+    for path, part in parts.items():  # all of them, before the first is written
+        if packed:
+            check_new(path)
+        else:
+            _check_folder(path, part)
     for path, part in parts.items():
-        check(path, part)
-    for path, part in parts.items():
-        sink(path, part)
+        (_pack if packed else _write_folder)(path, part)
 
 
 def _pack(path, source):
@@ -50,49 +52,45 @@ def _pack(path, source):
 
     write_packed(path, batches(), (len(source), *source.shape), source.labels, source.classes)
     size, _, channels = source.shape
-    print(
-        f"wrote {len(source)} images of {_classes(len(source.classes))}, {size}x{size} with {channels} channels, "
-        f"{len(source) * size * size * channels / 1e6:.1f} MB: {path}"
-    )
+    megabytes = len(source) * size * size * channels / 1e6
+    form = f"{size}x{size} with {channels} channels, {megabytes:.1f} MB"
+    print(f"wrote {len(source)} images of {_classes(len(source.classes))}, {form}: {path}")
 
 
 def _classes(count):
     return f"{count} class{'es' * (count != 1)}"
 
 
-# ---------------------------------------------------------------- a folder
-
-
 def _check_folder(path, source):
     if is_remote(path):
-        raise InputError(f"{path}: name a local folder")
+        raise InputError(f"{path}: give a local folder")
     for name in sorted({source.classes[label] for label in np.unique(source.labels)}):
         if not re.fullmatch(r"(?!\.)[^_/\\\0-\x1f]+", name):
-            raise InputError(f"class {name!r}: cannot begin file names; give a name without _ and / and leading dot")
+            raise InputError(f"class {name!r}: cannot start file names; give a name without _, / and leading dot")
     if source.folder and not is_remote(source.folder):
         inside = os.path.realpath(source.folder)
         if os.path.commonpath([inside, os.path.realpath(path)]) == inside:
-            raise InputError(f"{path}: lies in {source.folder}, whose images are read; name a folder outside")
+            raise InputError(f"{path}: is inside {source.folder}, the source; give a folder outside")
     try:
         os.makedirs(path, exist_ok=True)
     except OSError as e:
-        raise InputError(f"{path}: cannot be made a folder ({first_line(e)})") from None
+        raise InputError(f"{path}: cannot be created ({first_line(e)})") from None
     if not os.access(path, os.W_OK | os.X_OK):
-        raise InputError(f"{path}: may not be written to; name another folder, or change its permissions")
+        raise InputError(f"{path}: no permission to write; give another folder, or change its permissions")
 
 
 def _write_folder(path, source):
-    there = 0
+    kept = 0
     with Progress(path, len(source), "images", print) as progress:
-        for were_there in BatchesInOrder(_Files(path, source), 64, source.num_workers, collate_fn=list):
-            there += sum(were_there)
-            progress.update(len(were_there))
+        for existed in BatchesInOrder(_Files(path, source), 64, source.num_workers, collate_fn=list):
+            kept += sum(existed)
+            progress.update(len(existed))
     classes = _classes(len(np.unique(source.labels)))
-    print(f"wrote {len(source)} images of {classes} to {path}{f' ({there} were there already)' * (there > 0)}")
+    print(f"wrote {len(source)} images of {classes} to {path}{f' ({kept} existed before)' * (kept > 0)}")
 
 
 class _Files(Dataset):
-    """Item i writes image i unless it exists, and is whether it did. Each file is whole or absent."""
+    """Item i writes image i unless its file exists; it is True if so. Each file is whole or absent."""
 
     def __init__(self, folder, source):
         super().__init__()
@@ -104,23 +102,23 @@ class _Files(Dataset):
     def __getitem__(self, i):
         source = self._source
         name = f"{source.classes[source.labels[i]]}_{i:0{source.digits}d}.png"
-        there = _is_there(os.path.join(self._folder, name), source.shape[0])
-        if not there:
+        exists = _is_whole_png(os.path.join(self._folder, name), source.shape[0])
+        if not exists:
             save = functools.partial(to_image(source[i]).save, format="PNG", compress_level=source.compress_level)
             write_files(self._folder, {name: save}, flush=False)
-        return there
+        return exists
 
 
-def _is_there(path, size):
-    """Whether a whole PNG file is there: a crash of the machine may truncate one."""
+def _is_whole_png(path, size):
+    """Whether a PNG file exists and is not truncated, as by a crash of the machine."""
     try:
         with open(path, "rb") as f:
             f.seek(-len(PNG_END), os.SEEK_END)
             if f.read() != PNG_END:
                 return False
             width, height = Image.open(f, formats=["PNG"]).size
-    except (OSError, ValueError):  # one that cannot be read is written, which raises
+    except (OSError, ValueError):  # missing, or unreadable: writing it raises
         return False
     if (width, height) != (size, size):
-        raise InputError(f"{path}: exists as {width}x{height}, not {size}x{size}; name another folder")
+        raise InputError(f"{path}: exists as {width}x{height}, not {size}x{size}; give another folder")
     return True

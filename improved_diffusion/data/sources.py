@@ -1,20 +1,21 @@
 """
-Sources of data preparation: images and their classes, as others publish them.
+Sources of data preparation: images and their classes, as published.
 
-A new source is a function that returns a Source, in the table SOURCES. Its docstring becomes the help of
-scripts/prepare.py, its keyword parameters, described in options.PrepareOptions, become flags.
+A new source is a Source, or a function that returns one, in the table SOURCES. Its docstring is the help of
+scripts/prepare.py; its keyword parameters, rows of options.PrepareOptions, are flags.
 """
 
 import codecs
 import contextlib
 import functools
-import io
 import itertools
 import math
 import os
 import pickle
 import re
 import tarfile
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -26,15 +27,15 @@ from .packed import is_packed, read_npz, read_packed
 
 
 class Source(Dataset):
-    """Item i is image i, uint8 of `shape`, of class classes[labels[i]]."""
+    """Item i is image i, uint8 of `shape` and class classes[labels[i]]."""
 
-    classes: list  # names
-    labels: list  # or an array
+    classes: list[str]
+    labels: Any  # list or array of indices into classes
     shape: tuple  # (S, S, C)
-    digits = 7  # of an image's number in its file name
-    compress_level = 3  # of 9; PNG's usual 6 takes twice the time for files a tenth smaller
-    num_workers = 0  # processes that make images
-    folder = None  # whose image files it reads, if any
+    digits = 7  # of the index in file names
+    compress_level = 3  # of PNG files; the usual 6 takes twice the time for files a tenth smaller
+    num_workers = 0  # processes that decode images
+    folder: str | None = None  # of the source's image files
 
     def __len__(self):
         return len(self.labels)
@@ -52,7 +53,7 @@ class _Arrays(Source):
         return self.images[i]
 
 
-def digits():
+def digits() -> Source:
     """
     Handwritten digits of scikit-learn, 1,797 as 16x16 greyscale images.
 
@@ -61,22 +62,21 @@ def digits():
     try:
         from sklearn.datasets import load_digits
     except ImportError:
-        raise InputError("scikit-learn holds the digits: pip install improved-diffusion[demo]") from None
-
+        raise InputError("digits needs scikit-learn: pip install improved-diffusion[demo]") from None
     found, size = load_digits(), (16, 16)
-    images = [Image.fromarray(np.round(pixels * (255 / 16)).astype(np.uint8)) for pixels in found.images]
-    images = np.stack([image.resize(size, resample=Image.Resampling.BICUBIC) for image in images])
-    source = _Arrays(images[..., None], found.target, [str(i) for i in range(10)])
+    small = [Image.fromarray(np.round(pixels * (255 / 16)).astype(np.uint8)) for pixels in found.images]
+    images = [np.asarray(image.resize(size, resample=Image.Resampling.BICUBIC)) for image in small]
+    source = _Arrays(np.stack(images)[..., None], found.target, [str(i) for i in range(10)])
     source.compress_level = 6
     return source
 
 
-def cifar10(src):
+def cifar10(src: str) -> dict[str, Source]:
     """
     CIFAR-10, 32x32.
 
-    src is cifar-10-python.tar.gz, or the folder cifar-10-batches-py in it. Two folders are written, train of 50,000
-    images and test of 10,000.
+    src is cifar-10-python.tar.gz, or its folder cifar-10-batches-py. Writes two folders, train with 50,000 images and
+    test with 10,000.
     """
     meta, splits = "batches.meta", {"train": [f"data_batch_{i}" for i in range(1, 6)], "test": ["test_batch"]}
     batches = _read_cifar(src, [meta, *splits["train"], *splits["test"]])
@@ -84,20 +84,19 @@ def cifar10(src):
     if not isinstance(names, list) or not names:
         raise InputError(f"{src}: {meta}: holds no label_names")
     classes = [name.decode("latin-1") if isinstance(name, bytes) else str(name) for name in names]
-    sources = {}
+    sources: dict[str, Source] = {}
     for split, files in splits.items():
-        labels = [check_labels(f"{src}: {f}", batches[f].get("labels"), range(len(classes))) for f in files]
-        pixels = [
-            planar(f"{src}: {f}", batches[f].get("data"), len(of_file), size=32)
-            for f, of_file in zip(files, labels, strict=True)
-        ]
+        labels, pixels = [], []
+        for file in files:
+            labels.append(check_labels(f"{src}: {file}", batches[file].get("labels"), range(len(classes))))
+            pixels.append(planar(f"{src}: {file}", batches[file].get("data"), len(labels[-1]), size=32))
         sources[split] = _Arrays(np.concatenate(pixels), np.concatenate(labels), classes)
     return sources
 
 
 def _read_cifar(src, names):
-    """{name: the dict pickled there}."""
-    advice = "name cifar-10-python.tar.gz, or the folder cifar-10-batches-py in it"
+    """{file name: its unpickled dict}."""
+    advice = "give cifar-10-python.tar.gz, or its folder cifar-10-batches-py"
     batches = {}
     try:
         if os.path.isdir(src):
@@ -109,8 +108,8 @@ def _read_cifar(src, names):
                     name = os.path.basename(member.name)
                     if name in names and member.isfile():
                         batches[name] = load_pickle(functools.partial(archive.extractfile, member), f"{src}: {name}")
-                while archive.fileobj.read(2**20):
-                    pass  # gzip verifies the checksum at the end
+                while archive.fileobj.read(2**20):  # gzip verifies the checksum at the end
+                    pass
     except InputError:
         raise
     except Exception as e:  # damaged archives raise anything
@@ -122,10 +121,9 @@ def _read_cifar(src, names):
 
 class _Batches(Source):
     """
-    Files of planar images, one in memory at a time.
+    Files of planar images, one at a time in memory.
 
-    :param paths: files.
-    :param read: function of a path and "data" or "labels" that reads that array.
+    :param read: function of a path and "data" or "labels" that returns the array.
     """
 
     def __init__(self, paths, read, classes, first_label):
@@ -134,32 +132,33 @@ class _Batches(Source):
         labels = [check_labels(path, read(path, "labels"), allowed) for path in paths]
         self._starts = np.cumsum([0, *map(len, labels)])
         self.labels = np.concatenate(labels) - first_label
-        self._images, self._loaded = None, None
-        self.shape = None
+        self._images: Any = None
+        self._loaded: int | None = None  # index of the file in memory
+        self.shape = ()
         self.shape = self[0].shape
 
     def __getitem__(self, i):
         batch = int(np.searchsorted(self._starts, i, side="right")) - 1
         if batch != self._loaded:
-            self._images, path = None, self._paths[batch]  # frees the last one first
+            self._images, path = None, self._paths[batch]  # frees the previous file
             count = self._starts[batch + 1] - self._starts[batch]
-            self._images = planar(path, self._read(path, "data"), count, size=self.shape and self.shape[0])
+            self._images = planar(path, self._read(path, "data"), count, size=self.shape[0] if self.shape else None)
             self._loaded = batch
         return self._images[i - self._starts[batch]]
 
 
-def imagenet64(src, *, split=""):
+def imagenet64(src: str, *, split: str = "") -> Source:
     """
     Downsampled ImageNet, 64x64 or smaller.
 
-    src is a folder of train_data_batch_1.npz to train_data_batch_10.npz, or of val_data.npz, or one such file. Classes
-    are named 0001 to 1000: packed, y is the files' label less one.
+    src is a folder with train_data_batch_1.npz to train_data_batch_10.npz or val_data.npz, or one such file. Classes
+    are named 0001 to 1000; in packed images y is the file's label - 1.
     """
     return _Batches(_find_batches(src, split), _read_batch, [f"{label:04d}" for label in range(1, 1001)], first_label=1)
 
 
 def _find_batches(src, split):
-    """Paths of the split's batches, in their order; without a split train's, else val's."""
+    """Paths of the split's batches, in order; without a split train's, else val's."""
     if os.path.isfile(src):
         return [src]
     if not os.path.isdir(src):
@@ -170,7 +169,7 @@ def _find_batches(src, split):
         if found := sorted((int(match[1] or 1), match[0]) for match in matches if match):
             numbers = [number for number, _ in found]
             if numbers != list(range(1, len(numbers) + 1)):
-                raise InputError(f"{src}: holds the {name} batches {numbers}; each from 1 on is wanted, once")
+                raise InputError(f"{src}: holds the {name} batches {numbers}; give each from 1 on, once")
             return [os.path.join(src, file) for _, file in found]
     wanted = {"train": "train_data_batch_1.npz and so on", "val": "val_data.npz"}
     raise InputError(f"{src}: holds no {wanted[split] if split else ' and no '.join(wanted.values())}")
@@ -181,15 +180,23 @@ def _read_batch(path, name):
         return load_pickle(functools.partial(open, path, "rb"), path).get(name)
     try:
         return read_npz(path, name)[0]
-    except Exception as e:  # damaged ones raise anything
-        raise InputError(f"{path}: not a whole npz file of data and labels ({first_line(e)})") from None
+    except Exception as e:  # damaged files raise anything
+        raise InputError(f"{path}: not an npz file of data and labels, or damaged ({first_line(e)})") from None
 
 
-class _Lsun(Source):
-    """Images of a database, in the order of its keys."""
+class Lsun(Source):
+    """
+    A category of LSUN, scaled and cropped to a square.
 
-    def __init__(self, src, class_name, image_size, max_images, num_workers):
-        self._src, self._database, self._process = src, None, None
+    src is the folder of its database, such as bedroom_train_lmdb. Images are in the order of its keys.
+    """
+
+    def __init__(self, src: str, *, class_name="", image_size=256, max_images=0, num_workers=-1):
+        class_name = class_name or os.path.basename(os.path.abspath(src)).partition("_")[0]
+        if not class_name:
+            raise InputError(f"{src}: its name has no class before its first underscore; give class_name")
+        self._src, self._database = src, None
+        self._process: int | None = None  # that opened the database
         with contextlib.closing(_open_database(src)) as database, _reading(src, database) as transaction:
             self._keys = list(itertools.islice(transaction.cursor().iternext(values=False), max_images or None))
         if not self._keys:
@@ -198,48 +205,35 @@ class _Lsun(Source):
         self.num_workers = processes(num_workers)
 
     def __getitem__(self, i):
-        if self._process != os.getpid():  # a database cannot be shared with child processes
+        if self._process != os.getpid():  # child processes cannot share a database
             self._database, self._process = _open_database(self._src), os.getpid()
         with _reading(self._src, self._database) as transaction:
             encoded = transaction.get(self._keys[i])
-        image = decode_image(lambda: io.BytesIO(encoded), f"{self._src}: the image of key {self._keys[i]!r}")
+        image = decode_image(encoded, f"{self._src}: the image of key {self._keys[i]!r}")
         return scale_and_crop(image, self.shape[0])
-
-
-def lsun(src, *, class_name="", image_size=256, max_images=0, num_workers=-1):
-    """
-    A category of LSUN, scaled and cropped to a square.
-
-    src is the folder of its database, such as bedroom_train_lmdb. Images are in the order of its keys.
-    """
-    name = class_name or os.path.basename(os.path.abspath(src)).partition("_")[0]
-    if not name:
-        raise InputError(f"{src}: its name has no class before its first underscore; name the class")
-    return _Lsun(src, name, image_size, max_images, num_workers)
 
 
 def _open_database(src):
     try:
         import lmdb
     except ImportError:
-        raise InputError("lmdb reads LSUN's databases: pip install improved-diffusion[lsun]") from None
-
+        raise InputError("lsun needs lmdb: pip install improved-diffusion[lsun]") from None
     file = os.path.join(src, "data.mdb")
     if not os.path.isfile(file):
-        raise InputError(f"{src}: has no data.mdb in it; name a folder such as bedroom_train_lmdb")
+        raise InputError(f"{src}: has no data.mdb in it; give a folder such as bedroom_train_lmdb")
     try:
         database = lmdb.open(src, readonly=True, create=False, lock=False, readahead=False)
     except lmdb.Error as e:
         raise InputError(f"{src}: not a database that lmdb can read ({first_line(e)})") from None
     size = (database.info()["last_pgno"] + 1) * database.stat()["psize"]
-    if os.path.getsize(file) < size:  # reading behind the end would kill the process
+    if os.path.getsize(file) < size:  # reading past the end would kill the process
         raise InputError(f"{src}: data.mdb is cut off: {os.path.getsize(file)} bytes of {size}")
     return database
 
 
 @contextlib.contextmanager
 def _reading(src, database):
-    """A transaction."""
+    """A transaction, with errors of lmdb as InputErrors."""
     import lmdb
 
     try:
@@ -249,114 +243,112 @@ def _reading(src, database):
         raise InputError(f"{src}: is damaged ({first_line(e)})") from None
 
 
-class _Images(Source):
-    """Images of a folder, or packed ones, scaled and cropped."""
+class Images(Source):
+    """
+    Any images, scaled and cropped to a square.
 
-    def __init__(self, src, image_size, image_channels, num_workers):
+    src is a folder, searched recursively, a URL for blobfile, or packed images. The class of an image is its file name
+    up to the first underscore. Packed images keep the pixels, labels and order of the folder.
+    """
+
+    def __init__(self, src: str, *, image_size=64, image_channels=3, num_workers=-1):
         self.shape, self.num_workers = (image_size, image_size, image_channels), processes(num_workers)
         if is_packed(src):
-            self._images, self.labels, self.classes = read_packed(src, with_labels=True)
-            self._open = to_image
+            self._images, self.labels, self.classes = read_packed(src, with_labels=True)  # type: ignore[assignment]
+            self._open: Callable = to_image
         else:
-            self._images, self.folder, self._open = find_images(src), src, read_image
-            self.labels, self.classes = label_by_name(self._images)
+            paths = find_images(src)
+            self._images, self.folder, self._open = paths, src, read_image  # type: ignore[assignment]
+            self.labels, self.classes = label_by_name(paths)
 
     def __getitem__(self, i):
         return scale_and_crop(self._open(self._images[i]), self.shape[0], self.shape[2])
 
 
-def images(src, *, image_size=64, image_channels=3, num_workers=-1):
-    """
-    Any images, scaled and cropped to a square.
-
-    src is a folder, searched recursively, or a URL that blobfile lists, or packed images. The class of an image is its
-    file name up to the first underscore. Packed, pixels, labels and order are those of the folder.
-    """
-    return _Images(src, image_size, image_channels, num_workers)
-
-
-SOURCES = {function.__name__: function for function in (cifar10, lsun, imagenet64, images, digits)}
+SOURCES: dict[str, Callable[..., Source | dict[str, Source]]] = {
+    "cifar10": cifar10,
+    "lsun": Lsun,
+    "imagenet64": imagenet64,
+    "images": Images,
+    "digits": digits,
+}
 
 
-def processes(num_workers):
-    """num_workers, or if it is -1 the number of cores that this process may use."""
+def processes(num_workers: int) -> int:
+    """num_workers, or for -1 the number of cores available to this process."""
     if num_workers >= 0:
         return num_workers
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
-# ---------------------------------------------------------------- what the sources read
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _dtype(name, align=False, copy=False):
-    """numpy.dtype() as old pickles call it, with 0 and 1 for bools."""
+    """numpy.dtype() for old pickles, which give 0 and 1 for bools."""
     return np.dtype(name, bool(align), bool(copy))
 
 
-_RECONSTRUCT = np.ndarray(0).__reduce__()[0]  # its module is private to numpy
-_SAFE = {  # what a pickle of arrays, lists and bytes asks for; a pickle that may ask for anything may do anything
+_RECONSTRUCT: Any = np.ndarray(0).__reduce__()[0]  # its module is private to numpy
+_SAFE = {  # all that a pickle of arrays, lists and bytes needs; other names could run code
     ("numpy.core.multiarray", "_reconstruct"): _RECONSTRUCT,
     ("numpy._core.multiarray", "_reconstruct"): _RECONSTRUCT,
     ("numpy", "ndarray"): np.ndarray,
     ("numpy", "dtype"): _dtype,
-    ("_codecs", "encode"): codecs.encode,  # Python 3's bytes in Python 2's protocol
+    ("_codecs", "encode"): codecs.encode,  # bytes of Python 3 in a protocol of Python 2
 }
 
 
 class _SafeUnpickler(pickle.Unpickler):
     def find_class(self, module, name):
         if (module, name) not in _SAFE:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, arrays and lists alone are read")
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}; only arrays and lists are allowed")
         return _SAFE[module, name]
 
 
-def load_pickle(opened, name):
+def load_pickle(opened: Callable, name: str) -> dict[str, Any]:
     """
-    A dict of arrays and lists that Python 2 or 3 pickled. Runs nothing else that the pickle asks for.
+    Unpickle a dict of arrays and lists, written by Python 2 or 3, without running other code.
 
-    :param opened: function that opens a binary file.
-    :param name: of the file, for messages.
-    :return: the dict. Keys that are bytes become text; other text of Python 2 is bytes.
-    :raises InputError: if it is anything else, or damaged.
+    :param opened: opens the binary file.
+    :param name: for messages.
+    :return: the dict. Keys become str; other strings of Python 2 are bytes.
+    :raises InputError: if the file is damaged, or holds anything else.
     """
     try:
         with opened() as f:
             content = _SafeUnpickler(f, encoding="bytes").load()
         return {key.decode() if isinstance(key, bytes) else key: value for key, value in content.items()}
-    except Exception as e:  # damaged ones raise anything
-        raise InputError(f"{name}: not a whole pickle of a dict of arrays ({first_line(e)})") from None
+    except Exception as e:  # damaged files raise anything
+        raise InputError(f"{name}: not a pickled dict of arrays, or damaged ({first_line(e)})") from None
 
 
-def check_labels(name, labels, allowed):
+def check_labels(name: str, labels: Any, allowed: range) -> np.ndarray:
     """
-    :param name: of what they were read from, for messages.
-    :param allowed: a range.
-    :return: int64 [N].
-    :raises InputError: if they are anything but a list or an array of such integers.
+    Labels as int64 [N].
+
+    :param name: of their file, for messages.
+    :raises InputError: if they are not a list or an array of integers in `allowed`.
     """
     try:
         labels = np.array(labels)
-    except ValueError:  # lists of several lengths
+    except ValueError:  # nested lists of different lengths
         labels = np.array(None)
     if labels.ndim != 1 or labels.dtype.kind not in "iu" or not np.isin(labels, allowed).all():
-        raise InputError(f"{name}: labels are not all integers from {allowed[0]} to {allowed[-1]}, one for each image")
+        raise InputError(f"{name}: labels are not all integers from {allowed[0]} to {allowed[-1]}, one per image")
     return labels.astype(np.int64)
 
 
-def planar(name, data, count, size=None):
+def planar(name: str, data: Any, count: int, size: int | None = None) -> np.ndarray:
     """
-    Images as the tiny-image data sets store them: the red values of one, then its green, then its blue ones.
+    Planar images, as the tiny-image data sets store them, as [N, S, S, 3], a view.
 
-    :param name: of what it was read from, for messages.
-    :param data: uint8 [N, 3 * S * S], if all is well.
+    :param name: of their file, for messages.
+    :param data: uint8 [N, 3 * S * S]: all red values of an image, then green, then blue.
     :param count: N.
     :param size: S, if known.
-    :return: [N, S, S, 3], a view.
-    :raises InputError: if data is anything else.
+    :raises InputError: if data has another type or shape.
     """
-    dtype, shape = getattr(data, "dtype", type(data).__name__), getattr(data, "shape", ())
+    dtype, shape = getattr(data, "dtype", type(data).__name__), tuple(getattr(data, "shape", ()))
     size = size or (math.isqrt(shape[1] // 3) if len(shape) == 2 else 0)
     if dtype != np.uint8 or 0 in (*shape, size) or shape != (count, 3 * size * size):
         wanted = f"uint8 of shape ({count}, {3 * size * size if size else '3 * S * S'})"
-        raise InputError(f"{name}: data is {dtype} of shape {shape}; {wanted} is wanted")
+        raise InputError(f"{name}: data is {dtype} of shape {shape}; give {wanted}")
     return data.reshape(-1, 3, size, size).transpose(0, 2, 3, 1)

@@ -1,1 +1,1 @@
-"""Trained weights in use: samples, previews, pictures."""
+"""Use trained weights: samples, previews, pictures."""

@@ -1,4 +1,4 @@
-"""Samples as pictures: many in a grid, or each in a file."""
+"""Samples as pictures: a grid, or a file for each."""
 
 import functools
 import math
@@ -9,19 +9,18 @@ import numpy as np
 from ..data.images import to_image
 from ..utils.files import write_files
 
-COLUMNS = 10
-ROWS = 20
+COLUMNS, ROWS = 10, 20  # at most
 GAP = 2  # pixels between images
-LEAST = 48  # pixels: smaller images are enlarged to this by whole factors
+MIN_SIZE = 48  # pixels: smaller images are enlarged by an integer factor
 
 
-def grid(images, labels=None):
+def grid(images: np.ndarray, labels: np.ndarray | None = None) -> np.ndarray:
     """
-    Many images as one: a row for each class, or as they come where there are no labels or too many classes.
+    Arrange images in a white grid, one row per class if there are 2 to ROWS classes.
 
-    :param images: uint8 [N, H, W, 1 or 3].
+    :param images: uint8 [N, H, W, 1 or 3]; those past COLUMNS x ROWS are left out.
     :param labels: int [N], if any.
-    :return: uint8 [h, w, 1 or 3]. It has COLUMNS x ROWS images at most; where a row has fewer, it stays white.
+    :return: uint8 [h, w, 1 or 3].
     """
     images = np.asarray(images)
     if labels is not None and 1 < len(np.unique(labels)) <= ROWS:
@@ -29,7 +28,7 @@ def grid(images, labels=None):
     else:
         columns = min(COLUMNS, math.ceil(math.sqrt(len(images))))
         rows = [images[i : i + columns] for i in range(0, min(len(images), columns * ROWS), columns)]
-    scale = max(1, math.ceil(LEAST / images.shape[1]))
+    scale = max(1, math.ceil(MIN_SIZE / images.shape[1]))
     h, w = (n * scale + GAP for n in images.shape[1:3])
     picture = np.full((len(rows) * h + GAP, max(map(len, rows)) * w + GAP, images.shape[3]), 255, dtype=np.uint8)
     for i, row in enumerate(rows):
@@ -39,27 +38,27 @@ def grid(images, labels=None):
     return picture
 
 
-def write_pngs(directory, pictures):
+def write_pngs(directory: str, pictures: dict[str, np.ndarray]) -> None:
     """
-    Write pictures to a folder, each whole or absent.
+    Write PNG files, each whole or absent.
 
     :param pictures: {file name: uint8 [h, w, 1 or 3]}.
-    :raises InputError: if one cannot be written.
+    :raises InputError: if a file cannot be written.
     """
     for name, pixels in pictures.items():
         write_files(directory, {name: functools.partial(to_image(pixels).save, format="png")}, flush=False)
 
 
-def sample_names(count, labels=None, class_names=None):
+def sample_names(count: int, labels: np.ndarray | None = None, class_names=None) -> list[str]:
     """
-    A file name for each sample: its class, as image folders have it, and its number.
+    A file name per sample: its class, as in an image folder, and its index.
 
     :param labels: int [count], if any.
-    :param class_names: what the labels are places in, if known.
+    :param class_names: indexed by the labels, if known.
     """
     if labels is None:
         return [f"{i:06d}.png" for i in range(count)]
-    # what an image folder takes for the class
+    # names that an image folder reads back as the class
     if class_names is None or not all(re.fullmatch(r"[^\W_]([^\W_]|[.+ -])*", name) for name in class_names):
         class_names = {label: str(label) for label in labels}
     return [f"{class_names[label]}_{i:06d}.png" for i, label in enumerate(labels)]

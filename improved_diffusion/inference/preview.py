@@ -1,4 +1,6 @@
-"""A picture of samples at each checkpoint."""
+"""Draw a picture of samples at each checkpoint."""
+
+from collections.abc import Callable
 
 import blobfile as bf
 import torch as th
@@ -10,45 +12,42 @@ from .arrays import to_uint8
 from .generate import SampleNoise
 from .pictures import grid, write_pngs
 
-SEED = 0  # fixed: successive pictures show the same samples as they become better
+SEED = 0  # fixed: successive pictures show the same samples improve
 STEPS = 20  # of DDIM
-
-
-def _filename(step):
-    return f"preview_{step:06d}.png"
+FILENAME = "preview_{:06d}.png"
 
 
 class Preview:
     """
-    Draws samples by DDIM, without touching the global random generators.
+    Draw samples by DDIM, without the global random generators.
 
-    :param diffusion: of STEPS timesteps or fewer.
+    :param diffusion: respaced to at most STEPS timesteps.
     :param shape: of one sample, (C, H, W).
     :param count: number of samples.
     :param conditions: keyword arguments of the model, tensors [count, ...].
     """
 
-    def __init__(self, diffusion, shape, count, conditions):
+    def __init__(self, diffusion, shape: tuple[int, int, int], count: int, conditions: dict[str, th.Tensor]):
         self.diffusion, self.shape, self.count, self.conditions = diffusion, shape, count, conditions
 
-    def __call__(self, make_model, directory, step):
+    def __call__(self, make_model: Callable, directory: str, step: int) -> None:
         """
-        Write preview_{step}.png to a folder, and log it. Errors are logged too: they end no run.
+        Write preview_{step}.png to a folder, and log it. An error is only logged.
 
         :param make_model: returns the network, in eval() mode.
         """
         try:
             picture = grid(self._draw(make_model()))
-            name = _filename(step)
+            name = FILENAME.format(step)
             write_pngs(directory, {name: picture})
             logger.get_current().writeimage("preview", picture, step)
             logger.log(f"drew {bf.join(directory, name)}")
-        except Exception as e:  # a full GPU, a full disk, a model that wants other conditions
+        except Exception as e:  # out of memory, a full disk, other conditions
             logger.warn(f"no preview of step {step}: {first_line(e)}")
 
-    def is_missing(self, directory, step):
-        """Whether the preview of a step was not drawn, since the run was killed before."""
-        return not bf.exists(bf.join(directory, _filename(step)))
+    def is_missing(self, directory: str, step: int) -> bool:
+        """Whether the preview of a step is missing, as after a kill."""
+        return not bf.exists(bf.join(directory, FILENAME.format(step)))
 
     @th.inference_mode()
     def _draw(self, model):

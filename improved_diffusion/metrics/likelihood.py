@@ -7,7 +7,7 @@ import torch as th
 
 from .. import dist_util, logger
 from ..inference.generate import SampleNoise
-from ..utils.progress import Progress, counting_calls
+from ..utils.progress import Progress, count_calls
 
 TERMS = ("vb", "mse", "xstart_mse")
 
@@ -17,21 +17,21 @@ def evaluate_bpd(
     model, diffusion, data, clip_denoised: bool = True, seed: int | None = None
 ) -> tuple[dict[str, Any], int]:
     """
-    Evaluate the whole bound. All ranks call it, each with every world_size()-th image.
+    Evaluate the variational bound (eq. 4-7 of the paper). A collective: each rank has every world_size()-th image.
 
-    :param data: of load_data_once().
-    :param seed: makes each image's noise depend on its number alone.
+    :param data: an iterator from load_data_once().
+    :param seed: makes each image's noise depend on its index alone.
     :return: ({"total_bpd": tensor [], "vb", "mse", "xstart_mse": tensors [T], noisiest timestep first}, number of
              images): float64 means over all images, on the CPU.
     """
     device = dist_util.dev()
-    # tensors from the start: a rank may have no image at all
+    # a rank may have no images
     sums = {name: th.zeros(diffusion.num_timesteps, dtype=th.float64, device=device) for name in TERMS}
     sums["total_bpd"] = th.zeros((), dtype=th.float64, device=device)
     count = 0
     steps = len(data) * diffusion.num_timesteps
     with Progress("evaluating", steps, "steps", logger.log, show=dist_util.rank() == 0) as progress:
-        model = counting_calls(model, progress)
+        model = count_calls(model, progress)
         for batch, cond in data:
             batch = batch.to(device)
             cond = {k: v.to(device) for k, v in cond.items()}
@@ -39,13 +39,12 @@ def evaluate_bpd(
             if seed is not None:
                 numbers = range(count, count + len(batch))
                 noise_fn = SampleNoise(seed, [dist_util.rank() + dist_util.world_size() * n for n in numbers])
-            metrics = diffusion.calc_bpd_loop(
-                model, batch, clip_denoised=clip_denoised, model_kwargs=cond, noise_fn=noise_fn
-            )
+            kwargs = dict(clip_denoised=clip_denoised, model_kwargs=cond, noise_fn=noise_fn)
+            metrics = diffusion.calc_bpd_loop(model, batch, **kwargs)
             for name in sums:
                 sums[name] += metrics[name].double().sum(dim=0)
             count += len(batch)
             logger.log(f"done {count} samples: bpd={sums['total_bpd'].item() / count}")
-    dist_util.barrier()  # on the CPU, where a rank names those that it waits for
-    total = dist_util.all_reduce_sum(th.tensor(count, device=device)).item()
+    dist_util.barrier()  # on the CPU, where missing ranks are named
+    total = int(dist_util.all_reduce_sum(th.tensor(count, device=device)))
     return {name: (dist_util.all_reduce_sum(value) / total).cpu() for name, value in sums.items()}, total

@@ -55,7 +55,7 @@ class Checkpoint:
     def find(self, name):
         """The path of a file of the set, None if there is none. All ranks call it."""
         path = self.file(name)
-        return path if dist_util.from_rank_0(lambda: name in self._contents or bf.exists(path)) else None
+        return path if dist_util.broadcast_from_rank_0(lambda: name in self._contents or bf.exists(path)) else None
 
     def read(self, name=None):
         """
@@ -100,7 +100,7 @@ class Checkpoint:
             check_state(contents, self.step, self.file(name), isinstance(data, BatchStream), own_sampler)
             return contents
 
-        self.state = dist_util.from_rank_0(read) if self.find(name) else None
+        self.state = dist_util.broadcast_from_rank_0(read) if self.find(name) else None
         return self.state
 
 
@@ -115,7 +115,7 @@ def open_checkpoint(resume_checkpoint, model):
     if resume_checkpoint in ("", "auto"):
         return resume_checkpoint
     checkpoint = Checkpoint(resume_checkpoint)
-    dist_util.from_rank_0(lambda: check_fits(model, checkpoint.read(), resume_checkpoint))
+    dist_util.broadcast_from_rank_0(lambda: check_fits(model, checkpoint.read(), resume_checkpoint))
     return checkpoint
 
 
@@ -132,9 +132,9 @@ def find_checkpoint(resume_checkpoint, directory):
         if isinstance(resume_checkpoint, str):
             checkpoint = Checkpoint(resume_checkpoint) if resume_checkpoint else None
         if checkpoint is not None and checkpoint.step is not None:
-            dist_util.from_rank_0(refuse_cut_off, checkpoint.path, checkpoint.step)
+            dist_util.broadcast_from_rank_0(refuse_cut_off, checkpoint.path, checkpoint.step)
         return checkpoint
-    found = dist_util.from_rank_0(_newest_checkpoint, directory)
+    found = dist_util.broadcast_from_rank_0(_newest_checkpoint, directory)
     if found is None:
         logger.log(f"no complete checkpoint in {directory}: a new run starts")
         # the row of step 0, if that is all: a run logged it and ended before its first checkpoint
@@ -149,7 +149,7 @@ def _newest_checkpoint(directory):
 
 def warn_of_other_checkpoints(checkpoint, directory):
     """Warn if `directory`, where a run saves, holds newer checkpoints than the one that it continues."""
-    newest = dist_util.from_rank_0(newest_step, directory)
+    newest = dist_util.broadcast_from_rank_0(newest_step, directory)
     if newest is not None and newest > (checkpoint.step if checkpoint and checkpoint.is_in(directory) else -1):
         logger.warn(
             f"WARNING: {directory} has checkpoints up to step {newest} that this run does not continue; it will "
@@ -181,7 +181,7 @@ def load_average(checkpoint, rate, step, params, model, to_master_params):
             mine.copy_(value)
 
     logger.log(f"loading EMA from checkpoint: {path}...")
-    dist_util.from_rank_0(load)
+    dist_util.broadcast_from_rank_0(load)
     dist_util.sync_params(params)
 
 
@@ -210,7 +210,7 @@ def load_optimizer(opt, checkpoint, step, may_be_empty=False, report=()):
         fitted.update(optimizer_in(checkpoint.take(name), opt, path, allowed))
         return fitted["param_groups"], {i: entry["step"] for i, entry in fitted["state"].items()}
 
-    groups, steps = dist_util.from_rank_0(check)
+    groups, steps = dist_util.broadcast_from_rank_0(check)
     like = dict(zip((i for group in groups for i in group["params"]), params, strict=True))
     state = fitted.get("state") or {
         i: {"step": step, **{key: th.empty_like(like[i]).detach() for key in MOMENTS}} for i, step in steps.items()
@@ -278,5 +278,5 @@ class CheckpointIO:
             f"the checkpoint is of {ranks} ranks, now there are {dist_util.world_size()}: the data begin again, and "
             f"so do the random numbers, from step {step} and the seed, if one is given"
         )
-        dist_util.seed_anew(step)
+        dist_util.reseed(step)
         self.parts["statistics"].load_state_dicts(state["statistics"])

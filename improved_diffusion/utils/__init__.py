@@ -1,1 +1,1 @@
-"""Parts that import nothing of the package."""
+"""Helpers that import nothing from the rest of the package."""

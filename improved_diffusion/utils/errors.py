@@ -1,43 +1,41 @@
-"""The exceptions that a user sees, and what other libraries' exceptions mean."""
+"""Exceptions for the user, and the meaning of other libraries' exceptions."""
 
 
 class InputError(ValueError):
     """
-    The user gave an invalid option, file or value.
-
-    str() is one line that names it and what is valid; scripts print it and exit with status 2 (parser.run).
+    An option, file or value of the user's is invalid. str() is one line that names it and what is valid; scripts print
+    it and exit with status 2 (cli.parser.run).
     """
 
 
 class FileAccessError(InputError):
-    """The system does not let this process read a file or list a folder: nothing is known about its content."""
+    """The system refuses to read a file or list a folder: its content may be intact."""
 
 
 class TrainingError(RuntimeError):
     """
-    Training cannot continue (the network yields NaN). str() is one line with the step, the rank and the last good
-    checkpoint; scripts print it and exit with status 1.
+    Training cannot continue, such as after NaN. str() is one line with the step, the rank and the last good checkpoint;
+    scripts print it and exit with status 1.
     """
 
 
-def is_loss_of_a_worker(error):
-    """Whether an exception means that a DataLoader's process was killed; torch raises it anywhere in the program."""
+def is_dead_worker_error(error: BaseException | None) -> bool:
+    """Whether a DataLoader's worker was killed; torch raises this anywhere in the program."""
     return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker")
 
 
-def first_line(error):
+def first_line(error: BaseException) -> str:
     """The first line of an exception's message."""
     return getattr(error, "strerror", None) or str(error).partition("\n")[0]
 
 
-def loss_of_shared_memory(error):
-    """The line in which torch says that it cannot get shared memory, as for the batch of a data worker; or ""."""
+def shared_memory_error(error: BaseException) -> str:
+    """The line in which torch reports full shared memory, as a data worker does; "" for other errors."""
     return next((line.strip() for line in str(error).splitlines() if "</torch_" in line), "")
 
 
-def is_out_of_memory(error):
-    """Whether an exception means that a GPU or the machine is out of memory."""
-    # torch's of the CPU are RuntimeErrors
-    return isinstance(error, MemoryError) or any(
-        text in str(error) for text in ("out of memory", "can't allocate memory", "not enough memory")
-    )
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a GPU or the machine is out of memory."""
+    # on the CPU torch raises RuntimeError
+    texts = ("out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, MemoryError) or any(text in str(error) for text in texts)

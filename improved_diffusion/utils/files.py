@@ -1,8 +1,4 @@
-"""
-Files and folders, on a local disk or at a URL that blobfile knows.
-
-What is written is whole or absent, whenever a crash or a full disk comes.
-"""
+"""Files and folders, local or at a URL for blobfile. Writes are atomic: a file is whole or absent after a crash."""
 
 import contextlib
 import errno
@@ -10,48 +6,49 @@ import io
 import os
 import platform
 import time
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import blobfile as bf
 
-from .errors import InputError, first_line, is_loss_of_a_worker
+from .errors import InputError, first_line, is_dead_worker_error
 
 try:
     import fcntl
 except ImportError:  # Windows
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
-TEMPORARY = ".tmp"  # ends the name of a file until it is whole
+TEMPORARY = ".tmp"  # suffix of a file until it is whole
 
 
-def is_remote(path):
+def is_remote(path: str) -> bool:
     """Whether a path is a URL, such as gs://bucket/folder."""
     return "://" in path
 
 
-def list_folder(directory):
-    """The names in a folder, in no order."""
-    # blobfile would look at every local file, and fail at a broken link
+def list_folder(directory: str) -> Iterable[str]:
+    """The names in a folder, unordered."""
+    # blobfile would stat() every local file, and fail at a broken link
     return bf.listdir(directory) if is_remote(directory) else os.listdir(directory)
 
 
-def write_files(directory, writers, flush=True):
+def write_files(directory: str, writers: dict[str, Callable[[Any], object]], flush: bool = True) -> None:
     """
-    Write files so that a crash leaves each whole or absent, and a failure changes none.
+    Write a set of files: after a crash each is whole or absent, after an error none has changed.
 
-    All are written under temporary names and flushed, then renamed in order. The last file marks a complete set:
-    the old one is removed first, the new one is renamed last. Its temporary file, once whole, marks a set that only
-    needs renaming: after a crash there, rename_files() completes it.
+    Write all under temporary names, flush, then rename in order. The last file marks a complete set: the old one is
+    removed before the first rename, the new one is renamed last. Its whole temporary file marks a set that only lacks
+    renames, which rename_files() completes after a crash.
 
     :param writers: {file name: function that writes to a binary file}.
-    :param flush: False leaves flushing to the system: ten times faster for small files, but a crash of the machine
-                  may truncate them.
-    :raises InputError: if one cannot be written.
+    :param flush: False skips fsync: ten times faster for small files, but a crash of the machine may truncate them.
+    :raises InputError: if a file cannot be written.
     """
-    staged = {}  # final path -> temporary path, or a buffer for what is not on a local disk
+    staged: dict[str, Any] = {}  # final path -> temporary path, or the content for a URL
     path = bf.join(directory, list(writers)[-1])
     try:
         if len(writers) > 1 and not is_remote(directory) and os.path.lexists(path + TEMPORARY):
-            open(path + TEMPORARY, "wb").close()  # an earlier crash's must not mark the files written now
+            open(path + TEMPORARY, "wb").close()  # one left by a crash must not mark this set
         for name, write in writers.items():
             path = bf.join(directory, name)
             if is_remote(path):
@@ -66,12 +63,12 @@ def write_files(directory, writers, flush=True):
                 if flush:
                     os.fsync(f.fileno())
     except BaseException as e:
-        for temporary in reversed(staged.values()):  # the last, which marks the set, first
+        for temporary in reversed(staged.values()):  # the last marks the set, so it goes first
             if isinstance(temporary, str):
                 with contextlib.suppress(OSError):
                     os.remove(temporary)
-        # torch.save raises RuntimeError for a full disk
-        if isinstance(e, (OSError, RuntimeError)) and not is_loss_of_a_worker(e):
+        # for a full disk torch.save raises RuntimeError
+        if isinstance(e, (OSError, RuntimeError)) and not is_dead_worker_error(e):
             raise _cannot_be_written(path, e) from e
         raise
 
@@ -79,7 +76,7 @@ def write_files(directory, writers, flush=True):
     try:
         if len(staged) > 1 and bf.exists(last):
             if not is_remote(directory):
-                _flush_directory(directory)  # the new files have their temporary names before the old set ends
+                _flush_directory(directory)  # the new set is on disk before the old one ends
             bf.remove(last)
         for path, content in staged.items():
             if is_remote(path):
@@ -91,18 +88,18 @@ def write_files(directory, writers, flush=True):
         rename_files(directory, list(writers), flush)
 
 
-def rename_files(directory, names, flush=True):
+def rename_files(directory: str, names: list[str], flush: bool = True) -> None:
     """
-    Give temporary files in a local folder their names, in order. Files without a temporary one stay.
+    Rename the temporary files of a local folder to their final names, in order. Names without one are skipped.
 
-    :param flush: as of write_files().
-    :raises InputError: if one cannot be renamed.
+    :param flush: as in write_files().
+    :raises InputError: if a file cannot be renamed.
     """
     try:
         for name in names:
             path = os.path.join(directory, name)
             if name == names[-1] and len(names) > 1:
-                _flush_directory(directory)  # the others first: it marks the set
+                _flush_directory(directory)  # the others before the one that marks the set
             if os.path.lexists(path + TEMPORARY):
                 os.replace(path + TEMPORARY, path)
         if flush:
@@ -113,7 +110,7 @@ def rename_files(directory, names, flush=True):
 
 def _cannot_be_written(path, error):
     if isinstance(error.__context__, OSError):
-        error = error.__context__  # torch.save's own words are about its format
+        error = error.__context__  # torch.save's message is about its format
     return InputError(f"{path}: cannot be written ({first_line(error)})")
 
 
@@ -123,7 +120,7 @@ def _flush_directory(directory):
     try:
         os.fsync(fd)
     except OSError as e:
-        if e.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems flush files only
+        if e.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems cannot flush folders
             raise
     finally:
         os.close(fd)
@@ -131,23 +128,23 @@ def _flush_directory(directory):
 
 class FolderLock:
     """
-    A lock on a folder, for one process at a time; it ends with the process, however that ends.
+    An advisory lock on a folder for one process, a file in it. The system releases it when the process ends.
 
-    It is advisory, a file in the folder. Remote folders, and file systems without locks, are not locked.
+    Remote folders, and file systems without locks, are not locked.
     """
 
     NAME = ".lock"
 
-    def __init__(self, directory, patience=10.0):
+    def __init__(self, directory: str, patience: float = 10.0):
         self.directory, self.patience = directory, patience
         self._path = os.path.join(directory, self.NAME)
-        self._descriptor = None
+        self._descriptor: int | None = None
 
-    def acquire(self):
+    def acquire(self) -> None:
         """
-        Take the lock, waiting up to `patience` seconds for another process to end.
+        Take the lock. Wait up to `patience` seconds for another process to release it.
 
-        :raises InputError: if another process keeps it.
+        :raises InputError: if it does not.
         """
         if fcntl is None or is_remote(self.directory):
             return
@@ -155,40 +152,38 @@ class FolderLock:
         while (holder := self._try()) is not None:
             problem = f"{self.directory} is in use by another run ({holder})"
             if time.monotonic() >= end:
-                raise InputError(f"{problem}: stop that one, or take another folder")
+                raise InputError(f"{problem}: stop it, or give another folder")
             if not waiting:
-                with contextlib.suppress(OSError):  # nobody may be there to read it
+                with contextlib.suppress(OSError):  # stdout may be closed
                     print(f"{problem}: waiting for its end", flush=True)
             waiting = True
             time.sleep(0.1)
 
     def _try(self):
-        """:return: who holds the lock; None if this process does now, or if there are no locks here."""
+        """:return: the holder of the lock; None if this process has it now, or nothing can be locked."""
         try:
             os.makedirs(self.directory, exist_ok=True)
             descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
-        except OSError:  # the run's first file will fail likewise, with its own line
+        except OSError:  # the run's first file fails too, and its message is clearer
             return None
         try:
-            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # child processes do not inherit it, as flock()'s
-        except (BlockingIOError, PermissionError):
-            holder = os.pread(descriptor, 1000, 0).decode(errors="replace")
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock()'s, not inherited by child processes
+        except OSError as e:
+            busy = isinstance(e, (BlockingIOError, PermissionError))  # else: a file system without locks
+            holder = (os.pread(descriptor, 1000, 0).decode(errors="replace") or "just started") if busy else None
             os.close(descriptor)
-            return holder or "one that has just begun"
-        except OSError:  # no locks on this file system
-            os.close(descriptor)
-            return None
-        if os.fstat(descriptor).st_nlink == 0:  # removed by its holder, between the two calls
+            return holder
+        if os.fstat(descriptor).st_nlink == 0:  # its holder removed the file between open and lock
             os.close(descriptor)
             return self._try()
         self._descriptor = descriptor
-        with contextlib.suppress(OSError):  # a full disk
+        with contextlib.suppress(OSError):  # the disk may be full
             os.truncate(descriptor, 0)
             os.write(descriptor, f"process {os.getpid()} on {platform.node()}".encode())
         return None
 
-    def release(self):
-        """Give the lock back, if this process has it."""
+    def release(self) -> None:
+        """Release the lock if this process has it."""
         if self._descriptor is not None:
             with contextlib.suppress(OSError):
                 os.remove(self._path)

@@ -1,7 +1,7 @@
 """
-What rows of values and lines of text are written to: the terminal, log.txt, CSV, JSON lines, TensorBoard.
+Outputs of the logger: the terminal, log.txt, CSV, JSON lines, TensorBoard.
 
-Files are appended to, and a crash at any moment costs at most one row.
+Files are appended to. A crash at any moment costs at most one row.
 """
 
 import collections
@@ -13,6 +13,8 @@ import json
 import math
 import os
 import sys
+from collections.abc import Callable
+from typing import Any
 
 from .errors import InputError, first_line
 from .files import write_files
@@ -20,40 +22,40 @@ from .streams import silence
 
 
 class StreamEnded(InputError):
-    """An open stream, such as stdout, takes no more text. The run can do without it; Logger drops it."""
+    """An open stream, such as stdout, accepts no more text. Logger drops it and the run continues."""
 
 
 class KVWriter:
     """An output for rows of values."""
 
-    damage = None  # what was wrong with an existing file, until it is logged
+    damage: str | None = None  # damage found in an existing file, until it is logged
 
-    def writekvs(self, kvs):
+    def writekvs(self, kvs: dict[str, Any]) -> None:
         raise NotImplementedError
 
-    def drop_from(self, key, value, unless_above=math.inf):
-        """Remove the rows whose `key` is a number >= value; none if there is one > unless_above."""
+    def drop_from(self, key: str, value: float, unless_above: float = math.inf) -> None:
+        """Remove the rows whose `key` is a number >= value, unless one of them is > unless_above."""
 
-    def writeimage(self, key, pixels, step):
-        """Show a picture, uint8 [h, w, 1 or 3], where the output can."""
+    def writeimage(self, key: str, pixels: Any, step: int) -> None:
+        """Show a picture, uint8 [h, w, 1 or 3]. By default ignored."""
 
-    def close(self):
-        """Nothing to close, unless a subclass holds something open."""
+    def close(self) -> None:
+        """Close open files. By default there are none."""
 
 
 class SeqWriter:
     """An output for lines of text."""
 
-    def writeseq(self, seq):
+    def writeseq(self, seq: list[str]) -> None:
         raise NotImplementedError
 
 
 class HumanOutputFormat(KVWriter, SeqWriter):
     """
-    Boxed tables and lines of text, for reading.
+    Boxed tables and lines of text.
 
-    :param filename_or_file: a path, appended to, or an open text file, which close() leaves open.
-    :raises StreamEnded: from writes, if the open file takes no more; InputError if the path does not.
+    :param filename_or_file: a path to append to, or an open text file, which close() leaves open.
+    :raises StreamEnded: from writes, if the open file fails; InputError if the file at the path does.
     """
 
     def __init__(self, filename_or_file):
@@ -73,22 +75,18 @@ class HumanOutputFormat(KVWriter, SeqWriter):
 
     def writeseq(self, seq):
         encoding = getattr(self.file, "encoding", None) or "utf-8"
-        # names of files may be no text; what cannot be shown is escaped
+        # file names may hold bytes that are not text
         text = (" ".join(seq) + "\n").encode(encoding, "backslashreplace").decode(encoding)
         try:
-            with self._beside_a_bar():
+            tqdm = None if self.own_file else sys.modules.get("tqdm")  # clears its bar around text on the same stream
+            with tqdm.tqdm.external_write_mode(self.file) if tqdm else contextlib.nullcontext():
                 self.file.write(text)
                 self.file.flush()
-        except (OSError, ValueError) as e:  # the second for a file that is closed
+        except (OSError, ValueError) as e:  # ValueError for a closed file
             if self.file in (sys.stdout, sys.stderr):
                 silence(self.file)
             kind = InputError if self.own_file else StreamEnded
             raise kind(f"{getattr(self.file, 'name', 'the log')}: cannot be written ({first_line(e)})") from None
-
-    def _beside_a_bar(self):
-        """A progress bar on the same terminal makes room for the text."""
-        tqdm = sys.modules.get("tqdm")
-        return tqdm.tqdm.external_write_mode(self.file) if tqdm and not self.own_file else contextlib.nullcontext()
 
     def close(self):
         if self.own_file:
@@ -96,7 +94,7 @@ class HumanOutputFormat(KVWriter, SeqWriter):
 
 
 class JSONOutputFormat(KVWriter):
-    """One JSON object per line, keys in the order of logging. The file is open only during a write."""
+    """One JSON object per line, keys in order of logging. The file is open only during a write."""
 
     def __init__(self, filename):
         self.filename = os.path.abspath(filename)
@@ -106,22 +104,22 @@ class JSONOutputFormat(KVWriter):
         _append(self.filename, json.dumps(plain(kvs), default=str) + "\n")
 
     def drop_from(self, key, value, unless_above=math.inf):
-        """Lines that are no JSON objects go too."""
+        """Drop damaged lines too."""
         lines = _lines(self.filename)
-        rows = [_json_object(line) for line in lines]
-        whole = [(line, row) for line, row in zip(lines, rows, strict=True) if row is not None]
+        rows = {line: row for line in lines if (row := _json_object(line)) is not None}
+        whole = [line for line in lines if line in rows]
         if len(whole) < len(lines):
             self.damage = _set_aside(self.filename, len(lines) - len(whole))
-        kept = _rows_kept([line for line, _ in whole], [row.get(key) for _, row in whole], value, unless_above)
+        kept = _rows_kept(whole, [rows[line].get(key) for line in whole], value, unless_above)
         _replace(self.filename, b"".join(line + b"\n" for line in kept))
 
 
 class CSVOutputFormat(KVWriter):
     """
-    A header, then a row per dump. An existing file's columns stay; a new key becomes a column at the right.
+    A header, then a row per dump. An existing file keeps its columns; new keys are appended as columns.
 
-    The file is open only during a write, so that os.replace() never leaves a stale handle. Damaged lines of an existing
-    file are dropped; a copy of the file is kept beside it.
+    The file is open only during a write, so os.replace() leaves no stale handle. Damaged lines of an existing file are
+    dropped, after a copy of the file.
     """
 
     def __init__(self, filename):
@@ -146,14 +144,14 @@ class CSVOutputFormat(KVWriter):
             self._rewrite(keys, _rows_kept(rows, values, value, unless_above))
 
     def _read(self):
-        """The columns' names, and the rows as lists of cells; a row may end early."""
+        """The names of the columns, and the rows as lists of cells, possibly shorter than the header."""
         lines = _lines(self.filename)
         if not lines:
             return [], []
         header, *rows = map(_csv_cells, lines)
-        # of a damaged header, the names that are left
+        # a damaged header keeps its readable names
         keys = lines[0].decode(errors="replace").replace("\0", "?").split(",") if header is None else header
-        # most rows are whole and of one length: where they are longer than the header, it has lost a comma
+        # most rows have the same length; a shorter header has lost a comma
         usual = collections.Counter(len(row) for row in rows if row is not None).most_common(1)
         keys = keys + [f"column {i + 1}" for i in range(len(keys), usual[0][0] if usual else 0)]
         whole = [row for row in rows if row is not None and len(row) <= len(keys)]
@@ -170,9 +168,7 @@ class CSVOutputFormat(KVWriter):
 
 class TensorBoardOutputFormat(KVWriter):
     """
-    Scalars in an event file in dir; values that are not numbers are left out.
-
-    A row's step is its "step", else the last row's plus one.
+    Scalars in an event file in dir; other values are skipped. A row's step is its "step", else the previous one + 1.
 
     :raises InputError: if TensorBoard is not installed.
     """
@@ -181,9 +177,8 @@ class TensorBoardOutputFormat(KVWriter):
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as e:
-            raise InputError(
-                "OPENAI_LOG_FORMAT tensorboard needs the extra: pip install improved-diffusion[tensorboard]"
-            ) from e
+            install = "pip install improved-diffusion[tensorboard]"
+            raise InputError(f"OPENAI_LOG_FORMAT tensorboard needs TensorBoard: {install}") from e
         self.writer = SummaryWriter(dir)
         self.step = 0
 
@@ -203,7 +198,7 @@ class TensorBoardOutputFormat(KVWriter):
         self.writer.close()
 
 
-FILE_FORMATS = {  # name: writer, and its file's name around the suffix
+FILE_FORMATS: dict[str, tuple[Callable[[str], Any], str]] = {  # name: (writer, file name with the suffix)
     "log": (HumanOutputFormat, "log{}.txt"),
     "csv": (CSVOutputFormat, "progress{}.csv"),
     "json": (JSONOutputFormat, "progress{}.json"),
@@ -211,27 +206,28 @@ FILE_FORMATS = {  # name: writer, and its file's name around the suffix
 }
 
 
-def make_output_format(format, ev_dir, log_suffix=""):
+def make_output_format(format: str, ev_dir: str, log_suffix: str = ""):
     """
-    Open the output "stdout", or one of FILE_FORMATS in the directory ev_dir, which is created.
+    Open "stdout" or one of FILE_FORMATS in the directory ev_dir, which is created.
 
-    :raises InputError: (a ValueError) for any other name, or if the format's library is missing.
+    :raises InputError: for any other name, or if the format's library is missing.
     """
     check_format(format)
     os.makedirs(ev_dir, exist_ok=True)
     if format == "stdout":
-        return HumanOutputFormat(sys.stdout or io.StringIO())  # None if it was closed before Python began
+        return HumanOutputFormat(sys.stdout or io.StringIO())  # None if closed before Python started
     writer, name = FILE_FORMATS[format]
     return writer(os.path.join(ev_dir, name.format(log_suffix)))
 
 
-def check_format(name):
+def check_format(name: str) -> None:
+    """:raises InputError: if `name` is not an output format."""
     if name != "stdout" and name not in FILE_FORMATS:
         raise InputError(f"unknown log format {name!r}: not one of stdout, {', '.join(FILE_FORMATS)}")
 
 
-def plain(kvs):
-    """A copy of a dict with numpy scalars and one-element tensors as Python floats."""
+def plain(kvs: dict[str, Any]) -> dict[str, Any]:
+    """Copy a dict, with numpy scalars and one-element tensors as Python floats."""
 
     def unwrapped(val):
         if not hasattr(val, "dtype") or math.prod(val.shape) != 1:
@@ -243,15 +239,15 @@ def plain(kvs):
 
 
 def _rows_kept(rows, values, least, unless_above):
-    """The rows whose value is not a number >= least; all of them if there is a number > unless_above."""
+    """The rows whose value is not a number >= least; all rows if any value is > unless_above."""
     numbers = [number(value) for value in values]
     if any(number > unless_above for number in numbers):
         return rows
     return [row for row, number in zip(rows, numbers, strict=True) if not number >= least]
 
 
-def number(val):
-    """val as a float; NaN, which is >= nothing, where it is no number."""
+def number(val: Any) -> float:
+    """val as a float; NaN, which is never >= a number, if it is not a number."""
     try:
         return float(val)
     except (TypeError, ValueError, OverflowError):
@@ -268,12 +264,12 @@ def _csv_line(row, keys):
         row = [row.get(key, "") for key in keys]
     text = io.StringIO()
     csv.writer(text, lineterminator="").writerow([*row, *[""] * (len(keys) - len(row))])
-    # a crash inside a value with line breaks would leave a line that passes for a whole row
+    # a crash within a multi-line value would leave what looks like a whole row
     return " ".join(text.getvalue().splitlines()) + "\n"
 
 
 def _csv_cells(line):
-    """The cells in a line of bytes, None if it is damaged."""
+    """The cells of a line (bytes); None if it is damaged."""
     try:
         rows = list(csv.reader([line.decode()], strict=True))
     except (UnicodeDecodeError, csv.Error):
@@ -282,7 +278,7 @@ def _csv_cells(line):
 
 
 def _json_object(line):
-    """The object in a line of bytes, None if there is none."""
+    """The JSON object in a line (bytes); None if it is damaged."""
     try:
         row = json.loads(line.decode())
     except (ValueError, RecursionError):
@@ -299,25 +295,25 @@ def _append(path, text):
 
 
 def _drop_cut_line(path):
-    """Take off a last line without its newline, which a crash cut short. Makes the file if there is none."""
+    """Remove a last line without newline, cut off by a crash. Create the file if it is missing."""
     with open(path, "ab+") as f:
         f.seek(0)
         f.truncate(f.read().rfind(b"\n") + 1)
 
 
 def _lines(path):
-    """The lines of a file, as bytes, without empty ones."""
+    """The non-empty lines of a file, as bytes."""
     with open(path, "rb") as f:
         return [line for line in f.read().split(b"\n") if line.strip()]
 
 
 def _set_aside(path, count):
-    """Keep a copy of a file with `count` damaged lines; return a line about it."""
-    names = itertools.chain([path + ".damaged"], (f"{path}.damaged{i}" for i in itertools.count(2)))
+    """Copy a file with `count` damaged lines; return a message about it."""
+    names = (f"{path}.damaged{i if i > 1 else ''}" for i in itertools.count(1))
     copy = next(name for name in names if not os.path.lexists(name))
     with open(path, "rb") as f:
         _replace(copy, f.read())
-    return f"{path}: {count} damaged line{'s' if count > 1 else ''} dropped; the file as it was is {copy}"
+    return f"{path}: {count} damaged line{'s' if count > 1 else ''} dropped; the damaged file is kept as {copy}"
 
 
 def _replace(path, content):

@@ -1,74 +1,66 @@
-"""Progress: a bar on a terminal; without one, a line a minute."""
+"""Progress: a bar on a terminal, otherwise a line per minute."""
 
 import sys
 import time
-
-from .streams import Unfailing
+from collections.abc import Callable
 
 SECONDS_BETWEEN_LINES = 60
 
 
 class Progress:
     """
-    :param what: for "sampling: 120 of 4000 steps".
-    :param total: units in all, None for no end.
-    :param unit: what is counted, in the plural.
-    :param say: takes the lines; None for no lines.
+    Count units of work, and show them.
+
+    :param what: the work, as in "sampling: 120 of 4000 steps".
+    :param total: number of units; None if unknown.
+    :param unit: name of the units, plural.
+    :param say: prints a line; None for no lines. Without a total there are none.
     :param done: units done before.
-    :param show: False shows nothing: for ranks other than 0.
+    :param show: False on ranks other than 0: show nothing.
     """
 
-    def __init__(self, what, total, unit, say, done=0, show=True):
+    def __init__(self, what: str, total: int | None, unit: str, say: Callable | None, done: int = 0, show: bool = True):
         self.what, self.total, self.unit, self.done = what, total, unit, done
-        self._start, self._first = time.monotonic(), done
-        self._last_line = self._start
-        self._rated = self._start, done
+        self._start = self._last_line = time.monotonic()
+        self._first = done
+        self._rated = self._start, done  # time and units at the last rate()
         self._bar, self._say = None, say if show else None
         if show and sys.stderr is not None and sys.stderr.isatty():
             from tqdm import tqdm
 
-            self._bar = tqdm(
-                desc=what,
-                total=total,
-                unit=f" {unit}",
-                initial=done,
-                dynamic_ncols=True,
-                smoothing=0.1,
-                file=Unfailing(sys.stderr),  # a terminal may be closed while the run continues
-            )
+            look = dict(dynamic_ncols=True, smoothing=0.1)
+            self._bar = tqdm(desc=what, total=total, unit=f" {unit}", initial=done, **look)
 
-    def update(self, n=1):
+    def update(self, n: int = 1) -> None:
         """Count n more units."""
         self.done += n
         if self._bar is not None:
             self._bar.update(n)
         now = time.monotonic()
-        if self._bar is None and self._say and now - self._last_line >= SECONDS_BETWEEN_LINES:
+        if self._bar is None and self._say and self.total and now - self._last_line >= SECONDS_BETWEEN_LINES:
             self._last_line = now
-            self._say(f"{self.what}: {self.done} of {self.total} {self.unit}, {self._left(now)} left")
+            seconds = (now - self._start) / (self.done - self._first) * (self.total - self.done)
+            left = f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
+            self._say(f"{self.what}: {self.done} of {self.total} {self.unit}, {left} left")
 
-    def reach(self, done):
-        """Count up to `done` units in all."""
+    def reach(self, done: int) -> None:
+        """Set the count to `done`, unless it is higher."""
         if done > self.done:
             self.update(done - self.done)
 
-    def rate(self):
-        """Units a second since the last call."""
+    def rate(self) -> float:
+        """Units per second since the last call."""
         now = time.monotonic()
         then, done = self._rated
         self._rated = now, self.done
         return (self.done - done) / max(now - then, 1e-9)
 
-    def show(self, **values):
-        """Numbers beside the bar."""
+    def show(self, **values: float) -> None:
+        """Show numbers after the bar."""
         if self._bar is not None:
             self._bar.set_postfix({name: f"{value:.3g}" for name, value in values.items()}, refresh=False)
 
-    def _left(self, now):
-        seconds = (now - self._start) / (self.done - self._first) * (self.total - self.done)
-        return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
-
-    def close(self):
+    def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
 
@@ -79,8 +71,8 @@ class Progress:
         self.close()
 
 
-def counting_calls(model, progress):
-    """A function that calls the model and counts each call as one unit of progress."""
+def count_calls(model: Callable, progress: Progress) -> Callable:
+    """Wrap a model so that each call counts as one unit of progress."""
 
     def call(*args, **kwargs):
         out = model(*args, **kwargs)

@@ -1,9 +1,10 @@
-"""Files of tensors, such as checkpoints, decoded without running code."""
+"""Decode files of tensors, such as checkpoints, without running code."""
 
 import io
 import pickle
 import warnings
 import zipfile
+from typing import Any
 
 import blobfile as bf
 import torch as th
@@ -11,19 +12,18 @@ import torch as th
 from .errors import FileAccessError, InputError, first_line
 
 
-def read_state_dict(path, **kwargs):
+def read_state_dict(path: str, **kwargs) -> Any:
     """
-    Read a file of tensors and plain values, never of code.
+    Read a file of tensors and plain values.
 
-    :param path: a local path or any URL that blobfile reads.
-    :param kwargs: for torch.load, such as map_location (by default, without a GPU: the CPU).
-    :raises InputError: if there is no such file, or it is not a checkpoint, or is damaged,
-                        or holds objects whose loading could run code.
+    :param path: a local path or a URL for blobfile.
+    :param kwargs: for torch.load, such as map_location (default without a GPU: the CPU).
+    :raises InputError: if the file is missing, damaged, not a checkpoint, or could run code.
     """
     return decode(path, read_bytes(path), **kwargs)
 
 
-def read_bytes(path):
+def read_bytes(path: str) -> bytes:
     """:raises InputError: if the file cannot be read; a FileAccessError if the system refuses or fails."""
     try:
         with bf.BlobFile(path, "rb") as f:
@@ -38,9 +38,9 @@ def read_bytes(path):
         raise FileAccessError(f"{path}: cannot be read ({first_line(e)})") from None
 
 
-def decode(path, data, **kwargs):
+def decode(path: str, data: bytes, **kwargs) -> Any:
     """
-    read_state_dict() of bytes.
+    Decode bytes as read_state_dict() does.
 
     :param path: for messages.
     """
@@ -49,18 +49,17 @@ def decode(path, data, **kwargs):
     f = io.BytesIO(data)
     try:
         if zipfile.is_zipfile(f) and zipfile.ZipFile(f).testzip():
-            raise ValueError("a tensor's checksum is wrong")  # torch does not verify it
+            raise ValueError("checksum mismatch")  # torch does not verify it
         f.seek(0)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's, about pickles that it then refuses
+            warnings.simplefilter("ignore")  # torch warns of pickles before it refuses them
             return th.load(f, **{"weights_only": True, **kwargs})
     except (th.OutOfMemoryError, MemoryError):
-        raise  # the file is not to blame
-    except pickle.UnpicklingError as e:
-        if "GLOBAL" in str(e) or "unrecognized function" in str(e):
-            raise InputError(
-                f"{path}: refused, since it holds more than tensors and plain values and loading it could run code"
-            ) from None
-        raise InputError(f"{path}: not a checkpoint (a file that torch.save wrote)") from None
-    except Exception:  # the readers raise anything for a truncated file or another format
-        raise InputError(f"{path}: not a checkpoint (a file that torch.save wrote), or damaged") from None
+        raise  # the file may be intact
+    except Exception as e:  # the readers raise anything for a truncated file or another format
+        text = str(e) if isinstance(e, pickle.UnpicklingError) else ""
+        if "GLOBAL" in text or "unrecognized function" in text:
+            problem = "refused: it holds more than tensors and plain values, and loading it could run code"
+        else:
+            problem = "not a checkpoint (a file written by torch.save), or damaged"
+        raise InputError(f"{path}: {problem}") from None

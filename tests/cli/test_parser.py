@@ -220,10 +220,10 @@ def test_run_of_one_of_several_ranks_ends_at_once(monkeypatch, capfd, left, erro
     class Ended(BaseException):
         pass
 
-    def end_at_once(status):
+    def exit_at_once(status):
         raise Ended(status)
 
-    monkeypatch.setattr(dist_util, "end_at_once", end_at_once)
+    monkeypatch.setattr(dist_util, "exit_at_once", exit_at_once)
     monkeypatch.setattr(dist_util, "world_size", lambda: 2)
     with pytest.raises(Ended) as info:
         run(lambda: raise_(error))

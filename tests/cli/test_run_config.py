@@ -104,7 +104,7 @@ def test_flags_that_are_given_win_with_a_warning_for_each_that_contradicts(run):
 @pytest.mark.parametrize(
     ("name", "warning"),
     [
-        ("model000100.pt", "raw weights; an ema_ file"),
+        ("model000100.pt", "raw weights"),
         ("ema_0.9_000009.pt", "averages over about 10 steps, but has seen 9"),
         ("ema_0.9999_009999.pt", "averages over about 10000 steps, but has seen 9999"),
         ("ema_0.9_000010.pt", None),

@@ -136,7 +136,7 @@ def test_signals_where_their_senders_are_not_known(monkeypatch):
     monkeypatch.delattr(signal, "sigtimedwait", raising=False)
     before, threads = signal.getsignal(signal.SIGINT), threading.active_count()
     try:
-        loader._leave_signals_to_the_parent(0)
+        loader._ignore_signals(0)
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
         assert (
             signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, []) and threading.active_count() == threads
@@ -247,9 +247,9 @@ def test_a_loaded_state_flips_on_exactly(before, workers):
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        (dict(dataset=Identity(9)), "num_images was 8 then and is 9 now"),
-        (dict(batch_size=3), "batch_size was 2 then and is 3 now"),
-        (dict(shuffle=False), "shuffle was True then and is False now"),
+        (dict(dataset=Identity(9)), "num_images was 8 .* is 9"),
+        (dict(batch_size=3), "batch_size was 2 .* is 3"),
+        (dict(shuffle=False), "shuffle was True .* is False"),
     ],
 )
 def test_a_state_of_other_data_is_refused_with_the_numbers(other, message):

@@ -253,7 +253,7 @@ def longer_labels(path):
         archive.writestr("classes.npy", member.getvalue())
 
 
-NOT_WHOLE = ["not a whole set of packed images", "prepare.py"]
+NOT_WHOLE = ["not packed images", "prepare.py"]
 
 
 @pytest.mark.parametrize(

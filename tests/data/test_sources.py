@@ -324,7 +324,7 @@ def test_in_a_process_of_its_own(tmp_path):
 CIFAR_RIGHT = ["cifar-10-python.tar.gz", "cifar-10-batches-py"]
 ROWS = np.zeros((4, 3072), np.uint8)
 VAL = imagenet(0)["data"]
-NOT_WHOLE = ["val_data.npz: not a whole npz file of data and labels"]
+NOT_WHOLE = ["val_data.npz: not an npz file"]
 
 
 def damaged(write, change, file=""):
@@ -391,8 +391,8 @@ REFUSED = [  # source, function that makes "src", what the line holds
     ("cifar10", damaged(write_cifar, lambda content: flipped(content, -8)), ["cannot be read (CRC check failed"]),
     ("cifar10", damaged(write_cifar, lambda content: flipped(content, len(content) // 2)), []),
     ("cifar10", cifar_with(test_batch=None), ["holds no test_batch;"]),
-    ("cifar10", cifar_with(test_batch=b"x"), ["test_batch: not a whole pickle"]),
-    ("cifar10", cifar_with(data_batch_2=cifar()["data_batch_2"][:-9]), ["data_batch_2: not a whole pickle"]),
+    ("cifar10", cifar_with(test_batch=b"x"), ["test_batch: "]),
+    ("cifar10", cifar_with(data_batch_2=cifar()["data_batch_2"][:-9]), ["data_batch_2: "]),
     ("cifar10", cifar_with(test_batch=pickle.dumps({"data": os.system})), ["test_batch: ", "asks for posix.system"]),
     ("cifar10", cifar_with(test_batch=batch(labels=[1] * 4)), ["test_batch: data is NoneType", "uint8", "(4, 3072)"]),
     ("cifar10", cifar_with(test_batch=batch(data=ROWS)), ["test_batch: labels", "from 0 to 9"]),
@@ -415,8 +415,8 @@ REFUSED = [  # source, function that makes "src", what the line holds
     ("imagenet64", folder_with(**{"val_data.npz": b""}), NOT_WHOLE),
     ("imagenet64", lambda path: (path / "val_data.npz").mkdir(parents=True), [*NOT_WHOLE, "directory"]),
     ("imagenet64", folder_with(**{"val_data.npz": VAL.tobytes()}), NOT_WHOLE),
-    ("imagenet64", folder_with(val_data=b"no pickle"), ["val_data: not a whole pickle"]),
-    ("imagenet64", lambda path: (path / "val_data").mkdir(parents=True), ["val_data: not a whole pickle", "directory"]),
+    ("imagenet64", folder_with(val_data=b"no pickle"), ["val_data: "]),
+    ("imagenet64", lambda path: (path / "val_data").mkdir(parents=True), ["val_data: ", "directory"]),
     ("imagenet64", folder_with(val_data=pickle.dumps({"a": os.system})), ["asks for posix.system"]),
     ("imagenet64", val_damaged(lambda content: content[:-1]), NOT_WHOLE),
     ("imagenet64", val_damaged(lambda content: content[: len(content) // 2]), NOT_WHOLE),
@@ -441,7 +441,7 @@ REFUSED = [  # source, function that makes "src", what the line holds
         for value in (b"", b"no image", encoded(0)[:-90], encoded(1)[:-90])
     ],
     ("images", lambda path: None, ["no such folder"]),
-    ("images", lambda path: path.touch(), ["not a whole set of packed images"]),
+    ("images", lambda path: path.touch(), ["not packed images"]),
     ("images", lambda path: path.mkdir(), ["no images", "jpg, jpeg, png, gif"]),
     ("images", also(write_folder, lambda p: (p / "b_004.png").write_bytes(b"")), ["src/b_004.png: cannot be read as"]),
 ]
@@ -554,19 +554,19 @@ class Call:
 def test_a_pickle_may_ask_for_nothing_but_arrays(monkeypatch, tmp_path, call, asks_for, protocol):
     monkeypatch.chdir(tmp_path)
     for content in (call, {"data": call}, {"data": [ARRAY, call]}):
-        with pytest.raises(InputError, match=rf"^a: batch: not a whole pickle.*\(it asks for ({asks_for}), "):
+        with pytest.raises(InputError, match=rf"^a: batch: .*\(it asks for ({asks_for})\b"):
             load(pickle.dumps(content, protocol))
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("content", [b"", b"no pickle", pickle.dumps([1, 2]), pickle.dumps(ARRAY)])
 def test_other_content_is_refused_in_one_line(content):
-    with pytest.raises(InputError, match=r"^a: batch: not a whole pickle of a dict of arrays \(.+\)$"):
+    with pytest.raises(InputError, match=r"^a: batch: .*\(.+\)$"):
         load(content)
 
 
 def test_a_file_that_cannot_be_opened(tmp_path):
-    with pytest.raises(InputError, match=r"a: not a whole pickle .*No such file"):
+    with pytest.raises(InputError, match=r"^a: .*No such file"):
         load_pickle(functools.partial(open, tmp_path / "a", "rb"), "a")
 
 

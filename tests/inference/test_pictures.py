@@ -4,16 +4,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from improved_diffusion.inference.pictures import COLUMNS, GAP, LEAST, ROWS, grid, sample_names, write_pngs
+from improved_diffusion.inference.pictures import COLUMNS, GAP, MIN_SIZE, ROWS, grid, sample_names, write_pngs
 from improved_diffusion.utils.errors import InputError
 
 
-def numbered(count, size=LEAST, channels=3):
+def numbered(count, size=MIN_SIZE, channels=3):
     """Image i is filled with the number i."""
     return np.broadcast_to(np.arange(count, dtype=np.uint8)[:, None, None, None], (count, size, size, channels))
 
 
-def numbers_in(picture, size=LEAST):
+def numbers_in(picture, size=MIN_SIZE):
     """Rows of what the cells are filled with; None for white ones."""
     cell = size + GAP
     rows = [range(GAP, side - GAP, cell) for side in picture.shape[:2]]

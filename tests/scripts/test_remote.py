@@ -138,4 +138,4 @@ def test_a_remote_folder_is_packed_into_a_local_one(tmp_path, bucket, capfd):
     (tmp_path / "a.packed").rename(bucket / "a.packed")
     capfd.readouterr()
     assert train(tmp_path / "log", data_dir=f"{BUCKET}/a.packed", num_workers=0) == 2
-    assert f"{BUCKET}/a.packed: packed images are mapped from a local disk" in capfd.readouterr().err
+    assert f"{BUCKET}/a.packed: packed images" in capfd.readouterr().err

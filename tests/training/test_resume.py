@@ -101,8 +101,8 @@ def test_optimizer_of_another_precision(tmp_path, before):
     "count, batch_size, warning",
     [
         (7, 3, None),
-        (7, 2, "the data cannot continue where it was: batch_size was 3 then and is 2 now"),
-        (9, 3, "the data cannot continue where it was: num_images was 7 then and is 9 now"),
+        (7, 2, "batch_size was 3"),
+        (9, 3, "num_images was 7"),
     ],
 )
 def test_other_data(tmp_path, seven_images, count, batch_size, warning):
@@ -115,7 +115,8 @@ def test_other_data(tmp_path, seven_images, count, batch_size, warning):
         num_workers=0,
     )
     loop, lines = resume(tmp_path / "run", data=new, batch_size=batch_size, max_steps=4)
-    assert [line for line in lines if "cannot continue" in line] == ([warning] if warning else [])
+    warnings = [line for line in lines if "cannot continue" in line]
+    assert len(warnings) == bool(warning) and all(warning in line for line in warnings)
     assert loop.step == 4 and "model000004.pt" in checkpoint_names(tmp_path / "run")
 
 
@@ -164,7 +165,7 @@ def test_another_number_of_ranks(tmp_path, seven_images):
         with logger.scoped_configure(dir=str(tmp_path / "new"), format_strs=["log"]):
             loop = make_loop(resume_checkpoint=str(tmp_path / "model000003.pt"))
         drawn.append([th.rand(1).item(), np.random.rand()])
-        dist_util.seed_anew(3)
+        dist_util.reseed(3)
         assert [th.rand(1).item(), np.random.rand()] == drawn[-1]
         assert loop.step == 3
         for key, table in loop._statistics.state_dict().items():

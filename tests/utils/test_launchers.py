@@ -143,13 +143,13 @@ def group(monkeypatch):
 MPI_LIBRARIES = {OPEN_MPI: "Open MPI v5.0.8, package: Open MPI", MPICH: "MPICH Version:      4.3.2\nMPICH Release date"}
 
 
-def use_mpi(monkeypatch, rank, size, from_rank_0=None, nodes=1, library=MPI_LIBRARIES[MPICH]):
+def use_mpi(monkeypatch, rank, size, broadcast_from_rank_0=None, nodes=1, library=MPI_LIBRARIES[MPICH]):
     """mpi4py for a world of its own. :return: what rank 0 tells the others."""
     told = []
 
     def bcast(outcome):
         told.append(outcome[0])
-        return (from_rank_0, None) if from_rank_0 else outcome
+        return (broadcast_from_rank_0, None) if broadcast_from_rank_0 else outcome
 
     node = types.SimpleNamespace(Get_size=lambda: size // nodes)
     comm = types.SimpleNamespace(
