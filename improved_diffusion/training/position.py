@@ -1,6 +1,5 @@
 """Where a run is: how many updates it has made, what its next checkpoint is called, and when that is due."""
 
-import math
 from dataclasses import dataclass
 
 
@@ -64,4 +63,5 @@ class Position:
         :param last: the step that the run ends at; None for no end.
         """
         wait = -self.step % interval or interval * self.is_at_source()
-        return max(self.label(), min(self.label() + wait, math.inf if last is None else last))
+        following = self.label() + wait
+        return following if last is None else max(self.label(), min(following, last))

@@ -110,7 +110,9 @@ def infer_architecture(shapes: dict[str, tuple]) -> dict[str, Any] | None:
         # a smaller image beside it doubles the 1 or 3 channels
         super_resolution = inputs % 2 == 0
         image_channels = inputs // 2 if super_resolution else inputs
-        widths, blocks, attention, level = [], [], set(), 0
+        widths: list[int] = []
+        blocks: list[int] = []
+        attention, level = set(), 0
         for i in itertools.count(1):
             if f"input_blocks.{i}.0.op.weight" in shapes:
                 level += 1
