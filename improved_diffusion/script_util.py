@@ -9,7 +9,7 @@ import dataclasses
 import inspect  # noqa: F401 (the original offers it by star import)
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from . import gaussian_diffusion as gd
@@ -54,10 +54,12 @@ def _defaults(*groups):
 
 
 def create_model_and_diffusion(
-    image_size, class_cond, learn_sigma, sigma_small, num_channels, num_res_blocks, num_heads, num_heads_upsample,
-    attention_resolutions, dropout, diffusion_steps, noise_schedule, timestep_respacing, use_kl, predict_xstart,
-    rescale_timesteps, rescale_learned_sigmas, use_checkpoint, use_scale_shift_norm, num_classes=None, image_channels=3,
-    channel_mult="",
+    image_size: int, class_cond: bool, learn_sigma: bool, sigma_small: bool, num_channels: int, num_res_blocks: int,
+    num_heads: int, num_heads_upsample: int, attention_resolutions: str | Sequence[int], dropout: float,
+    diffusion_steps: int, noise_schedule: str, timestep_respacing: str | int | Sequence[int], use_kl: bool,
+    predict_xstart: bool, rescale_timesteps: bool, rescale_learned_sigmas: bool, use_checkpoint: bool,
+    use_scale_shift_norm: bool, num_classes: int | None = None, image_channels: int = 3,
+    channel_mult: str | Sequence[float] = "",
 ) -> tuple[UNetModel, SpacedDiffusion]:  # fmt: skip
     """
     A model and its diffusion. Parameters as in create_model() and create_gaussian_diffusion().
@@ -78,10 +80,12 @@ def create_model_and_diffusion(
 
 
 def sr_create_model_and_diffusion(
-    large_size, small_size, class_cond, learn_sigma, num_channels, num_res_blocks, num_heads, num_heads_upsample,
-    attention_resolutions, dropout, diffusion_steps, noise_schedule, timestep_respacing, use_kl, predict_xstart,
-    rescale_timesteps, rescale_learned_sigmas, use_checkpoint, use_scale_shift_norm, num_classes=None, image_channels=3,
-    channel_mult="", sigma_small=False,
+    large_size: int, small_size: int, class_cond: bool, learn_sigma: bool, num_channels: int, num_res_blocks: int,
+    num_heads: int, num_heads_upsample: int, attention_resolutions: str | Sequence[int], dropout: float,
+    diffusion_steps: int, noise_schedule: str, timestep_respacing: str | int | Sequence[int], use_kl: bool,
+    predict_xstart: bool, rescale_timesteps: bool, rescale_learned_sigmas: bool, use_checkpoint: bool,
+    use_scale_shift_norm: bool, num_classes: int | None = None, image_channels: int = 3,
+    channel_mult: str | Sequence[float] = "", sigma_small: bool = False,
 ) -> tuple[SuperResModel, SpacedDiffusion]:  # fmt: skip
     """A super-resolution model and its diffusion. Parameters as in create_model_and_diffusion()."""
     diffusion = create_gaussian_diffusion(
@@ -98,8 +102,9 @@ def sr_create_model_and_diffusion(
 
 
 def create_model(
-    image_size, num_channels, num_res_blocks, learn_sigma, class_cond, use_checkpoint, attention_resolutions, num_heads,
-    num_heads_upsample, use_scale_shift_norm, dropout, num_classes=None, image_channels=3, channel_mult="",
+    image_size: int, num_channels: int, num_res_blocks: int, learn_sigma: bool, class_cond: bool, use_checkpoint: bool,
+    attention_resolutions: str | Sequence[int], num_heads: int, num_heads_upsample: int, use_scale_shift_norm: bool,
+    dropout: float, num_classes: int | None = None, image_channels: int = 3, channel_mult: str | Sequence[float] = "",
 ) -> UNetModel:  # fmt: skip
     """
     A U-Net for images [N, image_channels, image_size, image_size].
@@ -119,9 +124,10 @@ def create_model(
 
 
 def sr_create_model(
-    large_size, small_size, num_channels, num_res_blocks, learn_sigma, class_cond, use_checkpoint,
-    attention_resolutions, num_heads, num_heads_upsample, use_scale_shift_norm, dropout, num_classes=None,
-    image_channels=3, channel_mult="",
+    large_size: int, small_size: int, num_channels: int, num_res_blocks: int, learn_sigma: bool, class_cond: bool,
+    use_checkpoint: bool, attention_resolutions: str | Sequence[int], num_heads: int, num_heads_upsample: int,
+    use_scale_shift_norm: bool, dropout: float, num_classes: int | None = None, image_channels: int = 3,
+    channel_mult: str | Sequence[float] = "",
 ) -> SuperResModel:  # fmt: skip
     """create_model() at large_size, with low-resolution images of any size as second input."""
     return _create_unet(
@@ -205,8 +211,9 @@ def _check_heads(name, heads, widths):
 
 
 def create_gaussian_diffusion(
-    *, steps=1000, learn_sigma=False, sigma_small=False, noise_schedule="linear", use_kl=False, predict_xstart=False,
-    rescale_timesteps=False, rescale_learned_sigmas=False, timestep_respacing="",
+    *, steps: int = 1000, learn_sigma: bool = False, sigma_small: bool = False, noise_schedule: str = "linear",
+    use_kl: bool = False, predict_xstart: bool = False, rescale_timesteps: bool = False,
+    rescale_learned_sigmas: bool = False, timestep_respacing: str | int | Sequence[int] = "",
 ) -> SpacedDiffusion:  # fmt: skip
     """
     A diffusion process, and what its model predicts and minimises.

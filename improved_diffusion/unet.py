@@ -259,7 +259,7 @@ class UNetModel(nn.Module):
             )  # fmt: skip
 
         def res_and_attention(level, channels, out_channels, num_heads):
-            layers: list[nn.Module] = [res_block(channels, out_channels)]
+            layers = [res_block(channels, out_channels)]
             if 2**level in attention_resolutions:
                 layers.append(AttentionBlock(out_channels, num_heads, use_checkpoint))
             return layers
