@@ -232,8 +232,8 @@ def create_gaussian_diffusion(
     """
     if noise_schedule == "linear" and 1 < steps < MIN_LINEAR_STEPS:
         raise InputError(
-            f"diffusion_steps {steps}: noise_schedule linear needs at least {MIN_LINEAR_STEPS}, since its last beta is "
-            f"{MIN_LINEAR_STEPS} / diffusion_steps; give more, or noise_schedule cosine"
+            f"diffusion_steps {steps}: the last beta of noise_schedule linear would exceed 1; "
+            f"give {MIN_LINEAR_STEPS} or more, or noise_schedule cosine"
         )
     if use_kl:
         loss_type = gd.LossType.RESCALED_KL
