@@ -56,6 +56,7 @@ class Logger:
     def __init__(self, dir, output_formats, comm=None):
         self.name2val = defaultdict(float)
         self.name2cnt = defaultdict(int)  # observations behind each running mean
+        self.pending = None  # a function that gives {key: value} on request: reading a device takes time
         self.level = INFO
         self.dir = dir
         self.output_formats = output_formats
@@ -73,6 +74,11 @@ class Logger:
         old = self.name2val[key] * before / total if before else 0.0
         self.name2val[key] = old + float(val) * count / total
 
+    def getkvs(self):
+        for key, val in (self.pending() if self.pending else {}).items():
+            self.logkv(key, val)
+        return self.name2val
+
     def dumpkvs(self):
         # tensors become numbers only here: reading one waits for the device
         row = plain(self.name2val)
@@ -83,6 +89,7 @@ class Logger:
         self.tell_damage()
         self.name2val.clear()
         self.name2cnt.clear()
+        self.pending = None
         return row
 
     def drop_from(self, key, value, unless_above=math.inf):
@@ -247,7 +254,7 @@ def dumpkvs():
 
 def getkvs():
     """The values waiting for the next dump: the logger's own dict, not a copy."""
-    return get_current().name2val
+    return get_current().getkvs()
 
 
 def log(*args, level=INFO):

@@ -10,10 +10,15 @@ One step, for a batch x_0 and timesteps t drawn by the schedule sampler:
 
 import contextlib
 import copy
+import functools
 import math
 import os
+import traceback
 
+import blobfile as bf  # noqa: F401 (star imports of the original's module give it, as np and dist)
+import numpy as np  # noqa: F401
 import torch as th
+import torch.distributed as dist  # noqa: F401
 from torch.nn.parallel.distributed import DistributedDataParallel as DDP
 from torch.optim import AdamW
 
@@ -27,29 +32,24 @@ from .fp16_util import (
 )
 from .nn import match_gradients, update_ema
 from .resample import LossAwareSampler, UniformSampler
-from .training.checkpoints import (
-    delete_old_sets,
-    find_ema_checkpoint,  # noqa: F401 (part of this module, as in the original)
-    is_in,
-    is_of_a_run,
-    parse_resume_step_from_filename,
-    save_set,
-)
-from .training.resume import Resumable, find_checkpoint, load_model, warn_of_other_checkpoints
+from .training import checkpoints, resume
+from .training.checkpoints import find_ema_checkpoint, parse_resume_step_from_filename  # noqa: F401 (the original's)
+from .training.position import Position
 from .training.signals import StopSignals
-from .training.statistics import StepStatistics, log_loss_dict  # noqa: F401 (the second is part of this module)
-from .training.stopping import Stoppable
-from .utils.errors import TrainingError
+from .training.statistics import StepStatistics, log_loss_dict  # noqa: F401 (the second is the original's)
+from .training.stopping import stop_run, try_next
+from .training.weights import copy_with, load_weights
+from .utils.errors import is_out_of_memory
 from .utils.progress import Progress
 
 # In float16 the loss is multiplied by 2^lg_loss_scale, lest small gradients vanish. The scale grows
 # slowly, is halved whenever a gradient overflows, and begins high enough to find its place quickly.
 INITIAL_LOG_LOSS_SCALE = 20.0
-# So many overflows in a row no scale explains: the network itself yields NaN.
+# More overflows in a row are not the scale's fault: the network itself yields NaN.
 MAX_OVERFLOWS_IN_A_ROW = 20
 
 
-class TrainLoop(Resumable, Stoppable):
+class TrainLoop:
     """
     :param model: the network, on dist_util.dev().
     :param diffusion: the GaussianDiffusion to train it for.
@@ -61,22 +61,32 @@ class TrainLoop(Resumable, Stoppable):
     :param ema_rate: one rate, or a string of several with commas.
     :param log_interval: steps between rows of the log.
     :param save_interval: steps between checkpoints.
-    :param resume_checkpoint: a model file to continue from, or "". With the state file beside it, the
-                              run goes on as if it had not stopped; without, as the original would.
-                              "auto" is the newest complete one of get_blob_logdir(), if there is any.
+    :param resume_checkpoint: a model file (or an opened Checkpoint) to continue from, or "". With the state file beside
+                              it, the run continues as if it had not stopped; without, as in the original. "auto" is
+                              the newest complete one of get_blob_logdir(), if there is any.
     :param use_fp16: compute the network's torso in float16, with a dynamic loss scale.
     :param fp16_scale_growth: growth of the loss scale's log2 a step.
     :param schedule_sampler: which timesteps to train on; uniform if None.
     :param weight_decay: of AdamW.
-    :param lr_anneal_steps: stop after this many steps, 0 for never.
+    :param lr_anneal_steps: number of steps; 0 = no limit.
     :param max_steps: the same without touching the learning rate.
-    :param keep_checkpoints: so many of the newest checkpoints are kept; 0 for all.
-    :param flags: plain values that describe the run, a dict, kept in the state file. A resumed run
-                  logs which of them have changed.
+    :param keep_checkpoints: number of the newest checkpoints to keep; 0 = all.
+    :param flags: a dict of plain values that describe the run, for the state file; a resumed run logs which changed.
     :param preview: called on rank 0 after each save, with a function that gives a copy of the network with the first
                     average's weights, the folder, and the step of the save.
     :raises InputError: if the checkpoint cannot be read or does not belong to this model.
     """
+
+    # Here, since a subclass may have the original's __init__:
+    max_steps, keep_checkpoints, flags, preview = 0, 0, {}, None  # type: ignore[var-annotated]
+    position = functools.cached_property(lambda self: Position())
+    _statistics = functools.cached_property(lambda self: StepStatistics())
+    _overflows_in_a_row = 0
+    _checkpoint = False  # to continue from; None for none, False before it is looked for
+    _last_checkpoint = None  # path of the last good one
+    _before_batch = None  # state of data and random numbers
+    _computing = None  # within a step: whether it has changed nothing but gradients and random numbers
+    _progress = None
 
     def __init__(
         self,
@@ -101,149 +111,212 @@ class TrainLoop(Resumable, Stoppable):
         flags=None,
         preview=None,
     ):
-        self.model = model
-        self.diffusion = diffusion
-        self.data = data
+        self.model, self.diffusion, self.data = model, diffusion, data
         self.batch_size = batch_size
         self.microbatch = microbatch if microbatch > 0 else batch_size
-        self.lr = lr
+        self.lr, self.weight_decay, self.lr_anneal_steps = lr, weight_decay, lr_anneal_steps
         self.ema_rate = [float(rate) for rate in str(ema_rate).split(",")]
-        self.log_interval = log_interval
-        self.save_interval = save_interval
+        self.log_interval, self.save_interval = log_interval, save_interval
         self.resume_checkpoint = resume_checkpoint
-        self.use_fp16 = use_fp16
-        self.fp16_scale_growth = fp16_scale_growth
+        self.use_fp16, self.fp16_scale_growth = use_fp16, fp16_scale_growth
         self.schedule_sampler = schedule_sampler or UniformSampler(diffusion)
-        self.weight_decay = weight_decay
-        self.lr_anneal_steps = lr_anneal_steps
-        self.max_steps = max_steps
-        self.keep_checkpoints = keep_checkpoints
-        self.flags = dict(flags or {})
-        self.preview = preview
+        self.max_steps, self.keep_checkpoints = max_steps, keep_checkpoints
+        self.flags, self.preview = dict(flags or {}), preview
 
-        # Steps are counted from resume_step where a run of the original is resumed, which is also how it
-        # counted. With a state file, step itself goes on, and resume_step stays 0.
-        self.step = 0
-        self.resume_step = 0
+        self.step = self.resume_step = 0
         self.global_batch = self.batch_size * dist_util.world_size()
         self.lg_loss_scale = INITIAL_LOG_LOSS_SCALE
-        self._updates = 0  # steps done since the run's very beginning
-        self._saved = None  # of the last checkpoint: the number in its name, and the updates it follows
-        self._last_checkpoint = None
-        self._overflows_in_a_row = 0
-        self._statistics = StepStatistics()
-        self._progress = None
-
-        self.model_params = list(self.model.parameters())
-        self.master_params = self.model_params
-        found = find_resume_checkpoint()  # by each rank, as in the original; what rank 0 finds counts
-        main_checkpoint = dist_util.from_rank_0(lambda: found) or find_checkpoint(resume_checkpoint, get_blob_logdir())
-        warn_of_other_checkpoints(main_checkpoint, get_blob_logdir())
-        if main_checkpoint:
-            load_model(self.model, main_checkpoint)
-            self.resume_step = parse_resume_step_from_filename(main_checkpoint)
-        dist_util.sync_params(self.model_params)
+        self.master_params = self.model_params = list(self.model.parameters())
+        checkpoint = self._find_checkpoint()
+        resume.warn_of_other_checkpoints(checkpoint, get_blob_logdir())
+        self._load_and_sync_parameters()
         if self.use_fp16:
             self._setup_fp16()
         self.opt = AdamW(self.master_params, lr=self.lr, weight_decay=self.weight_decay, fused=True)
         self.opt.register_step_pre_hook(match_gradients)
-        self.ema_params = [copy.deepcopy(self.master_params) for _ in self.ema_rate]
-        if main_checkpoint:
-            self._resume(main_checkpoint, get_blob_logdir())
+        # a subclass that loads weights for a new run leaves resume_step at 0
+        if checkpoint and checkpoint.step == self.resume_step:
+            state = checkpoint.read_state(self.data, self.schedule_sampler)
+            self._load_optimizer_state()
+            self.ema_params = [self._load_ema_parameters(rate) for rate in self.ema_rate]
+            if state:
+                self._load_state(state)
+            self.position.saved = checkpoint.step, self.position.updates
+            checkpoint.forget()
+        else:
+            self.ema_params = [copy.deepcopy(self.master_params) for _ in self.ema_rate]
 
         self.use_ddp = dist_util.world_size() > 1
         self.ddp_model = self.model
         if self.use_ddp:
-            self.ddp_model = DDP(
-                self.model,
-                device_ids=[dist_util.dev()] if dist_util.dev().type == "cuda" else None,
-                bucket_cap_mb=128,
-            )
+            devices = [dist_util.dev()] if dist_util.dev().type == "cuda" else None
+            self.ddp_model = DDP(self.model, device_ids=devices, bucket_cap_mb=128)
+
+    # Clients read and set both: steps of this loop, and those before it where a run of the original is resumed.
+    step = property(lambda self: self.position.step, lambda self, step: self.position.move_to(step))
+    resume_step = property(
+        lambda self: self.position.resume_step, lambda self, step: setattr(self.position, "resume_step", step)
+    )
+
+    def last_step(self):
+        """The step that the run ends at, None for no end."""
+        return min((limit for limit in (self.lr_anneal_steps, self.max_steps) if limit), default=None)
+
+    # ---------------------------------------------------------------- resuming: methods that forks override
+
+    def _find_checkpoint(self):
+        """The resume.Checkpoint that the run continues, found once; None for a new run."""
+        if self._checkpoint is False:
+            own = find_resume_checkpoint()  # by each rank, as in the original; what rank 0 finds counts
+            path = dist_util.from_rank_0(lambda: own) or self.resume_checkpoint
+            self._checkpoint = resume.find_checkpoint(path, get_blob_logdir())
+            self._last_checkpoint = self._checkpoint and self._checkpoint.path
+            self.resume_checkpoint = self._last_checkpoint or ""
+        return self._checkpoint
+
+    def _load_and_sync_parameters(self):
+        """Load the model's weights, and set resume_step if they are a run's."""
+        if checkpoint := self._find_checkpoint():
+            logger.log(f"loading model from checkpoint: {checkpoint.path}...")
+            dist_util.from_rank_0(lambda: load_weights(self.model, checkpoint.take(), checkpoint.path))
+            if checkpoint.step is None:
+                logger.log(f"{checkpoint.path} is not a model000000.pt: a new run starts from its weights")
+            self.resume_step = checkpoint.step or 0
+        dist_util.sync_params(self.model.parameters())
+
+    def _load_ema_parameters(self, rate):
+        """The averages of a rate from the checkpoint, else a copy of the parameters."""
+        params = [p.detach() for p in copy.deepcopy(self.master_params)]
+        to_master_params = self._state_dict_to_master_params
+        resume.load_average(self._find_checkpoint(), rate, self.resume_step, params, self.model, to_master_params)
+        return params
+
+    def _load_optimizer_state(self):
+        """Continue with the checkpoint's moments, if it has some."""
+        overflowing = self.use_fp16 and self.resume_step <= MAX_OVERFLOWS_IN_A_ROW  # perhaps at each step
+        # an annealed learning rate changes at every step
+        report = ["weight_decay"] if self.lr_anneal_steps else ["lr", "weight_decay"]
+        resume.load_optimizer(self.opt, self._find_checkpoint(), self.resume_step, overflowing, report)
+
+    def _load_state(self, state):
+        """Continue from a state file as if the run had not stopped."""
+        self.step, self.resume_step = state["updates"], 0
+        self.lg_loss_scale = state["lg_loss_scale"]
+        self._overflows_in_a_row = state["overflows_in_a_row"]
+        unreported = {"resume_checkpoint", "seed", "lr", "weight_decay"}  # the last two by the optimizer
+        resume.log_changes(state.get("flags", {}), {k: v for k, v in self.flags.items() if k not in unreported})
+        self._parts().load_state_dict(state, self.step)
+        if self._checkpoint.is_in(get_blob_logdir()):
+            logger.get_current().drop_from("step", self.step)  # rows that will be written again
+
+    def _parts(self):
+        parts = dict(schedule_sampler=self.schedule_sampler, data=self.data, statistics=self._statistics)
+        return resume.CheckpointIO(**parts, rng=resume.RNG)
 
     def _setup_fp16(self):
         self.master_params = make_master_params(self.model_params)
         self.model.convert_to_fp16()
 
+    def _master_params_to_state_dict(self, master_params):
+        """The network's state dict with these parameters, or averages, in float32."""
+        if self.use_fp16:
+            master_params = unflatten_master_params(self.model_params, master_params)
+        names = [name for name, _ in self.model.named_parameters()]
+        return {**self.model.state_dict(), **dict(zip(names, (p.detach() for p in master_params), strict=True))}
+
+    def _state_dict_to_master_params(self, state_dict):
+        """The inverse: parameters in the network's order, one flat vector in float16 training."""
+        params = [state_dict[name] for name, _ in self.model.named_parameters()]
+        return make_master_params(params) if self.use_fp16 else params
+
     # ---------------------------------------------------------------- the loop
 
     def run_loop(self):
         """
-        Train until lr_anneal_steps or max_steps is reached; for ever if neither is set.
-
-        SIGTERM, SIGINT or SIGHUP, on any rank, ends the run after a step and a save. So does an error of the data.
+        Train until lr_anneal_steps or max_steps is reached; for ever if neither is set. SIGTERM, SIGINT or SIGHUP, on
+        any rank, ends the run after a step and a save. So does an error of the data.
 
         :raises SystemExit: (with status 0) after such a signal.
         :raises TrainingError: if the loss or the gradients are no longer finite, or another rank's data failed.
         """
+        done, show = self.position.updates, dist_util.rank() == 0
         with (
             StopSignals() as stop,
-            Progress(
-                "training", self._last_step, "steps", None, done=self._total_step, show=dist_util.rank() == 0
-            ) as self._progress,
+            Progress("training", self.last_step(), "steps", None, done, show) as self._progress,
         ):
-            batch = self._next_batch(self._total_step, stop)
+            batch = self._next_batch(stop)
             while batch is not None:
-                self._run_step(*batch)
-                self._step_done()  # again, for a run_step() of one's own
+                self._try_step(*batch)
+                self._finish_step()  # subclasses may override run_step() without calling this
                 if self.step % self.log_interval == 0:
                     logger.dumpkvs()
-                if self.step % self.save_interval == 0 and not self._is_resumed_from_here():
-                    self._save_once()
+                if self.position.save_due(self.save_interval):
+                    self._save()
                     if self.step > 0 and dist_util.any_rank(bool(os.environ.get("DIFFUSION_TRAINING_TEST"))):
                         return
-                batch = self._next_batch(self._total_step + 1, stop)
+                batch = self._next_batch(stop)
                 self.step += 1
-            last_was_regular = (self.step - 1) % self.save_interval == 0
-            if not last_was_regular or self._saved != (self._total_step - 1, self._updates):
-                self._save_once()
+            if self.position.closing_save_due(self.save_interval):
+                self._save()
 
-    @property
-    def _total_step(self):
-        """Steps before this one since the run's very beginning; a checkpoint written now has it in its name."""
-        return self.step + self.resume_step
+    def _next_batch(self, stop):
+        """
+        The next batch, None after the last step. Between two steps, with one message, the ranks agree whether to
+        continue: after a signal or a failure of the data on one of them, all save and leave.
+        """
+        self._before_batch = self._parts().local_state("data", "rng")
+        batch = error = None
+        if stop.received is None and self.position.updates < (self.last_step() or math.inf):
+            batch, error = try_next(self.data, stop)
+        if dist_util.any_rank(stop.received is not None or error is not None):
+            self._stop(stop.received, error)
+        return batch
 
-    def _save_once(self):
-        """save(), unless it would write what was written last, or resumed from."""
-        if self._saved != (self._total_step, self._updates):
-            self.save()
-            self._saved = self._total_step, self._updates
+    def _try_step(self, batch, cond):
+        """
+        run_step(). If it fails, the state before it can be saved as long as only gradients have been computed, as when
+        a GPU runs out of memory. An update may be half done, and other ranks may wait within the step: then it cannot.
+        """
+        self._computing = None
+        try:
+            self.run_step(batch, cond)
+        except Exception as e:
+            if not self._computing or dist_util.world_size() > 1 or not self.position.has_news():
+                raise
+            if is_out_of_memory(e):
+                traceback.clear_frames(e.__traceback__)  # they hold activations
+            self.position.move_back()
+            self._stop(None, e)
 
-    @property
-    def _last_step(self):
-        return min((limit for limit in (self.lr_anneal_steps, self.max_steps) if limit), default=None)
+    def _stop(self, signal, error):
+        """Save what the last step left, and leave. All ranks call it."""
+        self._parts().load_local_state(self._before_batch)
+        stop_run(signal, error, self._save_news)
 
-    def _ends_before(self, step):
-        return self._last_step is not None and step >= self._last_step
+    def _save_news(self):
+        if self.position.has_news():
+            self._save()
+        return f"at step {self.position.label()}: {self._last_checkpoint or 'nothing to save'}"
 
-    def next_save(self):
-        """The step of the next checkpoint, if nothing stops the run before."""
-        waits = -self.step % self.save_interval or self.save_interval * self._is_resumed_from_here()
-        return max(self._total_step, min(self._total_step + waits, self._last_step or math.inf))
-
-    def _is_resumed_from_here(self):
-        """Whether a save now would overwrite the checkpoint of the original that this run came from."""
-        return self.step == 0 and self.resume_step > 0
+    def _save(self):
+        self.save()  # which subclasses may override
+        self.position.mark_saved()
 
     def run_step(self, batch, cond):
-        """
-        One step of the optimizer.
-
-        :param batch: x_start, [N, C, ...].
-        :param cond: dict of tensors [N, ...], keyword arguments of the model.
-        """
+        """One step: `batch` is x_start [N, C, ...], `cond` the model's keyword arguments, tensors [N, ...]."""
         self.forward_backward(batch, cond)
         if self.use_fp16:
             self.optimize_fp16()
         else:
             self.optimize_normal()
-        self._step_done()
+        self._finish_step()
         self.log_step()
 
-    def _step_done(self):
-        """Count the step, and give the logger what is due; a second time changes nothing."""
-        self._updates = self._total_step + 1
+    def _finish_step(self):
+        """Count the step and log if due. Idempotent."""
+        self.position.done = True
         if self._progress is not None:
-            self._progress.reach(self._updates)
+            self._progress.reach(self.position.updates)
         if self.step % self.log_interval == 0:
             self._log_statistics()
 
@@ -263,12 +336,8 @@ class TrainLoop(Resumable, Stoppable):
             last = part.stop >= len(batch)
             # ranks exchange gradients once, after the last microbatch
             with contextlib.nullcontext() if last or not self.use_ddp else self.ddp_model.no_sync():
-                losses = self.diffusion.training_losses(
-                    self.ddp_model,
-                    batch[part],
-                    t[part],
-                    model_kwargs={k: v[part] for k, v in cond.items()},
-                )
+                kwargs = {k: v[part] for k, v in cond.items()}
+                losses = self.diffusion.training_losses(self.ddp_model, batch[part], t[part], model_kwargs=kwargs)
                 # a sum over the whole batch's size: a smaller last microbatch weighs less
                 loss = (losses["loss"] * weights[part]).sum() / len(batch)
                 (loss * 2**self.lg_loss_scale if self.use_fp16 else loss).backward()
@@ -279,6 +348,7 @@ class TrainLoop(Resumable, Stoppable):
         if isinstance(self.schedule_sampler, LossAwareSampler):
             self.schedule_sampler.update_with_local_losses(t, losses["loss"])
         self._statistics.add_losses(self.diffusion, t, {k: v * weights for k, v in losses.items()})
+        logger.get_current().pending = self._statistics.local_means  # for getkvs() between two rows
 
     def optimize_normal(self):
         """Update the parameters and their averages."""
@@ -289,15 +359,18 @@ class TrainLoop(Resumable, Stoppable):
 
     def optimize_fp16(self):
         """
-        Update the float32 masters, their averages and the model; if a gradient overflowed, halve the loss
-        scale instead.
+        Update the float32 masters, their averages and the model; after an overflow, halve the loss scale instead.
 
         :raises TrainingError: after MAX_OVERFLOWS_IN_A_ROW overflows.
         """
         model_grads_to_master_grads(self.model_params, self.master_params)
         grad = self.master_params[0].grad
         if dist_util.any_rank(not grad.isfinite().all()):
-            self._overflow()
+            self._overflows_in_a_row += 1
+            if self._overflows_in_a_row >= MAX_OVERFLOWS_IN_A_ROW:
+                raise self._diverged(f"float16 gradients overflowed {MAX_OVERFLOWS_IN_A_ROW} times in a row")
+            self.lg_loss_scale -= 1
+            logger.log(f"Found NaN, decreased lg_loss_scale to {self.lg_loss_scale}")
             return
         self._overflows_in_a_row = 0
         grad.mul_(1.0 / 2**self.lg_loss_scale)
@@ -308,23 +381,14 @@ class TrainLoop(Resumable, Stoppable):
         master_params_to_model_params(self.model_params, self.master_params)
         self.lg_loss_scale += self.fp16_scale_growth
 
-    def _overflow(self):
-        self._overflows_in_a_row += 1
-        if self._overflows_in_a_row >= MAX_OVERFLOWS_IN_A_ROW:
-            raise self._diverged(f"float16 gradients overflowed {MAX_OVERFLOWS_IN_A_ROW} times in a row")
-        self.lg_loss_scale -= 1
-        logger.log(f"Found NaN, decreased lg_loss_scale to {self.lg_loss_scale}")
-
     def _update_ema(self):
         for rate, params in zip(self.ema_rate, self.ema_params, strict=True):
             update_ema(params, self.master_params, rate=rate)
 
     def _anneal_lr(self):
-        if not self.lr_anneal_steps:
-            return
-        frac_done = self._total_step / self.lr_anneal_steps
-        for group in self.opt.param_groups:
-            group["lr"] = self.lr * (1 - frac_done)
+        if self.lr_anneal_steps:
+            for group in self.opt.param_groups:
+                group["lr"] = self.lr * (1 - self.position.label() / self.lr_anneal_steps)
 
     # ---------------------------------------------------------------- logging
 
@@ -334,8 +398,8 @@ class TrainLoop(Resumable, Stoppable):
 
     def log_step(self):
         """Log how far the run is."""
-        logger.logkv("step", self._total_step)
-        logger.logkv("samples", (self._total_step + 1) * self.global_batch)
+        logger.logkv("step", self.position.label())
+        logger.logkv("samples", (self.position.label() + 1) * self.global_batch)
         if self.use_fp16:
             logger.logkv("lg_loss_scale", self.lg_loss_scale)
 
@@ -349,7 +413,7 @@ class TrainLoop(Resumable, Stoppable):
             rate = self._progress.rate() * self.global_batch
             logger.logkv("images/s", rate)
             self._progress.show(**{name: means[name][0] for name in ("loss",) if name in means}, **{"images/s": rate})
-        self._statistics = StepStatistics()
+        self._statistics, logger.get_current().pending = StepStatistics(), None
 
     def _check_finite(self, means):
         if self.use_fp16:
@@ -358,17 +422,8 @@ class TrainLoop(Resumable, Stoppable):
             if key in means and not math.isfinite(means[key][0]):
                 raise self._diverged(f"{key} is {means[key][0]}")
 
-    def _diverged(self, what, bad=None):
-        """
-        The error to raise, on all ranks together.
-
-        :param bad: the ranks to name; those whose loss is not finite if None.
-        """
-        bad = bad or self._statistics.ranks_not_finite("loss") or range(dist_util.world_size())
-        return TrainingError(
-            f"{what} at step {self._total_step} on rank {', '.join(map(str, bad))}; "
-            f"the last good checkpoint is {self._last_checkpoint or 'none'}. A lower lr helps, or a look at the data"
-        )
+    def _diverged(self, what, bad=()):
+        return self._statistics.diverged(what, self.position.label(), self._last_checkpoint, bad)
 
     # ---------------------------------------------------------------- saving
 
@@ -382,51 +437,42 @@ class TrainLoop(Resumable, Stoppable):
         norm = th.nn.utils.get_total_norm([p.detach() for p in self.master_params])
         if bad := dist_util.ranks_where(not norm.isfinite()):
             raise self._diverged("a parameter is not finite", bad)
-        path = dist_util.from_rank_0(self._write_checkpoint, self._total_step, self._state())
+        model = self._master_params_to_state_dict(self.master_params)
+        averages = [self._master_params_to_state_dict(params) for params in self.ema_params]
+        state = {
+            "updates": self.position.updates,
+            "lg_loss_scale": self.lg_loss_scale,
+            "overflows_in_a_row": self._overflows_in_a_row,
+            "moments": sum(map(bool, self.opt.state.values())),
+            "flags": self.flags,
+            **self._parts().state_dict(),
+        }
+        path = dist_util.from_rank_0(self._write_checkpoint, model, averages, state)
         if self._progress is not None:
             self._progress.rate()  # from here on, without the time that saving took
         # overflows may be the network's, not the loss scale's
         if not self._overflows_in_a_row or self._last_checkpoint is None:
             self._last_checkpoint = path
 
-    def _write_checkpoint(self, label, state):
+    def _write_checkpoint(self, model, averages, state):
         logger.log("saving model...")
-        emas = {rate: self._state_dict_of(params) for rate, params in zip(self.ema_rate, self.ema_params, strict=True)}
-        path = save_set(
-            get_blob_logdir(),
-            label,
-            model=self._state_dict_of(self.master_params),
-            emas=emas,
-            optimizer=self.opt.state_dict(),
-            state=state,
-        )
+        directory, label = get_blob_logdir(), self.position.label()
+        emas, optimizer = dict(zip(self.ema_rate, averages, strict=True)), self.opt.state_dict()
+        path = checkpoints.save_set(directory, label, model=model, emas=emas, optimizer=optimizer, state=state)
         logger.log(f"saved {path} and its ema, opt and state")
         if self.preview is not None:
-            self.preview(lambda: self._copy_with(emas[self.ema_rate[0]]), get_blob_logdir(), label)
+            self.preview(lambda: copy_with(self.model, averages[0]), directory, label)
         if self.keep_checkpoints and not self._overflows_in_a_row:
-            delete_old_sets(get_blob_logdir(), label, self.keep_checkpoints)
+            checkpoints.delete_old_sets(directory, label, self.keep_checkpoints)
         return path
 
     def draw_missing_preview(self):
-        """Draw the preview of the checkpoint that the run resumes from, if a kill came before it was drawn."""
-        path, directory = self._last_checkpoint, get_blob_logdir()
-        if self.preview is None or not path or not is_of_a_run(path) or not is_in(path, directory):
-            return
-        step = parse_resume_step_from_filename(path)
-        if self.preview.is_missing(directory, step):
-            average = self._state_dict_of(self.ema_params[0])
-            self.preview(lambda: self._copy_with(average), directory, step)
-
-    def _copy_with(self, state_dict):
-        model = copy.deepcopy(self.model).eval()
-        model.load_state_dict(state_dict)
-        return model
-
-    def _state_dict_of(self, master_params):
-        if self.use_fp16:
-            master_params = unflatten_master_params(self.model_params, master_params)
-        names = [name for name, _ in self.model.named_parameters()]
-        return {**self.model.state_dict(), **dict(zip(names, (p.detach() for p in master_params), strict=True))}
+        """Draw the preview of the checkpoint that the run continues, if it was killed before it drew it."""
+        start, directory = self._checkpoint, get_blob_logdir()
+        here = self.preview is not None and start and start.is_in(directory)
+        if here and self.preview.is_missing(directory, start.step):
+            average = self._master_params_to_state_dict(self.ema_params[0])
+            self.preview(lambda: copy_with(self.model, average), directory, start.step)
 
 
 def get_blob_logdir():
@@ -435,8 +481,5 @@ def get_blob_logdir():
 
 
 def find_resume_checkpoint():
-    """
-    A model file to continue from, found by means of one's own; None for none. To be replaced on
-    infrastructure that looks for a restarted job's checkpoints by itself.
-    """
+    """A model file to continue from, or None. Replace it where a restarted job's checkpoints are found otherwise."""
     return None

@@ -14,10 +14,10 @@ from improved_diffusion.cli.run_config import of_weights
 from improved_diffusion.image_datasets import load_data_once
 from improved_diffusion.inference.arrays import save_arrays
 from improved_diffusion.inference.generate import for_inference
-from improved_diffusion.inference.weights import load_weights, read_weights
 from improved_diffusion.metrics.likelihood import evaluate_bpd
 from improved_diffusion.options import LikelihoodScriptOptions
 from improved_diffusion.script_util import create_model_and_diffusion
+from improved_diffusion.training.weights import load_weights, read_weights
 
 
 def main():

@@ -13,10 +13,10 @@ from improved_diffusion.cli.parser import create_parser, logging_to, parse_flags
 from improved_diffusion.cli.run_config import of_weights
 from improved_diffusion.inference.arrays import refuse_old_images, write_samples
 from improved_diffusion.inference.generate import chosen_labels, draw_labels, for_inference, generate
-from improved_diffusion.inference.weights import load_weights, read_weights
 from improved_diffusion.options import SampleOptions
 from improved_diffusion.script_util import create_model_and_diffusion
 from improved_diffusion.training.describe import describe_classes
+from improved_diffusion.training.weights import load_weights, read_weights
 
 
 def main():

@@ -20,6 +20,7 @@ from improved_diffusion.resample import create_named_schedule_sampler
 from improved_diffusion.script_util import configure_compute, create_diffusion, create_model_and_diffusion
 from improved_diffusion.train_util import TrainLoop, get_blob_logdir
 from improved_diffusion.training.describe import log_start
+from improved_diffusion.training.resume import open_checkpoint
 
 
 def main():
@@ -34,6 +35,7 @@ def main():
     model, diffusion = options.call(create_model_and_diffusion)
     configure_compute(model, use_bf16=options.compute.use_bf16, compile=options.compute.compile)
     data = options.call(load_data, class_names=this_run.class_names)
+    checkpoint = options.call(open_checkpoint, model=model)
 
     with logging_to(options.general.log_dir, this_run.notes, checkpoints=True):
         loop = options.call(
@@ -42,6 +44,7 @@ def main():
             diffusion=diffusion,
             data=data,
             schedule_sampler=create_named_schedule_sampler(options.training.schedule_sampler, diffusion),
+            resume_checkpoint=checkpoint,
             flags=options.of_the_run(),
             preview=create_preview(options, data.dataset.class_names),
         )

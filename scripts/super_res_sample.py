@@ -14,9 +14,9 @@ from improved_diffusion.cli.parser import create_parser, logging_to, parse_flags
 from improved_diffusion.cli.run_config import of_weights
 from improved_diffusion.inference.arrays import load_base_samples, refuse_old_images, write_samples
 from improved_diffusion.inference.generate import for_inference, generate
-from improved_diffusion.inference.weights import load_weights, read_weights
 from improved_diffusion.options import SuperResSampleOptions
 from improved_diffusion.script_util import sr_create_model_and_diffusion
+from improved_diffusion.training.weights import load_weights, read_weights
 
 
 def main():

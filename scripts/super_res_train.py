@@ -15,6 +15,7 @@ from improved_diffusion.resample import create_named_schedule_sampler
 from improved_diffusion.script_util import configure_compute, create_diffusion, sr_create_model_and_diffusion
 from improved_diffusion.train_util import TrainLoop, get_blob_logdir
 from improved_diffusion.training.describe import log_start
+from improved_diffusion.training.resume import open_checkpoint
 
 
 def main():
@@ -35,6 +36,7 @@ def main():
         **options.arguments_of(load_data),
     )
     sampler = create_named_schedule_sampler(options.training.schedule_sampler, diffusion)
+    checkpoint = options.call(open_checkpoint, model=model)
 
     with logging_to(options.general.log_dir, this_run.notes, checkpoints=True):
         loop = options.call(
@@ -43,6 +45,7 @@ def main():
             diffusion=diffusion,
             data=data,
             schedule_sampler=sampler,
+            resume_checkpoint=checkpoint,
             flags=options.of_the_run(),
             preview=create_preview(options, data),
         )

@@ -4,12 +4,11 @@ import os
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch as th
-from harness import LAUNCHER_VARIABLES, ROOT, save_weights, write_images
+from harness import HELPERS, LAUNCHER_VARIABLES, ROOT, save_weights, write_images
 from many_ranks import BATCH_SIZES, SAMPLES, SIZED
 
 WORLDS = (1, 2, 3)
@@ -28,7 +27,7 @@ def start_ranks(size, folder, files):
     environment.update(WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
     return [
         subprocess.Popen(
-            [sys.executable, Path(__file__).with_name("many_ranks.py"), folder, files],
+            [sys.executable, HELPERS / "many_ranks.py", folder, files],
             env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,

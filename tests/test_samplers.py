@@ -35,7 +35,11 @@ def test_samplers_have_one_signature():
         assert all(p.kind == p.KEYWORD_ONLY and p.default is not p.empty for p in parameters[3:])
 
 
-@pytest.mark.parametrize("kwargs", [{}, dict(clip_denoised=False), dict(denoised_fn=lambda x: x / 2)], ids=str)
+@pytest.mark.parametrize(
+    "kwargs",
+    [{}, dict(clip_denoised=False), dict(denoised_fn=lambda x: x / 2)],
+    ids=["plain", "unclipped", "denoised_fn"],
+)
 @pytest.mark.parametrize(
     ("name", "loop"), [("ancestral", "p_sample_loop"), ("ddim", "ddim_sample_loop")], ids=["ancestral", "ddim"]
 )

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from harness import write_images
+from harness import HELPERS, write_images
 from launchers import clean_environment
 from training import assert_same, checkpoint_names, load, read_rows, written_rows
 
@@ -27,7 +27,7 @@ def two_ranks(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     images = write_images(tmp_path_factory.mktemp("images"), count=5)
     done = subprocess.run(
-        [*LAUNCHERS[request.param], str(Path(__file__).parent / "two_ranks.py"), str(folder), str(images)],
+        [*LAUNCHERS[request.param], str(HELPERS / "two_ranks.py"), str(folder), str(images)],
         env=clean_environment(),
         capture_output=True,
         text=True,

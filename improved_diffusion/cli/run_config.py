@@ -17,10 +17,10 @@ from typing import Any, Generic, TypeVar
 import blobfile as bf
 
 from .. import dist_util
-from ..inference.weights import infer_architecture
 from ..options import Option, ScriptOptions, rows
 from ..script_util import CHANNEL_MULT
 from ..training.checkpoints import is_of_a_run
+from ..training.weights import infer_architecture
 from ..utils.errors import InputError
 from ..utils.files import write_files
 from .parser import Flags, log_directory

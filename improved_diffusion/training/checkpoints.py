@@ -47,15 +47,16 @@ def state_filename(step):
 
 def parse_resume_step_from_filename(filename):
     """The step in a name such as path/to/model000100.pt; 0 if it has none."""
-    return _step_in(filename) or 0
+    return step_in(filename) or 0
 
 
 def is_of_a_run(filename):
     """Whether a name such as path/to/model000100.pt has a step that a run can go on from; an ema_ file's does not."""
-    return _step_in(filename) is not None
+    return step_in(filename) is not None
 
 
-def _step_in(filename):
+def step_in(filename):
+    """The step in the name of a run's model file, None for any other name."""
     _, found, end = bf.basename(filename).rpartition("model")
     digits = end.split(".")[0]
     return int(digits) if found and digits.isdecimal() else None
@@ -63,66 +64,56 @@ def _step_in(filename):
 
 def find_ema_checkpoint(main_checkpoint, step, rate):
     """The path of the EMA file beside a model file, None if there is none."""
-    return _beside(main_checkpoint, ema_filename(rate, step))
-
-
-def find_optimizer_checkpoint(main_checkpoint, step):
-    """The path of the optimizer's file beside a model file, None if there is none."""
-    return _beside(main_checkpoint, optimizer_filename(step))
-
-
-def find_state_checkpoint(main_checkpoint, step):
-    """
-    The path of the run's state beside a model file, None if there is none (a run of the original).
-
-    :raises InputError: if a crash left the set incomplete.
-    """
     if not main_checkpoint:
         return None
-    path = _beside(main_checkpoint, state_filename(step))
-    if path is None and (
-        _beside(main_checkpoint, state_filename(step) + TEMPORARY)
-        # at a URL no temporary file tells, but the sets before it do: the original wrote none of them
-        or _first_of_ours(_sets_in(bf.dirname(main_checkpoint) or ".")) < step
-    ):
+    path = bf.join(bf.dirname(main_checkpoint), ema_filename(rate, step))
+    return path if bf.exists(path) else None
+
+
+def refuse_cut_off(main_checkpoint, step):
+    """:raises InputError: if a crash left the set of a model file incomplete."""
+    directory = bf.dirname(main_checkpoint) or "."
+    sets = _sets_in(directory)
+    state, names = state_filename(step), sets.get(step, set())
+    # at a URL there are no temporary names, but earlier sets with a state: the original writes none
+    if state not in names and (state + TEMPORARY in names or _first_of_ours(sets) < step):
         raise InputError(
             f"{main_checkpoint} belongs to a checkpoint whose writing was cut off; resume from the one before it, or "
             "by auto, which completes it if it can"
         )
-    return path
 
 
-def find_newest_checkpoint(directory, list_again=True):
+def read_newest_set(directory, list_again=True):
     """
-    The model file of the newest complete checkpoint in a folder, None if there is none. On this rank alone.
+    Read the newest complete checkpoint in a folder. On this rank alone.
 
-    Complete is one whose files are all there and undamaged; the log says what is wrong with newer ones. One of the
-    original, which is older than all with a state file, is complete with model and optimizer. One whose writing was
+    Complete means that all files are there and undamaged; newer ones that are not are logged with the reason. One of
+    the original, which is older than all with a state file, is complete with model and optimizer. One whose writing was
     cut off between the renames is completed.
 
     :param list_again: once more, if files were deleted while they were read.
+    :return: (path of the model file, {name: contents} of the files); None if there is none.
     :raises InputError: if there are files of checkpoints, but none is complete, or one may not be read: a new run
-                        would overwrite what may be mended. What a first save leaves that was cut off does not count.
+                        would overwrite what may be mended. The rest of a first save that was cut off does not count.
     """
     problem = None
     sets = _sets_in(directory)
     first_of_ours = _first_of_ours(sets)
     for step, names in sorted(sets.items(), reverse=True):
-        if _is_cut_off(step, names) and _complete(directory, step, names):
-            names = _sets_in(directory)[step]
-        if not _is_complete(step, names, first_of_ours):
+        contents = _complete(directory, step, names) if _is_cut_off(step, names) else None
+        if contents is None and not _is_complete(step, names, first_of_ours):
             continue  # it was being written, or deleted, when the run ended
         try:
-            _check_set(directory, step, names)
+            contents = contents or _read_set(directory, step, {n for n in names if not n.endswith(TEMPORARY)})
         except FileAccessError:
             raise
         except InputError as e:
             if list_again and not names <= _sets_in(directory).get(step, set()):
-                return find_newest_checkpoint(directory, list_again=False)
+                return read_newest_set(directory, list_again=False)
             logger.warn(f"the checkpoint of step {step} is left out: {e}")
             problem = problem or e
             continue
-        return bf.join(directory, model_filename(step))
+        return bf.join(directory, model_filename(step)), contents
     if problem:
         raise InputError(f"no checkpoint in {directory} can be read; to start over, take another folder. {problem}")
     left = sorted(name for names in sets.values() for name in names if not name.endswith(TEMPORARY))
@@ -134,6 +125,53 @@ def find_newest_checkpoint(directory, list_again=True):
     return None
 
 
+def _complete(directory, step, names):
+    """
+    Give a set's temporary files their names, if all of them are whole: the state, which names the others, is written
+    last.
+
+    :param names: of the set's files, temporary ones too, without a state file.
+    :return: {name: contents}; None if the set stays incomplete.
+    :raises FileAccessError: if a file may not be read.
+    """
+    state = state_filename(step)
+    if state + TEMPORARY not in names or not os.path.isfile(os.path.join(directory, state + TEMPORARY)):
+        return None  # a device such as /dev/full has no end
+    try:
+        contents = _read_set(directory, step, {state}, temporary={n for n in names if n.endswith(TEMPORARY)})
+    except FileAccessError:
+        raise
+    except InputError:  # damaged, not a state, or without one of its files
+        return None
+    if model_filename(step) not in contents:
+        return None
+    rename_files(directory, [name for name in contents if name != state] + [state])
+    logger.log(f"the checkpoint of step {step}, whose writing was cut off behind its last file, is complete now")
+    return contents
+
+
+def _read_set(directory, step, names, temporary=frozenset()):
+    """
+    Read the files of a set, and those that its state names.
+
+    :param temporary: names that exist, with their ending; such a file is read in place of the final one.
+    :return: {name without that ending: contents}.
+    :raises InputError: naming the file that is missing or damaged.
+    """
+    contents, state = {}, state_filename(step)
+
+    def read(name):
+        path = bf.join(directory, name + TEMPORARY if name + TEMPORARY in temporary else name)
+        contents[name] = dist_util.read_state_dict(path, map_location="cpu")
+
+    if state in names:
+        read(state)
+        names = names | set(files_in(contents[state], step, bf.join(directory, state)))
+    for name in sorted(names - {state}):
+        read(name)
+    return contents
+
+
 def _first_of_ours(sets):
     """The step of the first set with a state file, infinity if there is none: those before are of the original."""
     return min((step for step, names in sets.items() if state_filename(step) in names), default=math.inf)
@@ -143,44 +181,6 @@ def _is_complete(step, names, first_of_ours):
     """Whether a set has, by its names, the model and what is written last."""
     last = state_filename(step) if step >= first_of_ours else optimizer_filename(step)
     return {model_filename(step), last} <= names and not _is_cut_off(step, names)
-
-
-def _complete(directory, step, names):
-    """
-    Give a set's temporary files their names, if all of them are whole: those of the others are written before
-    that of the state, which names them.
-
-    :param names: of the set's files, temporary ones too, without a state file.
-    :return: whether the set is complete now.
-    :raises FileAccessError: if a file may not be read.
-    """
-    state = state_filename(step)
-    if state + TEMPORARY not in names or not os.path.isfile(os.path.join(directory, state + TEMPORARY)):
-        return False  # a device such as /dev/full has no end
-    try:
-        contents = dist_util.read_state_dict(bf.join(directory, state + TEMPORARY), map_location="meta")
-        files = contents["files"]
-        for name in files:
-            (there,) = {name + TEMPORARY} & names or {name} & names
-            dist_util.read_state_dict(bf.join(directory, there), map_location="meta")
-    except FileAccessError:
-        raise
-    except (InputError, KeyError, TypeError, ValueError):  # damaged, not a state, or without one of its files
-        return False
-    rename_files(directory, [*files, state])
-    logger.log(f"the checkpoint of step {step}, whose writing was cut off behind its last file, is complete now")
-    return True
-
-
-def _check_set(directory, step, names):
-    """:raises InputError: naming the file that is missing or damaged."""
-    state = state_filename(step)
-    expected = {name for name in names if not name.endswith(TEMPORARY)}
-    if state in expected:
-        path = bf.join(directory, state)
-        expected.update(files_in(dist_util.read_state_dict(path), step, path))
-    for name in expected - {state}:
-        dist_util.read_state_dict(bf.join(directory, name), map_location="meta")
 
 
 def newest_step(directory):
@@ -252,13 +252,6 @@ def _sets_in(directory):
 def is_in(path, directory):
     """Whether a local file lies in a folder, however the two are spelled."""
     return os.path.realpath(os.path.dirname(path)) == os.path.realpath(directory)
-
-
-def _beside(main_checkpoint, name):
-    if not main_checkpoint:
-        return None
-    path = bf.join(bf.dirname(main_checkpoint), name)
-    return path if bf.exists(path) else None
 
 
 def save_set(directory, step, *, model, emas, optimizer, state):

@@ -40,44 +40,29 @@ BOOLEAN = Check(lambda v: type(v) is bool, "True or False")
 # ---------------------------------------------------------------- weights
 
 
-def check_weights(state_dict, model, path):
+def check_weights(state_dict, model, path, strict=False):
     """
-    Check the tensors of a model file. Names and shapes are left to the network's load_state_dict().
+    Check the tensors of a model file, or of an EMA file.
 
+    :param strict: also refuse a parameter that is missing or of another shape. If not, load_state_dict() is to.
     :raises InputError: if one is sparse, quantized, without data, of another kind of dtype (integers for floats), or
                         a parameter that is not finite.
     """
-    params = {name for name, _ in model.named_parameters()}
-    mine = model.state_dict()
-    for name, value in state_dict.items() if isinstance(state_dict, dict) else ():
-        like = mine.get(name)
-        if not isinstance(like, th.Tensor):
-            continue
-        problem = _problem_of_tensor(value, like)
-        if not problem and name in params and value.shape == like.shape:
-            problem = None if value.to(like.dtype).isfinite().all() else "is not finite"
+    params = dict(model.named_parameters())
+    contents = state_dict if isinstance(state_dict, dict) else {}
+    for name, like in (params if strict else model.state_dict()).items():
+        value, problem = contents.get(name), None
+        same_shape = isinstance(value, th.Tensor) and not value.is_nested and value.shape == like.shape
+        if strict and not same_shape:
+            problem = "is missing or has another shape"
+        elif name in contents and isinstance(like, th.Tensor):
+            problem = _problem_of_tensor(value, like)
+            # averages of float16 parameters are float32
+            dtype = th.float32 if strict and like.dtype == th.float16 else like.dtype
+            if not problem and name in params and same_shape and not value.to(dtype).isfinite().all():
+                problem = "is not finite"
         if problem:
-            raise InputError(f"{path} does not fit the model: {name} {problem}")
-
-
-def averages_in(state_dict, model, path):
-    """
-    The parameters of an EMA file: new tensors in the order of the network's, in float32 where those are float16.
-
-    :raises InputError: as check_weights(), and for a parameter that is missing or has another shape.
-    """
-    averages = []
-    for name, p in model.named_parameters():
-        value = state_dict.get(name) if isinstance(state_dict, dict) else None
-        if value is None or not isinstance(value, th.Tensor) or value.shape != p.shape:
-            raise InputError(f"{path} does not fit the model: {name} is missing or has another shape")
-        problem = _problem_of_tensor(value, p)
-        if not problem:
-            averages.append(_copy_like(value, p, th.float32 if p.dtype == th.float16 else p.dtype))
-            problem = None if averages[-1].isfinite().all() else "is not finite"
-        if problem:
-            raise InputError(f"{path} does not fit the model: {name} {problem}")
-    return averages
+            raise InputError(f"{path}: does not fit the model: {name} {problem}")
 
 
 def _problem_of_tensor(value, like):
@@ -93,11 +78,6 @@ def _problem_of_tensor(value, like):
 def _has_plain_data(tensor):
     strange = tensor.is_quantized or tensor.is_nested or tensor.device.type == "meta"
     return tensor.layout == th.strided and not strange
-
-
-def _copy_like(value, p, dtype):
-    """A copy that lies in memory as p does, which fused updates take for granted, and that shares it with nothing."""
-    return th.empty_like(p.detach(), dtype=dtype).copy_(value)
 
 
 # ---------------------------------------------------------------- optimizer
@@ -122,7 +102,7 @@ def optimizer_in(contents, opt, path, allowed=None):
     """
 
     def refuse(reason):
-        raise InputError(f"{path} does not fit the model's optimizer: {reason}")
+        raise InputError(f"{path}: does not fit the model's optimizer: {reason}")
 
     contents = contents if isinstance(contents, dict) else {}
     groups, state = contents.get("param_groups"), contents.get("state")
@@ -149,7 +129,8 @@ def optimizer_in(contents, opt, path, allowed=None):
                 refuse(f"of parameter {i}, {problem}")
     if len(fitted) not in (allowed or (len(params),)):
         refuse(f"it has the moments of {len(fitted)} parameters, not of {len(params)}")
-    return {"state": fitted, "param_groups": groups}
+    plain = [{key: value for key, value in group.items() if is_plain(value)} for group in groups]
+    return {"state": fitted, "param_groups": plain}
 
 
 def _is_group(group):
@@ -174,7 +155,8 @@ def _entry(entry, p):
         value = entry[key]
         if not isinstance(value, th.Tensor) or value.shape != p.shape or _problem_of_tensor(value, p):
             return None, f"{key} is {_shown(value)}, not {_shown(p)}"
-        fitted[key] = _copy_like(value, p, p.dtype)
+        # a copy that lies in memory as p does, which fused updates take for granted, and shares it with nothing
+        fitted[key] = th.empty_like(p.detach()).copy_(value)
     if not fitted["exp_avg"].isfinite().all() or not (fitted["exp_avg_sq"] >= 0).all():
         return None, "the moments are not finite, or squares below 0"
     return fitted, None
@@ -254,12 +236,12 @@ MEANS = Check(
 OPTIONAL = {"flags", "files", "moments", "cuda"}  # earlier runs wrote none of the first three
 
 
-def _is_plain(v, depth=4):
+def is_plain(v, depth=4):
     """Whether a value is one that flags have: nothing that cannot be compared or shown in a line."""
     if isinstance(v, (list, tuple)):
-        return depth > 0 and all(_is_plain(item, depth - 1) for item in v)
+        return depth > 0 and all(is_plain(item, depth - 1) for item in v)
     if isinstance(v, dict):
-        return _is_plain([*v.keys(), *v.values()], depth)
+        return is_plain([*v.keys(), *v.values()], depth)
     return v is None or type(v) in (bool, float, str) or (type(v) is int and v.bit_length() <= 128)
 
 
@@ -289,7 +271,7 @@ def _state_fields(label, own_data, own_sampler):
         "lg_loss_scale": real(-1000, 1000),  # of base 2, in which a float has exponents to 1023
         "overflows_in_a_row": whole(0),
         "moments": whole(0),
-        "flags": Check(lambda v: isinstance(v, dict) and _is_plain(v), "a dict of plain values"),
+        "flags": Check(lambda v: isinstance(v, dict) and is_plain(v), "a dict of plain values"),
         "files": files_of(label),
         "schedule_sampler": _part(LOSS_HISTORY, own_sampler),
         "data": [_part(BATCH_STREAM, own_data)],

@@ -15,9 +15,8 @@ def log_start(loop, dataset) -> None:
     names = dataset.class_names
     if names is not None:
         logger.log(f"classes: {describe_classes(names)}")
-    ends = [steps for steps in (loop.lr_anneal_steps, loop.max_steps) if steps]
-    step = loop.step + loop.resume_step
-    if ends and step >= min(ends):
+    last, step = loop.last_step(), loop.position.label()
+    if last is not None and step >= last:
         logger.log(f"the run is at step {step} already: nothing is left to train")
     ranks = dist_util.world_size()
     parameters = sum(p.numel() for p in loop.model.parameters())
@@ -25,8 +24,8 @@ def log_start(loop, dataset) -> None:
     logger.log(
         f"{counted(dataset.num_images, 'image')}{classes}, "
         f"{parameters:,} parameters, {counted(ranks, 'rank')} of {counted(loop.batch_size, 'image')} a step; training "
-        f"{f'to step {min(ends)}' if ends else 'until it is stopped'}; "
-        f"next checkpoint: step {loop.next_save()}, then every {loop.save_interval}"
+        f"{f'to step {last}' if last else 'until it is stopped'}; "
+        f"next checkpoint: step {loop.position.next_save(loop.save_interval, last)}, then every {loop.save_interval}"
     )
 
 

@@ -1,139 +1,224 @@
 """
-How a run goes on: from which checkpoint, and what each of its parts takes from there.
+How a run continues: from which checkpoint, and what each of its parts takes from there.
 
-All ranks call these functions together; rank 0 looks at the files.
+Rank 0 alone reads files, each once. Weights and moments reach the other ranks by broadcast.
 """
+
+import types
+
+import blobfile as bf
+import torch as th
 
 from .. import dist_util, logger
 from ..data.loader import BatchStream
-from ..fp16_util import make_master_params
 from ..resample import LossSecondMomentResampler
-from ..utils.errors import InputError
 from .checkpoints import (
-    find_ema_checkpoint,
-    find_newest_checkpoint,
-    find_optimizer_checkpoint,
-    find_state_checkpoint,
+    ema_filename,
     is_in,
-    is_of_a_run,
     newest_step,
-    parse_resume_step_from_filename,
+    optimizer_filename,
+    read_newest_set,
+    refuse_cut_off,
     rng_state,
     set_rng_state,
+    state_filename,
+    step_in,
 )
-from .contents import averages_in, check_state, check_weights, optimizer_in
+from .contents import MOMENTS, check_state, check_weights, optimizer_in
+from .weights import check_fits
 
-LONGEST_OVERFLOW = 20  # steps until the loss scale that a run begins with is small enough
+# The global random generators as a part with a state_dict()
+RNG = types.SimpleNamespace(state_dict=rng_state, load_state_dict=set_rng_state)
+
+
+class Checkpoint:
+    """
+    The files of a checkpoint. What has been read of them is held by rank 0 until it is taken.
+
+    :param path: of the model file.
+    :param contents: {file name: contents} of what has been read and found whole.
+    """
+
+    def __init__(self, path, contents=None):
+        self.path = path
+        self.step = step_in(path)  # None for weights that belong to no run: a new one begins at them
+        self.state = None  # of the run, on all ranks, once read_state() has read it
+        self._contents = contents or {}
+
+    def __getstate__(self):
+        return {**self.__dict__, "_contents": {}}  # the other ranks ask rank 0
+
+    def file(self, name):
+        """The path of a file of the set."""
+        return bf.join(bf.dirname(self.path), name)
+
+    def find(self, name):
+        """The path of a file of the set, None if there is none. All ranks call it."""
+        path = self.file(name)
+        return path if dist_util.from_rank_0(lambda: name in self._contents or bf.exists(path)) else None
+
+    def read(self, name=None):
+        """
+        Read a file, once, and hold its contents until take(). On this rank alone.
+
+        :param name: None for the model file.
+        :return: its contents.
+        :raises InputError: if it is absent or damaged.
+        """
+        name = name or bf.basename(self.path)
+        if name not in self._contents:
+            self._contents[name] = dist_util.read_state_dict(self.file(name), map_location="cpu")
+        return self._contents[name]
+
+    def take(self, name=None):
+        """read(), and hold the contents no longer. A second call reads the file again."""
+        contents = self.read(name)
+        del self._contents[name or bf.basename(self.path)]
+        return contents
+
+    def forget(self):
+        """Let go of what nobody has taken, such as averages of other rates."""
+        self._contents, self.state = {}, None
+
+    def is_in(self, directory):
+        """Whether this is a run's checkpoint in a folder."""
+        return self.step is not None and is_in(self.path, directory)
+
+    def read_state(self, data, schedule_sampler):
+        """
+        Read the run's state and check each of its fields. All ranks call it.
+
+        :return: the state, None if there is none (a run of the original).
+        :raises InputError: if it is not what a run writes.
+        """
+
+        name = state_filename(self.step)
+
+        def read():
+            contents = self.take(name)
+            own_sampler = isinstance(schedule_sampler, LossSecondMomentResampler)
+            check_state(contents, self.step, self.file(name), isinstance(data, BatchStream), own_sampler)
+            return contents
+
+        self.state = dist_util.from_rank_0(read) if self.find(name) else None
+        return self.state
+
+
+def open_checkpoint(resume_checkpoint, model):
+    """
+    Read a checkpoint's model file and compare it with the model, before a script creates anything. All ranks call it.
+
+    :param resume_checkpoint: a path; "" and "auto" are returned as they are.
+    :return: for TrainLoop.
+    :raises InputError: if it cannot be read or does not fit.
+    """
+    if resume_checkpoint in ("", "auto"):
+        return resume_checkpoint
+    checkpoint = Checkpoint(resume_checkpoint)
+    dist_util.from_rank_0(lambda: check_fits(model, checkpoint.read(), resume_checkpoint))
+    return checkpoint
 
 
 def find_checkpoint(resume_checkpoint, directory):
     """
-    The model file that a run continues from.
+    The checkpoint that a run continues. All ranks call it.
 
-    :param resume_checkpoint: its path; or "auto", for the newest complete one of `directory`.
-    :return: the path; None or "" for none.
+    :param resume_checkpoint: a Checkpoint; the path of a model file; or "auto", for the newest complete one of
+                              `directory`.
+    :return: a Checkpoint; None for a new run.
     """
     if resume_checkpoint != "auto":
-        return resume_checkpoint
-    path = dist_util.from_rank_0(find_newest_checkpoint, directory)
-    if path is None:
-        logger.log(f"no complete checkpoint in {directory}: the run begins anew")
+        checkpoint = resume_checkpoint
+        if isinstance(resume_checkpoint, str):
+            checkpoint = Checkpoint(resume_checkpoint) if resume_checkpoint else None
+        if checkpoint is not None and checkpoint.step is not None:
+            dist_util.from_rank_0(refuse_cut_off, checkpoint.path, checkpoint.step)
+        return checkpoint
+    found = dist_util.from_rank_0(_newest_checkpoint, directory)
+    if found is None:
+        logger.log(f"no complete checkpoint in {directory}: a new run starts")
         # the row of step 0, if that is all: a run logged it and ended before its first checkpoint
         logger.get_current().drop_from("step", 0, unless_above=0)
-    return path
+    return found
 
 
-def warn_of_other_checkpoints(main_checkpoint, directory):
-    """Of a run that this one, which saves to `directory`, does not continue: both would lose by it."""
+def _newest_checkpoint(directory):
+    found = read_newest_set(directory)
+    return found and Checkpoint(*found)
+
+
+def warn_of_other_checkpoints(checkpoint, directory):
+    """Warn if `directory`, where a run saves, holds newer checkpoints than the one that it continues."""
     newest = dist_util.from_rank_0(newest_step, directory)
-    goes_on_here = main_checkpoint and is_of_a_run(main_checkpoint) and is_in(main_checkpoint, directory)
-    step = parse_resume_step_from_filename(main_checkpoint) if goes_on_here else -1
-    if newest is not None and newest > step:
+    if newest is not None and newest > (checkpoint.step if checkpoint and checkpoint.is_in(directory) else -1):
         logger.warn(
-            f"WARNING: {directory} has checkpoints up to step {newest} of a run that this one does not continue; it "
-            "will overwrite some of them, and resume_checkpoint auto would take the newest. A run wants its own folder"
+            f"WARNING: {directory} has checkpoints up to step {newest} that this run does not continue; it will "
+            "overwrite some of them, and resume_checkpoint auto would take the newest. Give each run its own folder"
         )
 
 
-def find_files_beside(main_checkpoint, ema_rates):
-    """The paths of a checkpoint's other files: (one for each EMA rate, optimizer, state), None for what is missing."""
-
-    def find():
-        step = parse_resume_step_from_filename(main_checkpoint)
-        return (
-            [find_ema_checkpoint(main_checkpoint, step, rate) for rate in ema_rates],
-            find_optimizer_checkpoint(main_checkpoint, step),
-            find_state_checkpoint(main_checkpoint, step),
-        )
-
-    return dist_util.from_rank_0(find)
+# ---------------------------------------------------------------- averages and moments
 
 
-def load_model(model, path):
+def load_average(checkpoint, rate, step, params, model, to_master_params):
     """
-    Load a model file into a network.
+    Load the average of an EMA rate into `params`, in place, if the checkpoint has it. All ranks call it.
 
-    :raises InputError: if it does not fit.
+    :param to_master_params: a function from a state dict to tensors like `params`.
+    :raises InputError: if the file does not fit the model.
     """
-    logger.log(f"loading model from checkpoint: {path}...")
-    params = dist_util.load_state_dict(path, map_location=dist_util.dev())
-    check_weights(params, model, path)
-    try:
-        model.load_state_dict(params)  # by itself: a subclass may accept other names
-    except (RuntimeError, TypeError, AttributeError) as e:  # the last two if it is no dict of names
-        reason = str(e).splitlines()[:2][-1].strip()
-        raise InputError(f"{path} does not fit the model: {reason}") from None
-
-
-def read_ema(model, path):
-    """
-    :return: the averages in a file, tensors in the order of the network's parameters.
-    :raises InputError: if they do not fit.
-    """
-    logger.log(f"loading EMA from checkpoint: {path}...")
-    return averages_in(dist_util.load_state_dict(path, map_location=dist_util.dev()), model, path)
-
-
-def read_optimizer(opt, path, allowed=None):
-    """
-    Read an optimizer's state, if there is a file.
-
-    :param allowed: of how many parameters there may be moments; of all if None.
-    :return: a state dict for load_optimizer(), None without a file.
-    :raises InputError: if it does not fit.
-    """
+    name = ema_filename(rate, step)
+    path = checkpoint and checkpoint.find(name)
     if not path:
-        logger.log("there is no checkpoint of the optimizer: it begins anew")
-        return None
+        logger.log(f"there is no checkpoint of EMA {rate}: it starts at the model's parameters")
+        return
+
+    @th.no_grad()
+    def load():
+        state_dict = checkpoint.take(name)
+        check_weights(state_dict, model, path, strict=True)
+        for mine, value in zip(params, to_master_params(state_dict), strict=True):
+            mine.copy_(value)
+
+    logger.log(f"loading EMA from checkpoint: {path}...")
+    dist_util.from_rank_0(load)
+    dist_util.sync_params(params)
+
+
+def load_optimizer(opt, checkpoint, step, may_be_empty=False, report=()):
+    """
+    Continue with the moments, betas and eps of an optimizer file, if there is one. Learning rate, weight decay and the
+    kind of update stay what they are. All ranks call it.
+
+    :param may_be_empty: whether a file without moments fits, where the run's state does not say how many there are.
+    :param report: which changes to log, of lr and weight_decay.
+    :raises InputError: if the contents do not fit.
+    """
+    name = optimizer_filename(step)
+    path = checkpoint and checkpoint.find(name)
+    if not path:
+        logger.log("there is no checkpoint of the optimizer: it starts without moments")
+        return
     logger.log(f"loading optimizer state from checkpoint: {path}")
-    return optimizer_in(dist_util.load_state_dict(path, map_location="cpu"), opt, path, allowed)
+    params = [p for group in opt.param_groups for p in group["params"]]
+    allowed = [len(params), 0] if may_be_empty else [len(params)]
+    if checkpoint.state and "moments" in checkpoint.state:
+        allowed = [checkpoint.state["moments"]]  # a parameter that has had no gradient has none
+    fitted = {}
 
+    def check():
+        fitted.update(optimizer_in(checkpoint.take(name), opt, path, allowed))
+        return fitted["param_groups"], {i: entry["step"] for i, entry in fitted["state"].items()}
 
-def load_optimizer(opt, state_dict, told=()):
-    """
-    Continue with the moments, betas and eps that read_optimizer() gave. Learning rate, weight decay and the kind of
-    update stay what they are.
-
-    :param told: those of the first two whose change is logged.
-    """
+    groups, steps = dist_util.from_rank_0(check)
+    like = dict(zip((i for group in groups for i in group["params"]), params, strict=True))
+    state = fitted.get("state") or {
+        i: {"step": step, **{key: th.empty_like(like[i]).detach() for key in MOMENTS}} for i, step in steps.items()
+    }
+    dist_util.sync_params([state[i][key] for i in sorted(state) for key in MOMENTS])
     now = {name: value for name, value in opt.defaults.items() if name not in ("betas", "eps")}
-    before = {name: state_dict["param_groups"][0][name] for name in told}
-    for group in state_dict["param_groups"]:
-        group.update(now)
-    opt.load_state_dict(state_dict)
-    log_changes(before, now)
-
-
-def read_state(path, label, *, data, schedule_sampler):
-    """
-    :param label: the step in the file's name.
-    :return: the state of a run, each field checked.
-    :raises InputError: if it is not what a run writes.
-    """
-    state = dist_util.load_state_dict(path, map_location="cpu")
-    own_sampler = isinstance(schedule_sampler, LossSecondMomentResampler)
-    check_state(state, label, path, own_data=isinstance(data, BatchStream), own_sampler=own_sampler)
-    return state
+    log_changes({name: groups[0][name] for name in report}, now)
+    opt.load_state_dict({"state": state, "param_groups": [{**group, **now} for group in groups]})
 
 
 def log_changes(before, now):
@@ -143,127 +228,55 @@ def log_changes(before, now):
             logger.log(f"{name} is {now[name]} from here on, and was {before[name]} in the checkpoint")
 
 
-# ---------------------------------------------------------------- parts that differ from rank to rank
+# ---------------------------------------------------------------- parts of a run
 
 
-def state_of_parts(*, schedule_sampler, data, statistics):
-    """What load_parts() continues from: plain values and tensors, lists of one entry a rank."""
-    ranks = dist_util.all_gather_object(
-        {"data": _state_of(data), "rng": rng_state(), "statistics": statistics.state_dict()}
-    )
-    return {"schedule_sampler": _state_of(schedule_sampler), **{key: [rank[key] for rank in ranks] for key in ranks[0]}}
-
-
-def load_parts(state, step, *, schedule_sampler, data, statistics):
+class CheckpointIO:
     """
-    Let a run's parts, and the random numbers, go on where state_of_parts() found them.
+    Saves and restores the parts of a run that have a state_dict().
 
-    :param step: of the run, which random numbers begin anew from if the number of ranks is another.
+    :param parts: by the name of their state. The schedule sampler is the same on all ranks; of data, random numbers
+                  and statistics, each rank has its own.
     """
-    _continue(schedule_sampler, "schedule sampler", state["schedule_sampler"])
-    ranks, rank = len(state["rng"]), dist_util.rank()
-    if ranks == dist_util.world_size():
-        _continue(data, "data", state["data"][rank])
-        set_rng_state(state["rng"][rank])
-        statistics.load_state_dict(state["statistics"][rank])
-    else:
+
+    SHARED = "schedule_sampler"
+
+    def __init__(self, **parts):
+        self.parts = parts
+
+    def local_state(self, *names):
+        """{name: state on this rank, None for a part without} of these parts."""
+        parts = [(name, self.parts[name]) for name in names]
+        return {name: part.state_dict() if hasattr(part, "state_dict") else None for name, part in parts}
+
+    def load_local_state(self, states):
+        """Restore the parts that local_state() gave the states of."""
+        for name, state in states.items():
+            if state is not None and hasattr(self.parts[name], "load_state_dict"):
+                try:
+                    self.parts[name].load_state_dict(state)
+                except (ValueError, KeyError) as e:
+                    logger.warn(f"the {name.replace('_', ' ')} cannot continue where it was: {e}")
+
+    def state_dict(self):
+        """Plain values and tensors; a list of one entry a rank of what differs between ranks. All ranks call it."""
+        own = [name for name in self.parts if name != self.SHARED]
+        ranks = dist_util.all_gather_object(self.local_state(*own))
+        return {**self.local_state(self.SHARED), **{name: [rank[name] for rank in ranks] for name in own}}
+
+    def load_state_dict(self, state, step):
+        """
+        :param state: of state_dict(), perhaps of another number of ranks.
+        :param step: of the run; with another number of ranks it seeds the random numbers.
+        """
+        self.load_local_state({self.SHARED: state[self.SHARED]})
+        ranks, rank = len(state["rng"]), dist_util.rank()
+        if ranks == dist_util.world_size():
+            self.load_local_state({name: state[name][rank] for name in self.parts if name != self.SHARED})
+            return
         logger.warn(
-            f"the checkpoint is of {ranks} ranks, now there are {dist_util.world_size()}: the data begin anew, and "
+            f"the checkpoint is of {ranks} ranks, now there are {dist_util.world_size()}: the data begin again, and "
             f"so do the random numbers, from step {step} and the seed, if one is given"
         )
         dist_util.seed_anew(step)
-        statistics.load_state_dicts(state["statistics"])
-
-
-def position(data):
-    """Where data and random numbers are on this rank, for return_to()."""
-    return _state_of(data), rng_state()
-
-
-def return_to(position, data):
-    """Undo what has been taken from data, and drawn, since position() gave `position`."""
-    state, rng = position
-    if state is not None and hasattr(data, "load_state_dict"):
-        data.load_state_dict(state)
-    set_rng_state(rng)
-
-
-def _state_of(part):
-    """state_dict() of a data iterator or sampler that has one, else None."""
-    return part.state_dict() if hasattr(part, "state_dict") else None
-
-
-def _continue(part, name, state):
-    if state is None or not hasattr(part, "load_state_dict"):
-        return
-    try:
-        part.load_state_dict(state)
-    except (ValueError, KeyError) as e:
-        logger.warn(f"the {name} cannot continue where it was: {e}")
-
-
-# ---------------------------------------------------------------- the loop
-
-
-class Resumable:
-    """What TrainLoop keeps in a checkpoint's state file, and takes from a checkpoint when it resumes."""
-
-    def _resume(self, main_checkpoint, directory):
-        """
-        Take from a checkpoint all but the model, which is loaded by now.
-
-        :param directory: where this run's checkpoints go.
-        """
-        self._last_checkpoint = main_checkpoint
-        self._updates = self.resume_step
-        if not is_of_a_run(main_checkpoint):
-            logger.log(f"{main_checkpoint} is not a model000000.pt: a new run begins at its weights")
-            return
-        label = parse_resume_step_from_filename(main_checkpoint)
-        ema_paths, opt_path, state_path = find_files_beside(main_checkpoint, self.ema_rate)
-        # all is read and checked before any of it is used
-        averages = [path and read_ema(self.model, path) for path in ema_paths]
-        state = state_path and read_state(state_path, label, data=self.data, schedule_sampler=self.schedule_sampler)
-        optimizer = read_optimizer(self.opt, opt_path, self._counts_of_moments(state, label))
-        for i, params in enumerate(averages):
-            if params:
-                self.ema_params[i] = make_master_params(params) if self.use_fp16 else params
-            else:
-                logger.log(f"there is no checkpoint of EMA {self.ema_rate[i]}: it begins at the model's parameters")
-        if optimizer:
-            # an annealed learning rate is another at every step
-            load_optimizer(self.opt, optimizer, ["weight_decay"] if self.lr_anneal_steps else ["lr", "weight_decay"])
-        if state:
-            self._load_state(state)
-            if is_in(main_checkpoint, directory):
-                logger.get_current().drop_from("step", self.step)  # rows that will be written again
-        self._saved = label, self._updates
-
-    def _counts_of_moments(self, state, label):
-        """Of how many parameters an optimizer file may have moments: those that have had a gradient."""
-        if state and "moments" in state:
-            return [state["moments"]]
-        # before the first update there are none, which comes as late as float16 overflows
-        return [len(self.master_params), *([0] if self.use_fp16 and label <= LONGEST_OVERFLOW else [])]
-
-    def _load_state(self, state):
-        self.step, self.resume_step = state["updates"], 0
-        self._updates = state["updates"]
-        self.lg_loss_scale = state["lg_loss_scale"]
-        self._overflows_in_a_row = state["overflows_in_a_row"]
-        told = {"resume_checkpoint", "seed", "lr", "weight_decay"}  # elsewhere, or nothing to tell
-        log_changes(state.get("flags", {}), {k: v for k, v in self.flags.items() if k not in told})
-        load_parts(state, self.step, **self._parts())
-
-    def _state(self):
-        return {
-            "updates": max(self._updates, self._total_step),  # subclasses may not count them
-            "lg_loss_scale": self.lg_loss_scale,
-            "overflows_in_a_row": self._overflows_in_a_row,
-            "moments": sum(map(bool, self.opt.state.values())),
-            "flags": self.flags,
-            **state_of_parts(**self._parts()),
-        }
-
-    def _parts(self):
-        return dict(schedule_sampler=self.schedule_sampler, data=self.data, statistics=self._statistics)
+        self.parts["statistics"].load_state_dicts(state["statistics"])

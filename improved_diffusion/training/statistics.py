@@ -5,6 +5,7 @@ import math
 import torch as th
 
 from .. import dist_util, logger
+from ..utils.errors import TrainingError
 
 
 class StepStatistics:
@@ -63,10 +64,26 @@ class StepStatistics:
                 sums[name] = before[0] + total, before[1] + count
         return {name: (total / count, count) for name, (total, count) in sums.items() if count}
 
+    def local_means(self):
+        """read() of this rank, without the counts."""
+        return {name: mean for name, (mean, _) in self.read(over_ranks=False).items()}
+
     def ranks_not_finite(self, key):
         """The ranks whose own mean of a key is not finite, or that have none; all of them call it."""
         mean, _ = self.read(over_ranks=False).get(key, (math.nan, 0))
         return dist_util.ranks_where(not math.isfinite(mean))
+
+    def diverged(self, what, step, last_checkpoint, bad=()):
+        """
+        The error to raise, on all ranks together.
+
+        :param bad: the ranks to name; those whose loss is not finite if there are none.
+        """
+        bad = bad or self.ranks_not_finite("loss") or range(dist_util.world_size())
+        return TrainingError(
+            f"{what} at step {step} on rank {', '.join(map(str, bad))}; the last good checkpoint is "
+            f"{last_checkpoint or 'none'}. A lower lr helps, or a look at the data"
+        )
 
     def state_dict(self):
         """What has been taken in, for load_state_dict(); tensors only."""

@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 if __name__ == "__main__":
-    sys.path.insert(1, str(Path(__file__).resolve().parent.parent))  # as pytest does for the tests
+    sys.path.insert(1, str(Path(__file__).resolve().parent.parent / "helpers"))  # as pytest does for the tests
 
 from harness import ROOT, write_images
 from killing import ENOUGH, MOMENTS, Campaign, Setting

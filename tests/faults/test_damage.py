@@ -2,20 +2,17 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch as th
-from harness import snapshot
+from harness import HELPERS, snapshot
 from PIL import Image
 from processes import KINDS, finish, names_of, start, where_it_began
 from training import load
 
 from improved_diffusion.inference.arrays import load_base_samples
 from improved_diffusion.utils.errors import InputError
-
-HERE = Path(__file__).parent
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +30,7 @@ def test_file_cut_short(server, images, three_sets, tmp_path, kind):
     folder = tmp_path / "run"
     shutil.copytree(three_sets, folder)
     before = snapshot(folder)
-    process = server.start(HERE / "cut.py", [kind, str(folder), str(images)])
+    process = server.start(HELPERS / "cut.py", [kind, str(folder), str(images)])
     finish([process])
     found = json.loads((folder / "cut.json").read_text())
     print(f"{kind}000004.pt of {len(before[f'{kind}000004.pt'])} bytes cut to {[*found]} bytes")
@@ -167,7 +164,7 @@ def write_sources(kind, folder, three_sets):
 def test_random_bytes(server, three_sets, tmp_path, kind, count):
     """In a process of its own, since decoders are C code: it neither dies nor hangs, nor believes what is wrong."""
     write_sources(kind, tmp_path / "whole", three_sets)
-    process = server.start(HERE / "corrupt.py", [kind, str(tmp_path), str(count), "0"])
+    process = server.start(HELPERS / "corrupt.py", [kind, str(tmp_path), str(count), "0"])
     status = process.wait(300)
     assert status == 0, (status, (tmp_path / "damage").read_text(), process.stderr)
     found = json.loads((tmp_path / "outcomes.json").read_text())

@@ -51,7 +51,7 @@ def test_an_image_breaks(server, images, tmp_path, ranks, workers, damage):
     assert [process.wait() for process in processes] == [2] * ranks, [process.stderr for process in processes]
     for process in processes:
         (line,) = process.stderr.splitlines()
-        assert line.startswith(f"image_train.py: error: {broken}: cannot be read as an image (")
+        assert line.startswith("image_train.py: error: ") and f"{broken}: cannot be read as an image (" in line
     broken.write_bytes(whole)
     step = stopped_at(folder, ranks)
     before = len(lines_of(folder))

@@ -10,10 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
-from harness import ROOT
+from harness import HELPERS, ROOT
 from processes import PATIENCE, SCRIPT, environment, names_of, steps_with, train_words
 
-FAIL = Path(__file__).with_name("fail.py")
+FAIL = HELPERS / "fail.py"
 MPIEXEC = Path(sys.executable).parent / "mpiexec"
 needs_mpiexec = pytest.mark.skipif(not MPIEXEC.exists(), reason="no mpiexec beside this Python: pip install mpich")
 

@@ -8,9 +8,9 @@ import subprocess
 import sys
 import termios
 import time
-from pathlib import Path
 
 import pytest
+from harness import HELPERS
 from processes import (
     LAUNCHERS,
     MPIEXEC,
@@ -60,7 +60,7 @@ def test_sigterm_to_a_launcher(server, images, uninterrupted, tmp_path, launcher
     folder, said, statuses = (tmp_path / name for name in ("run", "said", "statuses"))
     statuses.mkdir()
     words = train_words(images, max_steps=10**6, num_workers=1)
-    command = [*LAUNCHERS[launcher], Path(__file__).parent / "exit_status.py", statuses, SCRIPT, *words]
+    command = [*LAUNCHERS[launcher], HELPERS / "exit_status.py", statuses, SCRIPT, *words]
     with launched(command, folder, said, checkpoints=3) as process:
         process.terminate()
         status = process.wait(PATIENCE)

@@ -56,7 +56,7 @@ def test_run_goes_on_with_another_number_of_ranks(server, images, tmp_path, befo
     finish(start(server, images, folder, after, max_steps=last + 2, lr=1e-30, resume_checkpoint="auto", **FP16))
     lines = lines_of(folder)
     assert where_it_began(lines[::-1]) == last
-    warning = f"the checkpoint is of {before} ranks, now there are {after}: the data begin anew, and so do the random"
+    warning = f"the checkpoint is of {before} ranks, now there are {after}: the data begin again, and so do the random"
     assert any(line.startswith(warning) for line in lines)
     new = {kind: load(folder / f"{kind}{last + 2:06d}.pt") for kind in old}
     assert new["state"]["updates"] == last + 2 == old["state"]["updates"] + 1

@@ -183,7 +183,7 @@ for kind, value in TENSORS.items():
 def test_an_optimizer_that_does_not_fit(folder, kind):
     """Moments of another shape were read and overwritten past their ends."""
     line = refusal(folder, "opt000003.pt", OPTIMIZER[kind])
-    assert line.startswith(" does not fit the model's optimizer: ")
+    assert line.startswith(": does not fit the model's optimizer: ")
 
 
 @pytest.mark.parametrize("kind", ["empty", "half"])
@@ -211,9 +211,8 @@ def old_torch(step):
 @pytest.mark.parametrize("step", [3, 3.0, th.tensor(3.0), th.tensor(3), th.tensor([3.0], dtype=th.float64)], ids=str)
 def test_an_optimizer_of_an_older_torch(folder, step, with_state):
     changed(folder / "opt000003.pt", old_torch(step))
-    if not with_state:
-        for path in folder.glob("state*.pt"):  # a run of the original has none
-            path.unlink()
+    for path in folder.glob("state*.pt") if not with_state else ():
+        path.unlink()
     loop = train(folder, resume_checkpoint=latest(folder), max_steps=5, **parts_of_a_loop(folder))
     for entry in loop.opt.state_dict()["state"].values():
         assert entry["step"].dtype == th.float32 and entry["step"] == 5
@@ -298,7 +297,7 @@ def test_one_bad_number_is_enough(folder):
     def change(contents):
         contents["conv.bias"][2] = INF
 
-    assert refusal(folder, "ema_0.9_000003.pt", change) == " does not fit the model: conv.bias is not finite"
+    assert refusal(folder, "ema_0.9_000003.pt", change) == ": does not fit the model: conv.bias is not finite"
 
 
 @pytest.mark.parametrize("use_fp16", [False, True])

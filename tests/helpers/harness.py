@@ -20,7 +20,8 @@ from improved_diffusion import script_util
 from improved_diffusion.cli import parser
 from improved_diffusion.logger import Logger
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
+HELPERS = ROOT / "tests" / "helpers"  # scripts that tests start, too
 LAUNCHER_VARIABLES = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMI_SIZE"]
 
 FULL = "/dev/full"

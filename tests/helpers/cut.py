@@ -31,7 +31,7 @@ def choose(folder):
     """What "auto" does first, in the form of attempt()."""
     said = io.StringIO()
     with contextlib.redirect_stdout(said), logger.scoped_configure(str(folder / "choice"), ["stdout"]):
-        path = checkpoints.find_newest_checkpoint(str(folder))
+        path, _ = checkpoints.read_newest_set(str(folder))
     return [0, "", [*said.getvalue().splitlines(), f"loading model from checkpoint: {path}..."]]
 
 

@@ -12,6 +12,7 @@ import torch as th
 from harness import snapshot, write_images
 from training import (
     Killed,
+    TinyNet,
     assert_same,
     batches,
     checkpoint_names,
@@ -33,7 +34,7 @@ from improved_diffusion.image_datasets import load_data
 from improved_diffusion.resample import LossSecondMomentResampler, UniformSampler
 from improved_diffusion.train_util import TrainLoop
 from improved_diffusion.training import resume as resume_module
-from improved_diffusion.utils.errors import InputError
+from improved_diffusion.utils.errors import InputError, TrainingError
 
 
 @pytest.fixture(autouse=True)
@@ -92,7 +93,7 @@ def test_optimizer_of_another_precision(tmp_path, before):
     with pytest.raises(InputError) as info:
         resume(tmp_path, use_fp16=not before)
     path = tmp_path / "opt000003.pt"
-    assert str(info.value).startswith(f"{path} does not fit the model's optimizer: ")
+    assert str(info.value).startswith(f"{path}: does not fit the model's optimizer: ")
     assert str(info.value).endswith(f"; a run with use_fp16 {before} would have written it so")
 
 
@@ -170,7 +171,7 @@ def test_another_number_of_ranks(tmp_path, seven_images):
             th.testing.assert_close(table, state["statistics"][0][key] * 4)
     assert drawn[0] != drawn[1] == drawn[2]
     warning = (
-        "the checkpoint is of 2 ranks, now there are 1: the data begin anew, and so do the random numbers, "
+        "the checkpoint is of 2 ranks, now there are 1: the data begin again, and so do the random numbers, "
         "from step 3 and the seed, if one is given"
     )
     assert (tmp_path / "new" / "log.txt").read_text().splitlines().count(warning) == 3
@@ -215,9 +216,15 @@ def test_flags_are_a_copy_and_may_be_missing(tmp_path):
     "content, problem",
     [
         (None, "there is no such file"),
-        ({"conv.weight": th.zeros(3, 3, 1, 1)}, "does not fit the model: Missing key"),
-        ({"conv.weight": th.zeros(2, 3, 1, 1), "conv.bias": th.zeros(3)}, "does not fit the model: size mismatch"),
-        ([1, 2], "does not fit the model: Expected state_dict to be dict-like"),
+        (
+            {"conv.weight": th.zeros(3, 3, 1, 1)},
+            "conv.bias (absent in the file, 3 in the model)",
+        ),
+        (
+            {"conv.weight": th.zeros(2, 3, 1, 1), "conv.bias": th.zeros(3)},
+            "conv.weight (2x3x1x1 in the file, 3x3x1x1 in the model)",
+        ),
+        ([1, 2], "does not fit the model: it holds no tensors by name"),
         ({1: th.zeros(3)}, "does not fit the model"),
     ],
     ids=["missing", "a part", "another size", "a list", "numbered"],
@@ -302,10 +309,10 @@ def test_everything_of_the_original_is_taken_up(original):
         (
             "ema_0.9_000006.pt",
             "0.9",
-            ["there is no checkpoint of EMA 0.9: it begins at the model's parameters"],
+            ["there is no checkpoint of EMA 0.9: it starts at the model's parameters"],
         ),
-        ("none", "0.9,0.99", ["there is no checkpoint of EMA 0.99: it begins at the model's parameters"]),
-        ("opt000006.pt", "0.9", ["there is no checkpoint of the optimizer: it begins anew"]),
+        ("none", "0.9,0.99", ["there is no checkpoint of EMA 0.99: it starts at the model's parameters"]),
+        ("opt000006.pt", "0.9", ["there is no checkpoint of the optimizer: it starts without moments"]),
     ],
 )
 def test_missing_parts(original, tmp_path, removed, ema_rate, lines):
@@ -331,7 +338,7 @@ def test_weights_of_another_kind_of_file(tmp_path):
     path = str(tmp_path / "ema_0.9_000004.pt")
     with logger.scoped_configure(dir=str(tmp_path), format_strs=["log", "csv"]):
         loop = make_loop(resume_checkpoint=path)
-    assert f"{path} is not a model000000.pt: a new run begins at its weights" in (tmp_path / "log.txt").read_text()
+    assert f"{path} is not a model000000.pt: a new run starts from its weights" in (tmp_path / "log.txt").read_text()
     assert (loop.step, loop.resume_step, loop.opt.state_dict()["state"]) == (0, 0, {})
     assert_same(loop.model.state_dict(), load(path))
     assert_same([p.detach() for p in loop.ema_params[0]], list(load(path).values()))
@@ -385,7 +392,7 @@ def test_an_average_of_another_model_is_refused(tmp_path, change):
     th.save(state_dict, path)
     with pytest.raises(InputError) as info:
         train(tmp_path, resume_checkpoint=str(tmp_path / "model000003.pt"))
-    assert str(info.value) == f"{path} does not fit the model: conv.bias is missing or has another shape"
+    assert str(info.value) == f"{path}: does not fit the model: conv.bias is missing or has another shape"
 
 
 def test_a_damaged_optimizer_file_is_called_damaged(tmp_path):
@@ -422,7 +429,7 @@ def test_a_run_killed_before_its_first_checkpoint_begins_anew(tmp_path):
     loop = train(tmp_path, resume_checkpoint="auto")
     assert [row["step"] for row in read_rows(tmp_path)] == [0, 1, 2]
     assert (loop.step, checkpoint_names(tmp_path)) == (3, checkpoint_names_of(0, 3))
-    assert lines_of(tmp_path).count(f"no complete checkpoint in {tmp_path}: the run begins anew") == 2
+    assert lines_of(tmp_path).count(f"no complete checkpoint in {tmp_path}: a new run starts") == 2
 
 
 def test_the_newest_is_of_the_folder_for_checkpoints(tmp_path, monkeypatch):
@@ -462,13 +469,32 @@ def test_a_path_that_is_no_checkpoint_does_not_begin_anew(tmp_path):
         train(tmp_path, resume_checkpoint=str(tmp_path / "auto"))
 
 
+@pytest.mark.parametrize("how", ["auto", "path", "opened"])
+@pytest.mark.parametrize("cut_off", [False, True])
+def test_each_file_is_read_once(tmp_path, monkeypatch, how, cut_off):
+    """And nothing of it is held when the run begins."""
+    train(tmp_path, max_steps=4)
+    if cut_off and how == "auto":
+        os.rename(tmp_path / "state000004.pt", tmp_path / "state000004.pt.tmp")
+    paths, read = [], dist_util.read_state_dict
+    monkeypatch.setattr(dist_util, "read_state_dict", lambda path, **_: paths.append(Path(path)) or read(path, **_))
+    model, checkpoint = TinyNet(), {"auto": "auto"}.get(how, latest(tmp_path))
+    if how == "opened":
+        checkpoint = resume_module.open_checkpoint(checkpoint, model)
+    with logger.scoped_configure(dir=str(tmp_path), format_strs=["log"]):
+        loop = make_loop(model=model, resume_checkpoint=checkpoint)
+    assert sorted(path.name.removesuffix(".tmp") for path in paths) == checkpoint_names_of(4)
+    assert loop.step == 4 and loop.resume_checkpoint == latest(tmp_path)
+    assert loop._checkpoint._contents == {} and loop._checkpoint.state is None
+
+
 # ---------------------------------------------------------------- what a run must not lose
 
 
 def test_a_used_folder_is_warned_of(tmp_path):
     """A new run among the checkpoints of another overwrites some; one that continues the newest is told nothing."""
     train(tmp_path, max_steps=4)
-    warning = f"{tmp_path} has checkpoints up to step 4 of a run that this one does not continue"
+    warning = f"{tmp_path} has checkpoints up to step 4 that this run does not continue"
     for checkpoint, warned in [("", True), ("ema_0.9_000004.pt", True), ("model000000.pt", True), ("auto", False)]:
         path = checkpoint if checkpoint in ("", "auto") else str(tmp_path / checkpoint)
         before = len((tmp_path / "log.txt").read_text())
@@ -492,7 +518,7 @@ def test_no_checkpoint_of_parameters_that_are_not_finite(tmp_path):
         loop = make_loop(resume_checkpoint=latest(tmp_path), keep_checkpoints=1)
         with th.no_grad():
             loop.master_params[0][0] = math.nan
-        with pytest.raises(train_util.TrainingError, match=r"a parameter is not finite at step 2 .*model000002.pt"):
+        with pytest.raises(TrainingError, match=r"a parameter is not finite at step 2 .*model000002.pt"):
             loop.save()
     assert {name: data for name, data in snapshot(tmp_path).items() if name.endswith(".pt")} == {
         name: data for name, data in before.items() if name.endswith(".pt")
@@ -523,8 +549,8 @@ def test_moments_lie_in_memory_as_their_parameters(tmp_path):
         state = {
             i: {"step": th.tensor(3.0), "exp_avg": moments[2 * i], "exp_avg_sq": moments[2 * i + 1]} for i in range(2)
         }
-        th.save({**opt.state_dict(), "state": state}, tmp_path / "opt.pt")
-        resume_module.load_optimizer(opt, resume_module.read_optimizer(opt, str(tmp_path / "opt.pt")))
+        th.save({**opt.state_dict(), "state": state}, tmp_path / "opt000003.pt")
+        resume_module.load_optimizer(opt, resume_module.Checkpoint(str(tmp_path / "model000003.pt")), 3)
         for p in model.parameters():
             p.data.zero_()
             p.grad = th.ones_like(p)

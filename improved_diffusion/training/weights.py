@@ -1,13 +1,14 @@
-"""A file of weights into a model, and what the shapes of weights tell of their model."""
+"""Weights from a file into a model, and the architecture that the shapes of weights reveal."""
 
+import copy
 import itertools
 from typing import Any
 
 import torch as th
 
 from .. import dist_util
-from ..training.contents import check_weights
 from ..utils.errors import InputError
+from .contents import check_weights
 
 
 def read_weights(path: str) -> dict[str, th.Tensor]:
@@ -24,24 +25,55 @@ def read_weights(path: str) -> dict[str, th.Tensor]:
 
 def load_weights(model: th.nn.Module, state_dict: dict[str, th.Tensor], path: str) -> None:
     """
-    Load a state dict strictly.
+    Load a state dict, strictly unless the network's own load_state_dict() accepts more.
 
     :param path: of its file, for messages.
-    :raises InputError: if it does not fit; it names at most three tensors and the option that is the likely cause.
+    :raises InputError: if it does not fit, as check_fits().
     """
-    there = {name: tuple(v.shape) for name, v in state_dict.items()}
-    here = {name: tuple(v.shape) for name, v in model.state_dict().items()}
-    wrong = [name for name in {**here, **there} if there.get(name) != here.get(name)]
-    if wrong:
-        tensors = ", ".join(
-            f"{name} ({_shape(there, name)} in the file, {_shape(here, name)} by the flags)" for name in wrong[:3]
-        )
-        raise InputError(
-            f"{path}: does not fit the flags: {tensors}{', ...' if len(wrong) > 3 else ''}; "
-            f"the likely cause is {_likely_cause(infer_architecture(there), infer_architecture(here))}"
-        )
     check_weights(state_dict, model, path)
+    try:
+        model.load_state_dict(state_dict)
+    except (RuntimeError, TypeError, AttributeError) as e:  # the last two for what is no dict of names
+        reason = _mismatch(model, state_dict) or str(e).splitlines()[:2][-1].strip()
+        raise InputError(f"{path}: does not fit the model: {reason}") from None
+
+
+def copy_with(model: th.nn.Module, state_dict: dict[str, th.Tensor]) -> th.nn.Module:
+    """A copy of a model, with other weights and in eval() mode."""
+    model = copy.deepcopy(model).eval()
     model.load_state_dict(state_dict)
+    return model
+
+
+def check_fits(model: th.nn.Module, state_dict: dict[str, th.Tensor], path: str) -> None:
+    """
+    Check a state dict without loading it.
+
+    :raises InputError: if names, shapes or values do not fit the model; it names at most three tensors and the likely
+                        cause.
+    """
+    check_weights(state_dict, model, path)
+    if reason := _mismatch(model, state_dict):
+        raise InputError(f"{path}: does not fit the model: {reason}")
+
+
+def _mismatch(model, state_dict):
+    """What differs in names and shapes, and the likely cause; "" for nothing."""
+    if not isinstance(state_dict, dict):
+        return "it holds no tensors by name"
+    there, here = (
+        {name: tuple(v.shape) for name, v in tensors.items() if isinstance(v, th.Tensor) and not v.is_nested}
+        for tensors in (state_dict, model.state_dict())
+    )
+    wrong = [name for name in {**here, **there} if there.get(name) != here.get(name)]
+    tensors = ", ".join(
+        f"{name} ({_shape(there, name)} in the file, {_shape(here, name)} in the model)" for name in wrong[:3]
+    )
+    if not wrong:
+        return ""
+    ours = infer_architecture(here)
+    cause = ours and f"; the likely cause is {_likely_cause(infer_architecture(there), ours)}"
+    return f"{tensors}{', ...' if len(wrong) > 3 else ''}{cause or ''}"
 
 
 def _shape(shapes, name):
@@ -49,8 +81,8 @@ def _shape(shapes, name):
 
 
 def _likely_cause(there, here):
-    """The first of the flags in which what a file's shapes tell differs from what the model's do."""
-    if there is None or here is None:
+    """The first option in which the two architectures differ."""
+    if there is None:
         return "the file: it is not of this kind of model"
     if there["super_resolution"] != here["super_resolution"]:
         return "the script: one of the two is a model for super-resolution"

@@ -29,10 +29,10 @@ from training import (
     train,
 )
 
-from improved_diffusion import dist_util, logger, train_util
+from improved_diffusion import dist_util, logger
 from improved_diffusion.train_util import TrainLoop
 from improved_diffusion.unet import UNetModel
-from improved_diffusion.utils.errors import InputError
+from improved_diffusion.utils.errors import InputError, TrainingError
 
 STEPS = 8
 
@@ -117,7 +117,7 @@ def test_overflows_are_counted_on(tmp_path):
     nan = dict.fromkeys(range(100), math.nan)
     train(tmp_path, use_fp16=True, data=batches(changes=nan), max_steps=12)
     resumed = dict(use_fp16=True, data=batches(changes=nan), max_steps=100, resume_checkpoint=latest(tmp_path))
-    with pytest.raises(train_util.TrainingError, match=r"at step 19 .*model000012.pt"):
+    with pytest.raises(TrainingError, match=r"at step 19 .*model000012.pt"):
         train(tmp_path, **resumed)
 
 
@@ -361,9 +361,7 @@ def test_signals_are_given_back_when_a_run_fails(tmp_path, error):
 
 def test_a_stop_does_not_save_what_is_not_finite(tmp_path):
     """The last good checkpoint stays the last."""
-    with pytest.raises(
-        train_util.TrainingError, match=r"at step 3 on rank 0; the last good checkpoint is .*model000002"
-    ):
+    with pytest.raises(TrainingError, match=r"at step 3 on rank 0; the last good checkpoint is .*model000002"):
         train(
             tmp_path, stopped_at(3), data=batches(changes={3: math.nan}), max_steps=9, save_interval=2, log_interval=10
         )

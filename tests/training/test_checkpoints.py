@@ -17,13 +17,11 @@ from improved_diffusion.training.checkpoints import (
     delete_old_sets,
     ema_filename,
     find_ema_checkpoint,
-    find_newest_checkpoint,
-    find_optimizer_checkpoint,
-    find_state_checkpoint,
     is_of_a_run,
     model_filename,
     optimizer_filename,
     parse_resume_step_from_filename,
+    read_newest_set,
     rng_state,
     save_set,
     set_rng_state,
@@ -68,20 +66,12 @@ def test_step_of_a_name(name, step):
     assert parse_resume_step_from_filename(name) == step
 
 
-@pytest.mark.parametrize(
-    "find, name",
-    [
-        (lambda main: find_ema_checkpoint(main, 5, 0.99), "ema_0.99_000005.pt"),
-        (lambda main: find_optimizer_checkpoint(main, 5), "opt000005.pt"),
-        (lambda main: find_state_checkpoint(main, 5), "state000005.pt"),
-    ],
-)
-def test_files_beside_a_model(tmp_path, find, name):
-    main = str(tmp_path / "model000005.pt")
-    assert find(main) is None
-    (tmp_path / name).touch()
-    assert find(main) == str(tmp_path / name)
-    assert find("") is None
+def test_an_average_beside_a_model(tmp_path):
+    main, ema = str(tmp_path / "model000005.pt"), tmp_path / "ema_0.99_000005.pt"
+    assert find_ema_checkpoint(main, 5, 0.99) is None
+    ema.touch()
+    assert find_ema_checkpoint(main, 5, 0.99) == str(ema)
+    assert find_ema_checkpoint("", 5, 0.99) is None
 
 
 @pytest.mark.parametrize(
@@ -144,6 +134,12 @@ def test_a_set_on_disk(tmp_path, monkeypatch):
 # ---------------------------------------------------------------- many sets in a folder
 
 
+def newest(folder):
+    """The model file of the newest complete set."""
+    found = read_newest_set(folder)
+    return found and found[0]
+
+
 def write_set(folder, step, rates=(0.9,), state=True):
     """A checkpoint, or one of the original, which has no state."""
     weights = {"w": th.full((50,), float(step))}
@@ -180,14 +176,14 @@ def test_the_newest_checkpoint(tmp_path, steps, state, lines):
     """By its number, not by the alphabet."""
     for step in steps:
         write_set(tmp_path, step, rates=(0.9, 0.9999), state=state)
-    assert find_newest_checkpoint(str(tmp_path)) == str(tmp_path / model_filename(max(steps)))
+    assert newest(str(tmp_path)) == str(tmp_path / model_filename(max(steps)))
     assert lines() == []
 
 
 @pytest.mark.parametrize("folder", ["empty", "not there"])
 def test_no_checkpoint_at_all(tmp_path, folder, lines):
     (tmp_path / "empty").mkdir()
-    assert find_newest_checkpoint(str(tmp_path / folder)) is None
+    assert newest(str(tmp_path / folder)) is None
     assert lines() == [] and files_in(tmp_path) == {"empty"}
 
 
@@ -196,7 +192,7 @@ def test_no_checkpoint_among_other_files(tmp_path, lines):
         (tmp_path / name).touch()
     for name in ["model000007.pt.tmp", "state000007.pt.tmp", "opt000007.pt.tmp"]:  # all that was written of a set
         (tmp_path / name).touch()
-    assert find_newest_checkpoint(str(tmp_path)) is None
+    assert newest(str(tmp_path)) is None
     assert lines() == []
 
 
@@ -208,7 +204,7 @@ def test_an_incomplete_checkpoint_is_passed_over(tmp_path, state, missing, lines
     write_set(tmp_path, 10, state=state)
     last = state_filename if state else optimizer_filename
     os.remove(tmp_path / (model_filename if missing == "model" else last)(10))
-    assert find_newest_checkpoint(str(tmp_path)) == str(tmp_path / "model000005.pt")
+    assert newest(str(tmp_path)) == str(tmp_path / "model000005.pt")
     assert lines() == []
 
 
@@ -218,7 +214,7 @@ def test_a_checkpoint_without_one_of_its_files_is_left_out(tmp_path, missing, li
     write_set(tmp_path, 5)
     write_set(tmp_path, 10, rates=(0.9, 0.9999))
     os.remove(tmp_path / missing)
-    assert find_newest_checkpoint(str(tmp_path)) == str(tmp_path / "model000005.pt")
+    assert newest(str(tmp_path)) == str(tmp_path / "model000005.pt")
     assert lines() == [f"the checkpoint of step 10 is left out: {tmp_path / missing}: there is no such file"]
 
 
@@ -235,7 +231,7 @@ def test_a_damaged_checkpoint_is_left_out(tmp_path, name, damage, lines):
     else:
         data[data.index(b"\x80\x02}q") + 3] ^= 1  # each file has a pickle, of a dict
         path.write_bytes({"flipped": data, "cut": data[:-200], "empty": b""}[damage])
-    assert find_newest_checkpoint(str(tmp_path)) == str(tmp_path / "model000005.pt")
+    assert newest(str(tmp_path)) == str(tmp_path / "model000005.pt")
     (line,) = lines()
     assert line.startswith(f"the checkpoint of step 10 is left out: {path}")
 
@@ -247,7 +243,7 @@ def test_only_damaged_checkpoints(tmp_path, lines):
     with pytest.raises(
         InputError, match=f"no checkpoint in {tmp_path} can be read; .* {tmp_path}/model000010.pt: not a"
     ):
-        find_newest_checkpoint(str(tmp_path))  # to begin anew would overwrite what may be mended
+        newest(str(tmp_path))  # to begin anew would overwrite what may be mended
     assert [line.split(" is left out")[0].split()[-1] for line in lines()] == ["10", "5"]
 
 
@@ -256,7 +252,7 @@ def test_temporary_files_beside_whole_ones_do_not_matter(tmp_path, lines):
     write_set(tmp_path, 10)
     for name in names_of(10):
         (tmp_path / (name + ".tmp")).write_bytes(b"half of")
-    assert find_newest_checkpoint(str(tmp_path)) == str(tmp_path / "model000010.pt")
+    assert newest(str(tmp_path)) == str(tmp_path / "model000010.pt")
     assert lines() == []
 
 
@@ -264,7 +260,7 @@ def test_a_state_that_does_not_name_files(tmp_path, lines):
     """Earlier runs wrote such."""
     write_set(tmp_path, 10)
     th.save({"updates": 10}, tmp_path / "state000010.pt")
-    assert find_newest_checkpoint(str(tmp_path)) == str(tmp_path / "model000010.pt")
+    assert newest(str(tmp_path)) == str(tmp_path / "model000010.pt")
 
 
 @pytest.mark.parametrize(
@@ -281,7 +277,7 @@ def test_a_state_that_names_files_of_no_set_of_its_own(tmp_path, lines, state):
     write_set(tmp_path, 5)
     write_set(tmp_path, 10)
     th.save(state, tmp_path / "state000010.pt")
-    assert find_newest_checkpoint(str(tmp_path)) == str(tmp_path / "model000005.pt")
+    assert newest(str(tmp_path)) == str(tmp_path / "model000005.pt")
     (line,) = lines()
     assert line.startswith(f"the checkpoint of step 10 is left out: {tmp_path / 'state000010.pt'}: ")
 
@@ -290,7 +286,7 @@ def test_code_in_a_checkpoint_is_not_run_in_the_search(tmp_path, lines):
     write_set(tmp_path, 5)
     write_set(tmp_path, 10)
     th.save({"path": tmp_path}, tmp_path / "opt000010.pt")
-    assert find_newest_checkpoint(str(tmp_path)) == str(tmp_path / "model000005.pt")
+    assert newest(str(tmp_path)) == str(tmp_path / "model000005.pt")
     assert "refused" in lines()[0]
 
 
@@ -410,11 +406,11 @@ def test_sets_in_a_cloud(monkeypatch):
     monkeypatch.setattr(bf, "remove", lambda path: there.remove(path.removeprefix(bucket + "/")))
     read = []
     monkeypatch.setattr(checkpoints.dist_util, "read_state_dict", lambda path, **_: read.append(path))
-    assert find_newest_checkpoint(bucket) == f"{bucket}/model000002.pt"
+    assert newest(bucket) == f"{bucket}/model000002.pt"
     assert sorted(read) == [f"{bucket}/model000002.pt", f"{bucket}/opt000002.pt"]
     delete_old_sets(bucket, 2, 1)
     assert there == {"model000002.pt", "opt000002.pt"}
-    assert find_newest_checkpoint("gs://bucket/other") is None
+    assert newest("gs://bucket/other") is None
 
 
 # ---------------------------------------------------------------- random generators

@@ -109,12 +109,12 @@ CASES = [  # scripts, flags that differ from those that work, what the line must
     (
         LOADING,
         dict(learn_sigma=True),
-        ["out.2.bias (3 in the file, 6 by the flags)", "learn_sigma, False in the file"],
+        ["out.2.bias (3 in the file, 6 in the model)", "learn_sigma, False in the file"],
     ),
     (
         LOADING,
         dict(num_channels=64),
-        ["time_embed.0.weight (128x32 in the file, 256x64 by the flags)", "num_channels, 32 in the file"],
+        ["time_embed.0.weight (128x32 in the file, 256x64 in the model)", "num_channels, 32 in the file"],
     ),
     (LOADING, dict(model_path="{other}.pt"), ["input_blocks.0.0.weight", "super-resolution"]),
     (TRAINING, dict(resume_checkpoint="gone.pt"), ["gone.pt", "no such file"]),
@@ -122,7 +122,7 @@ CASES = [  # scripts, flags that differ from those that work, what the line must
     (
         TRAINING,
         dict(resume_checkpoint="{own}.pt", class_cond=True),
-        ["label_emb.weight (absent in the file, 1000x128 by the flags)", "class_cond, False"],
+        ["label_emb.weight (absent in the file, 1000x128 in the model)", "class_cond, False"],
     ),
     # images to enlarge
     (["super_res_sample"], dict(base_samples=None), ["--base_samples is not given", "npz"]),

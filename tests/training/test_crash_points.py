@@ -19,9 +19,9 @@ from improved_diffusion import dist_util, logger
 from improved_diffusion.training.checkpoints import (
     delete_old_sets,
     ema_filename,
-    find_newest_checkpoint,
     model_filename,
     optimizer_filename,
+    read_newest_set,
     save_set,
     state_filename,
 )
@@ -97,9 +97,15 @@ def write(folder, step, version, state=True):
         os.remove(folder / state_filename(step))
 
 
+def newest(folder):
+    """The model file of the newest complete set."""
+    found = read_newest_set(folder)
+    return found and found[0]
+
+
 def found(folder):
     """(step, version) of what auto finds, None if it finds nothing; its files are of one version."""
-    path = find_newest_checkpoint(str(folder))
+    path = newest(str(folder))
     if path is None:
         return None
     step = int(os.path.basename(path)[5:-3])
@@ -220,7 +226,7 @@ def crashes_of_auto(tmp_path, before, crash, count):
         before(folder)
         crash(folder)
         with pytest.raises(Killed), DyingDisk(k):
-            find_newest_checkpoint(str(folder))
+            newest(str(folder))
         yield folder
 
 
@@ -276,7 +282,7 @@ def test_files_of_sets_without_a_complete_one_are_not_overwritten(tmp_path, miss
     if missing == "state":  # the optimizer too, or it would be one of the original's
         os.remove(tmp_path / optimizer_filename(8))
     with pytest.raises(InputError, match=str(tmp_path)):
-        find_newest_checkpoint(str(tmp_path))
+        newest(str(tmp_path))
 
 
 @pytest.mark.parametrize("damaged", [kind(8) for kind in KINDS])
@@ -331,7 +337,7 @@ def test_what_may_not_be_read_is_not_taken_for_damaged(tmp_path, monkeypatch, na
             bf, "BlobFile", lambda path, mode: refused(path) if path.endswith(name) else open_file(path, mode)
         )
     with pytest.raises(FileAccessError, match=text) as info:
-        find_newest_checkpoint(str(tmp_path))
+        newest(str(tmp_path))
     assert str(tmp_path) in str(info.value)
 
 
@@ -364,7 +370,7 @@ def test_files_that_vanish_for_ever(tmp_path, monkeypatch):
 
     monkeypatch.setattr(dist_util, "read_state_dict", vanish)
     with pytest.raises(InputError, match=str(tmp_path)):
-        find_newest_checkpoint(str(tmp_path))
+        newest(str(tmp_path))
     assert len(attempts) == 2
 
 
@@ -373,10 +379,10 @@ def test_a_first_save_to_a_url_that_was_cut_off(monkeypatch, left):
     """There are no temporary files there; the run begins anew by the same command."""
     monkeypatch.setattr(bf, "isdir", lambda path: True)
     monkeypatch.setattr(bf, "listdir", lambda path: iter(left))
-    assert find_newest_checkpoint("gs://bucket/run") is None
+    assert newest("gs://bucket/run") is None
     monkeypatch.setattr(bf, "listdir", lambda path: iter([name.replace("000.", "009.") for name in left]))
     with pytest.raises(InputError, match="gs://bucket/run"):
-        find_newest_checkpoint("gs://bucket/run")
+        newest("gs://bucket/run")
 
 
 def test_previews_that_were_cut_off_are_deleted(tmp_path):

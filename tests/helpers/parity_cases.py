@@ -16,7 +16,7 @@ import torch as th
 from improved_diffusion import gaussian_diffusion as gd
 from improved_diffusion.respace import SpacedDiffusion, space_timesteps
 
-with np.load(Path(__file__).parent / "data" / "golden.npz") as f:
+with np.load(Path(__file__).parent.parent / "recorded" / "golden.npz") as f:
     GOLDEN = dict(f)
 
 EPS_RANGE = dict(var="LEARNED_RANGE", schedule="cosine")
