@@ -1,11 +1,10 @@
 """
-How many of a model's handwritten digits are what they were asked to be.
+Accuracy of a digit classifier on class-conditional samples.
 
     python benchmarks/digits.py SAMPLES.npz FOLDER
 
-A support-vector classifier is fitted to the real digits that `prepare.py digits` wrote to FOLDER, and
-reads the samples that image_sample.py wrote. Prints the share on which it agrees with the label
-that was asked for, and, as the scale of that figure, its accuracy on real digits it has not seen.
+Fits a support-vector classifier to the real digits that `prepare.py digits` wrote to FOLDER, and classifies the
+samples of image_sample.py. Prints the accuracy against the samples' labels and, for reference, on held-out real ones.
 """
 
 import glob
@@ -26,24 +25,24 @@ def main():
     images, labels = load_labelled_samples(args.samples)
     paths = sorted(glob.glob(os.path.join(args.digits, "*_*.png")))
     if not paths:
-        raise InputError(f"digits {args.digits}: no digits there; scripts/prepare.py digits writes them")
+        raise InputError(f"digits {args.digits}: has no digits; scripts/prepare.py digits writes them")
 
     real = features(np.stack([np.asarray(Image.open(path)) for path in paths]))
     real_labels = np.array([int(os.path.basename(path).split("_")[0]) for path in paths])
     samples = features(images)
 
-    seen, unseen, seen_labels, unseen_labels = train_test_split(real, real_labels, test_size=0.3, random_state=0)
-    print(f"real digits not seen: {fit(seen, seen_labels).score(unseen, unseen_labels):.1%} of {len(unseen)}")
+    train, test, train_labels, test_labels = train_test_split(real, real_labels, test_size=0.3, random_state=0)
+    print(f"held-out real digits: {fit(train, train_labels).score(test, test_labels):.1%} of {len(test)}")
 
     predicted = fit(real, real_labels).predict(samples)
     for digit in range(10):
-        asked = labels == digit
-        print(f"  {digit}: {np.mean(predicted[asked] == digit):.1%} of {asked.sum()}")
-    print(f"samples read as the digit asked for: {np.mean(predicted == labels):.1%} of {len(labels)}")
+        mask = labels == digit
+        print(f"  {digit}: {np.mean(predicted[mask] == digit):.1%} of {mask.sum()}")
+    print(f"samples classified as their label: {np.mean(predicted == labels):.1%} of {len(labels)}")
 
 
 def features(images):
-    """uint8 [N, 16, 16] or [N, 16, 16, 1] -> [N, 256], scaled to 0...16 as scikit-learn's digits are."""
+    """uint8 [N, 16, 16] or [N, 16, 16, 1] -> [N, 256], scaled to 0..16 like scikit-learn's digits."""
     return images.reshape(len(images), -1) * (16 / 255)
 
 

@@ -1,4 +1,4 @@
-"""Sub-command load: images a second, from a folder of JPEGs and from packed images."""
+"""Sub-command load: images per second, from a folder of JPEGs and from packed images."""
 
 import itertools
 import os
@@ -19,7 +19,7 @@ PACK = Path(__file__).resolve().parent.parent / "scripts" / "prepare.py"
 
 
 def load(args):
-    """JPEGs of about 300 pixels, made for the purpose, as square images; the start of the workers is not counted."""
+    """Synthetic JPEGs of about 300 pixels, loaded as square images. Worker start-up is not counted."""
     with tempfile.TemporaryDirectory() as folder:
         sources = {"JPEG folder": write_photos(os.path.join(folder, "photos"), args.num_images)}
         workers = {"JPEG folder": args.workers}
@@ -47,11 +47,11 @@ def load(args):
 
 
 def rate(data_dir, image_size, batch_size, num_workers, args):
-    """Images a second of one pass of load_data() over its images."""
+    """Images per second of one pass over the images."""
     data = load_data(data_dir=data_dir, batch_size=batch_size, image_size=image_size, num_workers=num_workers)
-    for _ in range(2 * num_workers + 1):  # workers fetch as much ahead: what is counted is decoded while it is
+    for _ in range(2 * num_workers + 1):  # skip batches that workers prefetched
         next(data)
-    # packed images are read too quickly for few batches to tell
+    # packed images are fast: a minimum time, for a stable rate
     count, start = 0, time.perf_counter()
     while count < args.num_images or time.perf_counter() - start < args.load_seconds:
         count += len(next(data)[0])
@@ -59,7 +59,7 @@ def rate(data_dir, image_size, batch_size, num_workers, args):
 
 
 def write_photos(folder, count):
-    """JPEG files that compress like photographs: smooth at large and at middle scale, a little noise on top."""
+    """JPEG files that compress like photographs: two smooth scales and a little noise."""
     os.makedirs(folder)
     rng = np.random.default_rng(0)
     for i in range(count):

@@ -1,4 +1,4 @@
-"""Sub-command memory: the peak of one training step, each form in a process of its own."""
+"""Sub-command memory: the peak of one training step, each form in a fresh process."""
 
 import json
 import os
@@ -19,9 +19,8 @@ FORMS = {
     "ours, bfloat16, gradient checkpointing": ("bf16", True),
 }
 NOTES = {
-    "cpu": "Peak: the most that torch's CPU allocator had given out at once (torch.profiler's record of every "
-    "allocation), model, optimizer and average included. Resident: how far the process grew (VmHWM, by the page, "
-    "with what the C library keeps and oneDNN's own buffers).",
+    "cpu": "Peak: the maximum allocated by torch's CPU allocator (from torch.profiler), model, optimizer and average "
+    "included. Resident: growth of the process (VmHWM), with the caches of the C library and oneDNN.",
     "cuda": "Peak: torch.cuda.max_memory_allocated(), model, optimizer and average included.",
 }
 
@@ -53,7 +52,7 @@ def memory(args):
 
 
 def measure_apart(name, use_checkpoint, setting, device):
-    """measure() in a process of its own, since memory that one form has used another would use again."""
+    """measure() in a fresh process, since allocators reuse the memory of earlier forms."""
     request = json.dumps([name, use_checkpoint, list(setting), str(device)])
     done = subprocess.run([sys.executable, __file__, request], capture_output=True, text=True)
     if done.returncode:
@@ -62,10 +61,10 @@ def measure_apart(name, use_checkpoint, setting, device):
 
 
 def measure(name, use_checkpoint, setting, device):
-    """:return: bytes: the "peak" of a step, what is "kept" between steps, and the "resident" growth, None on a GPU."""
+    """:return: bytes: "peak" of a step, "kept" between steps, and "resident" growth, None on a GPU."""
     before = resident("VmRSS")
     step, loop = training_step(name, setting, device, use_checkpoint=use_checkpoint)
-    step()  # the first makes the optimizer's state
+    step()  # the first allocates the optimizer's state
     kept = tensor_bytes(loop)
     if device.type == "cuda":
         th.cuda.reset_peak_memory_stats()
@@ -74,35 +73,35 @@ def measure(name, use_checkpoint, setting, device):
     zero_grad(loop)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         step()
-    most_resident = resident("VmHWM") - before if before is not None else None
-    return {"peak": kept + most_at_once(record), "kept": kept, "resident": most_resident}
+    growth = resident("VmHWM") - before if before is not None else None
+    return {"peak": kept + peak_allocation(record), "kept": kept, "resident": growth}
 
 
-def most_at_once(record):
-    """Bytes given out beyond those at the start, at the worst moment."""
+def peak_allocation(record):
+    """Peak of allocated bytes above those at the start."""
     events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
-    now = most = 0
+    now = peak = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
         now += event.nbytes()
-        most = max(most, now)
-    return most
+        peak = max(peak, now)
+    return peak
 
 
 def zero_grad(loop):
-    """So that the record begins with neither gradients nor activations: what is freed in it was given out in it."""
+    """Free gradients, so that all that the profile frees is allocated in it."""
     for p in loop.model.parameters():
         p.grad = None
 
 
 def tensor_bytes(loop):
-    """Of parameters, optimizer state and moving averages."""
+    """Bytes of parameters, optimizer state and moving averages."""
     averages = [p for params in loop.ema_params for p in (params if isinstance(params, list) else [params])]
     state = [v for values in loop.opt.state.values() for v in values.values() if isinstance(v, th.Tensor)]
     return sum(v.numel() * v.element_size() for v in [*loop.model.parameters(), *averages, *state])
 
 
 def resident(field):
-    """VmRSS or VmHWM (the most so far) in bytes; None where the kernel does not tell."""
+    """VmRSS or VmHWM (its maximum) in bytes; None where /proc does not exist."""
     if not os.path.exists("/proc/self/status"):
         return None
     with open("/proc/self/status", encoding="utf-8") as f:

@@ -1,4 +1,4 @@
-"""What is compared: one network with the same weights, in each form and precision."""
+"""The compared forms: one network with the same weights in each implementation and precision."""
 
 import tempfile
 from typing import NamedTuple
@@ -31,7 +31,7 @@ VARIANTS = {
 
 
 class Setting(NamedTuple):
-    """The network and what it is given."""
+    """Size of the network and its batch."""
 
     image_size: int = 32
     num_channels: int = 64
@@ -47,9 +47,9 @@ class Setting(NamedTuple):
 
 def build(setting, device, steps="", use_checkpoint=False):
     """
-    The network of the setting, learned sigma, always with the same weights, and its diffusion.
+    The network of the setting with learned sigma and fixed weights, and its diffusion.
 
-    :param steps: of sampling, if fewer than the diffusion's.
+    :param steps: timestep_respacing; "" for all steps.
     """
     flags = model_and_diffusion_defaults()
     flags.update(setting._asdict(), learn_sigma=True, use_checkpoint=use_checkpoint, timestep_respacing=str(steps))
@@ -57,13 +57,13 @@ def build(setting, device, steps="", use_checkpoint=False):
     th.manual_seed(0)
     model, diffusion = create_model_and_diffusion(**flags)
     for p in model.parameters():
-        if not p.any():  # layers that begin at zero would keep whole blocks at zero
+        if not p.any():  # zero-initialised layers would switch blocks off
             nn.init.normal_(p, std=0.02)
     return model.to(device), diffusion
 
 
 def network(name, setting, device, **kwargs):
-    """The network in the form of VARIANTS[name], its precision still float32 or bfloat16, and its diffusion."""
+    """The network of VARIANTS[name] and its diffusion; float16 is set by the callers."""
     variant = VARIANTS[name]
     model, diffusion = build(setting, device, **kwargs)
     if name == "plain":
@@ -82,7 +82,7 @@ def sampling_network(name, setting, device, **kwargs):
 
 
 def training_step(name, setting, device, **kwargs):
-    """:return: (a function without arguments that does one step of training, the loop that does it)."""
+    """:return: a function without arguments that runs one training step, and its loop."""
     model, diffusion = network(name, setting, device, **kwargs)
     batch = setting.batch(device)
     if name == "plain":
@@ -115,7 +115,7 @@ def diffusers_is_installed():
 
 
 class Diffusers(nn.Module):
-    """diffusers' network of the same widths, levels and attention as a UNetModel."""
+    """diffusers' network with the widths, levels and attention of a UNetModel."""
 
     def __init__(self, model, setting):
         from diffusers import UNet2DModel

@@ -1,8 +1,8 @@
 """
-The network and the training step as one first writes them down: what speed is measured against.
+A straightforward network and training step, the baseline of the benchmarks.
 
-Attention is two einsums, SiLU is x * sigmoid(x), every normalisation is in float32 in the layout that PyTorch begins
-with, gradient norm, optimizer and moving average take one parameter at a time, and nothing is compiled.
+Attention by two einsums, SiLU as x * sigmoid(x), normalisation in float32, contiguous layout; gradient norm, optimizer
+and moving average loop over parameters; nothing is compiled.
 """
 
 import copy
@@ -16,14 +16,14 @@ from improved_diffusion.unet import AttentionBlock, Downsample, ResBlock, Upsamp
 
 
 class PlainUNet(nn.Module):
-    """The weights of a UNetModel of images, whose modules are only asked for their parameters."""
+    """A UNetModel of images, computed from its parameters alone."""
 
     def __init__(self, model):
         super().__init__()
         self.model = model
 
     def forward(self, x, timesteps, y=None):
-        """Parameters and result as of UNetModel.forward()."""
+        """As UNetModel.forward()."""
         model = self.model
         first, _, second = model.time_embed
         emb = timestep_embedding(timesteps, model.model_channels)
@@ -102,7 +102,7 @@ def conv(layer, x):
 
 
 class PlainLoop:
-    """The training step of a model, in float32 and on one device."""
+    """The training step in float32 on one device."""
 
     def __init__(self, model, diffusion, lr=1e-4, ema_rate=0.9999):
         self.model, self.diffusion, self.ema_rate = model, diffusion, ema_rate
@@ -111,7 +111,7 @@ class PlainLoop:
         self.ema_params = copy.deepcopy(self.params)
 
     def run_step(self, batch, cond):
-        """As of TrainLoop.run_step()."""
+        """As TrainLoop.run_step()."""
         self.opt.zero_grad()
         t = th.randint(0, self.diffusion.num_timesteps, (len(batch),), device=batch.device)
         self.diffusion.training_losses(self.model, batch, t, model_kwargs=cond)["loss"].mean().backward()

@@ -1,12 +1,12 @@
 """
 Measure the library: training, sampling, loading, memory and startup.
 
-    python benchmarks/run.py train                         the main row: 32x32, 64 channels, 2 blocks, batch 16
-    python benchmarks/run.py train --batch_sizes 4,16,64   how cost grows
-    python benchmarks/run.py all --quick                   whether all of it works, in a minute
+    python benchmarks/run.py train                         32x32, 64 channels, 2 blocks, batch 16
+    python benchmarks/run.py train --batch_sizes 4,16,64   cost by batch size
+    python benchmarks/run.py all --quick                   a check that everything runs, in a minute
 
 Each sub-command prints a Markdown table of medians (least..most) and writes it, with the machine and the settings, to
-OUT/NAME.json. What is compared takes turns, so that a busy machine disturbs all alike; "plain" is plain.py.
+OUT/NAME.json. Compared forms alternate, so that other load affects all equally. "plain" is plain.py.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from improved_diffusion.utils.errors import InputError
 
 COMMANDS = dict(train=train, sample=sample, load=load, memory=memory, startup=startup)
 
-SETTINGS = dict(  # flag: (its value if not given, that of --quick)
+SETTINGS = dict(  # flag: (default, value with --quick)
     image_sizes=([32], [32]),
     batch_sizes=([16], [2]),
     num_channels=(64, 32),
@@ -48,26 +48,26 @@ def main():
     args = create_argparser().parse_args()
     dist_util.setup_dist()
     chosen = COMMANDS if args.command == "all" else [args.command]
-    settings = {name: settings_of(name, args) for name in chosen}  # all of them, before anything takes its time
+    settings = {name: settings_of(name, args) for name in chosen}  # validate all before measuring any
     for name in chosen:
         COMMANDS[name](settings[name])
 
 
 def settings_of(name, args):
-    """The flags, with this sub-command's defaults where none were given."""
+    """The flags, with the defaults of this sub-command."""
     defaults = QUICK if args.quick else {**DEFAULTS, **OF_COMMAND.get(name, {})}
     given = {key: value for key, value in vars(args).items() if value is not None}
     if name == "memory" and (unknown := set(given.get("variants", ())) - {form for form, _ in FORMS.values()}):
-        raise InputError(f"--variants {min(unknown)}: memory has no such form; give plain, fp32 or bf16")
+        raise InputError(f"--variants {min(unknown)}: memory has no such form; choose plain, fp32 or bf16")
     return argparse.Namespace(**{"variants": None, **defaults, **given, "device": device_of(args)})
 
 
 def device_of(args):
     """:raises InputError: if there is no such device."""
     if args.device == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the library uses a GPU wherever there is one
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the library uses a GPU if there is one
     if args.device == "cuda" and not th.cuda.is_available():
-        raise InputError("--device cuda: there is no GPU here; give cpu")
+        raise InputError("--device cuda: there is no GPU here; choose cpu")
     device = dist_util.dev()
     return th.device(device)
 
@@ -76,15 +76,17 @@ def create_argparser():
     parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=[*COMMANDS, "all"], help="what to measure")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="a GPU if there is one")
-    parser.add_argument("--quick", action="store_true", help="the smallest sizes, once: a check, not a measurement")
-    results = os.path.join(os.path.dirname(os.path.abspath(__file__)), "results")
-    parser.add_argument("--out", default=results, help=f"folder for the JSON; {os.path.relpath(results)} if not given")
     parser.add_argument(
-        "--variants", type=names, help=f"of train, sample and memory, with commas: {', '.join(VARIANTS)}"
+        "--quick", action="store_true", help="smallest sizes, one repetition: a check, not a measurement"
+    )
+    results = os.path.join(os.path.dirname(os.path.abspath(__file__)), "results")
+    parser.add_argument("--out", default=results, help=f"folder for the JSON (default: {os.path.relpath(results)})")
+    parser.add_argument(
+        "--variants", type=names, help=f"of train, sample and memory, comma-separated: {', '.join(VARIANTS)}"
     )
     for name, value in DEFAULTS.items():
         kind = numbers if isinstance(value, list) else positive(type(value))
-        parser.add_argument(f"--{name}", type=kind, help=f"{'with commas, ' * (kind is numbers)}{value} if not given")
+        parser.add_argument(f"--{name}", type=kind, help=f"{'comma-separated ' * (kind is numbers)}(default: {value})")
     return parser
 
 

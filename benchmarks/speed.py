@@ -1,4 +1,4 @@
-"""Sub-commands train and sample: the network in all its forms, side by side."""
+"""Sub-commands train and sample: the forms of the network side by side."""
 
 import torch as th
 from models import VARIANTS, Setting, diffusers_is_installed, sampling_network, training_step
@@ -10,7 +10,7 @@ from improved_diffusion.utils.errors import InputError
 
 
 def train(args):
-    """Steps of training: loss, gradients, optimizer, average. Under a launcher, images/s of all ranks, FLOPs of one."""
+    """Training steps: loss, gradients, optimizer, average. With several ranks: images/s of all, FLOP/s of one."""
     rows, notes = [], []
     names = chosen_variants(args, notes)
     for setting in settings(args):
@@ -22,7 +22,7 @@ def train(args):
 
 
 def sample(args):
-    """A forward pass, and a step of ancestral and of DDIM sampling, the network included."""
+    """A forward pass, and steps of ancestral and DDIM sampling with the network."""
     rows, notes = [], []
     names = chosen_variants(args, notes)
     for setting in settings(args):
@@ -59,33 +59,34 @@ def settings(args):
 
 
 def chosen_variants(args, notes):
-    """Names in VARIANTS: those asked for, or all that this machine and the number of ranks have a use for."""
+    """Names in VARIANTS: --variants, or all that this machine supports."""
     if args.variants:
         if "diffusers" in args.variants and not diffusers_is_installed():
             raise InputError("--variants diffusers: it is not installed; pip install diffusers")
         return args.variants
     names = [name for name, variant in VARIANTS.items() if args.device.type == "cuda" or not variant.cuda_only]
     if not diffusers_is_installed():
-        notes.append("diffusers is not installed: its UNet2DModel is left out.")
+        notes.append("diffusers is not installed: UNet2DModel is skipped.")
         names.remove("diffusers")
     if args.quick:
         names = [name for name in names if not VARIANTS[name].compiled]
     if dist_util.world_size() > 1:
-        names.remove("plain")  # it knows no other ranks
+        names.remove("plain")  # single process only
     return names
 
 
 def kind(name):
-    """The variant whose work is counted for this one: all of ours do that of plain."""
+    """The variant with the same FLOPs: ours do the work of plain."""
     return "diffusers" if name == "diffusers" else "plain"
 
 
 def compare(work, functions, flops, setting, args, notes, calls=1):
     """
-    Rows of the table: what each function's work takes, beside the rate that the machine reaches in the meantime.
+    Rows of the table: seconds and FLOP/s of each function, relative to the peak that the machine reaches meanwhile.
 
-    :param functions: {name of a variant: function without arguments}.
-    :param flops: {"plain" or "diffusers": floating-point operations in one of `calls` parts of the work}.
+    :param functions: {variant: function without arguments}.
+    :param flops: {"plain" or "diffusers": floating-point operations per call}.
+    :param calls: network calls per function call.
     """
     peaks = {dtype: Peak(args.device, dtype, args.quick) for dtype in {VARIANTS[name].dtype for name in functions}}
     seconds = alternate({**peaks, **functions}, args.repetitions, args.device)

@@ -1,4 +1,4 @@
-"""Sub-command startup: how long one waits for the library and its scripts to begin."""
+"""Sub-command startup: import time of the library and start-up time of its scripts."""
 
 import os
 import subprocess
@@ -22,7 +22,7 @@ print(theirs, time.perf_counter() - start - theirs)
 
 
 def startup(args):
-    """Each time in a process of its own, since a second import costs nothing."""
+    """Each measurement in a fresh process, since imports are cached."""
     scripts = [ROOT / "scripts" / f"{name}.py" for name in SCRIPTS[: 1 if args.quick else None]]
     ours = "import improved_diffusion.script_util, after these"
     seconds = {"import torch, numpy": [], ours: [], **{f"{script.name} --help": [] for script in scripts}}
@@ -37,6 +37,6 @@ def startup(args):
 
 
 def process(*words):
-    """What a Python process prints."""
+    """The stdout of a Python process."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.run([sys.executable, *words], env=environment, check=True, stdout=subprocess.PIPE).stdout

@@ -1,4 +1,4 @@
-"""What the benchmarks print and keep: Markdown tables, and JSON with all of it."""
+"""Output of the benchmarks: Markdown tables and JSON."""
 
 import datetime
 import json
@@ -11,7 +11,7 @@ import torch as th
 
 
 def markdown(rows):
-    """:param rows: dicts with the same keys, the headings. :return: a table."""
+    """A table of rows: dicts with the same keys, the headings."""
     headings = list(rows[0])
     lines = [headings, ["---"] * len(headings), *([_cell(row[key]) for key in headings] for row in rows)]
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
@@ -28,12 +28,12 @@ def _cell(value):
 
 
 def publish(name, rows, args, notes=()):
-    """Print the rows as a table, and write them with the machine and the settings to OUT/NAME.json."""
+    """Print the rows as a table and write them, with machine and settings, to OUT/NAME.json."""
     machine = describe_machine(args.device)
     print(f"## {name}\n\n{machine['date']}, {machine['hardware']}, torch {machine['torch']}: `{machine['command']}`\n")
     print("\n".join([markdown(rows), *(f"\n{note}" for note in notes)]), end="\n\n", flush=True)
     os.makedirs(args.out, exist_ok=True)
-    # vars(args) holds the sub-command's function and its torch.device
+    # args has values that JSON has not, such as a torch.device
     settings = {key: v for key, v in vars(args).items() if isinstance(v, int | float | str | list | bool | None)}
     rows = [{k: v._asdict() if isinstance(v, tuple) else v for k, v in row.items()} for row in rows]
     with open(os.path.join(args.out, f"{name}.json"), "w", encoding="utf-8") as f:

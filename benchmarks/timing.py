@@ -1,4 +1,4 @@
-"""How long functions take, side by side, and what the machine can do at most."""
+"""Alternating timings, FLOP counts, and the peak rate of the machine."""
 
 import statistics
 import time
@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 class Spread(NamedTuple):
-    """Of repeated measurements."""
+    """Median and range of repeated measurements."""
 
     median: float
     least: float
@@ -23,12 +23,12 @@ def spread(values):
 
 def alternate(functions, repetitions, device):
     """
-    Call each of the functions in turn, again and again, so that whatever else the machine does hits all alike.
+    Time the functions in alternation, so that other load affects all equally.
 
-    The first call of each is not measured: it compiles, allocates and chooses kernels.
+    The first call of each, which compiles, allocates and selects kernels, is not counted.
 
     :param functions: {name: function without arguments}.
-    :return: {name: list of seconds}, `repetitions` each.
+    :return: {name: seconds, a list of `repetitions`}.
     """
     seconds = {name: [] for name in functions}
     for repetition in range(repetitions + 1):
@@ -53,7 +53,7 @@ def synchronize(device):
 
 
 def count_flops(function):
-    """Floating-point operations of the convolutions and matrix products in a call of the function."""
+    """Floating-point operations of the convolutions and matrix products in a call."""
     with FlopCounterMode(display=False) as counter:
         function()
     return counter.get_total_flops()
@@ -61,10 +61,9 @@ def count_flops(function):
 
 class Peak:
     """
-    Work at the highest rate that the machine reaches at a precision: a wide 3x3 convolution on a CPU, a large
-    matrix product on a GPU. A call does `flops` floating-point operations.
+    Work at the machine's peak rate in a dtype: a wide 3x3 convolution on a CPU, a large matrix product on a GPU.
 
-    In float32 the product is in TF32, which a GPU's convolutions use unless told otherwise.
+    A call does `flops` floating-point operations. On GPUs float32 means TF32, the default of their convolutions.
     """
 
     def __init__(self, device, dtype, quick=False):
@@ -77,10 +76,10 @@ class Peak:
             x, weight = th.randn(batch, channels, width, width), th.randn(channels, channels, 3, 3) / channels
             self._inputs = [v.to(dtype) for v in (x, weight)]
             self._work = lambda x, weight: F.conv2d(x, weight, padding=1)
-            self._use_the_quicker_layout(device)
+            self._choose_layout(device)
         self.flops = count_flops(self)
 
-    def _use_the_quicker_layout(self, device):
+    def _choose_layout(self, device):
         inputs = self._inputs
         layouts = [inputs, [v.to(memory_format=th.channels_last) for v in inputs]]
 

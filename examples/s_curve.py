@@ -1,18 +1,15 @@
 """
-A diffusion model of two-dimensional points, from the data to a verdict, in a minute or two on two cores:
+A diffusion model of two-dimensional points, from data to evaluation, in a minute or two on two cores:
 
     python examples/s_curve.py --out_dir s_curve
 
-The data is scikit-learn's S-curve seen from the side, the network a small MLP; the diffusion, the training loop and
-the sampler are those that draw images. OUT_DIR gets forward.png (data to noise), reverse.png (noise to data), the log
-and the checkpoint.
+The data is scikit-learn's S-curve in side view, the network a small MLP; diffusion, training loop and sampler are those
+for images. Writes forward.png (data to noise), reverse.png (noise to data), the log and a checkpoint to OUT_DIR.
 
-At the end stands how far 10,000 samples are from data that the model has not seen, by the energy distance (Szekely
-and Rizzo 2013), 2 E|a - b| - E|a - a'| - E|b - b'|. Its V-statistic, with each point's distance 0 to itself among the
-pairs, is positive for two draws of the same distribution too, about 2 E|a - a'| / PART; so that is measured likewise,
-on pairs of fresh draws of data, and a ratio near 1 says that this test cannot tell samples from data. Both figures
-are means over 25 pairs of 2,000 points each (five parts of 10,000 points, five pairs of draws), as one pair's varies
-by half.
+Prints the energy distance (Szekely and Rizzo 2013), 2 E|a - b| - E|a - a'| - E|b - b'|, between 10,000 samples and
+fresh data. Its V-statistic includes each point's distance 0 to itself, so it is positive, about 2 E|a - a'| / PART,
+between two draws of data too. That is the reference: at a ratio near 1 the test cannot tell samples from data. Both
+figures are means over 25 pairs of 2,000 points, since a single pair varies by half.
 """
 
 import itertools
@@ -36,8 +33,8 @@ BATCH = 512
 LR = 2e-3
 WIDTH = 128  # of the network
 EMA_RATE = 0.99
-PART = 2_000  # points that an energy distance compares with as many others
-REACH = 1.0  # the pictures show points in [-REACH, REACH]
+PART = 2_000  # points on each side of an energy distance
+EXTENT = 1.0  # pictures show [-EXTENT, EXTENT]
 
 
 def main():
@@ -47,7 +44,7 @@ def main():
     if args.seed < 0:
         raise InputError(f"seed {args.seed}: give 0 or more")
     try:
-        import matplotlib  # noqa: F401 (drawn with at the end; better missed now than after the training)
+        import matplotlib  # noqa: F401 (used at the end: check before training)
         import sklearn  # noqa: F401
     except ImportError as e:
         raise InputError(f"{e.name} is missing: pip install improved-diffusion[demo]") from None
@@ -60,15 +57,16 @@ def main():
     draw(forward, [f"t = {t}" for t in range(0, TIMESTEPS, TIMESTEPS // 20)], args.out_dir, "forward.png")
 
     model = train(StepMLP().to(dist_util.dev()), diffusion, x_start, args.steps)
-    logger.reset()  # closes the log
+    logger.reset()  # close the log
     reverse = sample(model, diffusion)
     left = range(TIMESTEPS - TIMESTEPS // 10, -1, -TIMESTEPS // 10)
     draw([reverse[-1 - t] for t in left], [f"{t} steps left" for t in left], args.out_dir, "reverse.png")
 
     fresh = [s_curve(args.seed + 1 + i) for i in range(6)]
-    ours = np.mean([energy_distance(reverse[-1], data) for data in fresh[:-1]])
-    datas = np.mean([energy_distance(a, b) for a, b in itertools.pairwise(fresh)])
-    print(f"energy distance to fresh data: {ours:.2e} of samples, {datas:.2e} of data, ratio {ours / datas:.2f}")
+    of_samples = np.mean([energy_distance(reverse[-1], data) for data in fresh[:-1]])
+    of_data = np.mean([energy_distance(a, b) for a, b in itertools.pairwise(fresh)])
+    ratio = of_samples / of_data
+    print(f"energy distance to fresh data: {of_samples:.2e} of samples, {of_data:.2e} of data, ratio {ratio:.2f}")
 
 
 def s_curve(seed):
@@ -90,7 +88,7 @@ def create_diffusion():
 
 
 class StepMLP(nn.Module):
-    """The noise in x_t [N, 2] at timesteps t [N]; each hidden layer is told the timestep."""
+    """Predicts the noise in x_t [N, 2] from x_t and t [N], which conditions every hidden layer."""
 
     def __init__(self):
         super().__init__()
@@ -100,21 +98,21 @@ class StepMLP(nn.Module):
 
     def forward(self, x, t):
         embedding = timestep_embedding(t, WIDTH)  # (N, WIDTH)
-        h = x * 5  # the data is small, and an MLP's features are best told apart at about 1
+        h = x * 5  # scale the data to about unit range
         for hidden, step in zip(self.hidden, self.steps, strict=True):
             h = nn.functional.silu(hidden(h) + step(embedding))  # (N, WIDTH)
         return self.out(h)
 
 
 def train(model, diffusion, x_start, steps):
-    """:return: the model with the average of its weights."""
+    """Train; return the model with its averaged weights."""
     loop = TrainLoop(
         model=model,
         diffusion=diffusion,
         data=batches(x_start),
         batch_size=BATCH,
         microbatch=-1,
-        lr=LR,  # falls to 0
+        lr=LR,  # annealed to 0
         lr_anneal_steps=steps,
         ema_rate=EMA_RATE,
         log_interval=100,
@@ -128,22 +126,20 @@ def train(model, diffusion, x_start, steps):
 
 
 def batches(x_start):
-    """(points [BATCH, 2], no conditions) for ever."""
+    """Endless (x_start [BATCH, 2], no conditions)."""
     while True:
         yield x_start[th.randint(len(x_start), (BATCH,))], {}
 
 
 def sample(model, diffusion):
-    """
-    :return: [POINTS, 2] each, first where the chain starts, then after each of its TIMESTEPS steps.
-    """
+    """The noise and the result of each of the TIMESTEPS steps, [POINTS, 2] each."""
     noise = th.randn(POINTS, 2)
     chain = diffusion.p_sample_loop_progressive(model, noise.shape, noise=noise.to(dist_util.dev()))
     return [noise] + [out["sample"].cpu() for out in chain]
 
 
 def energy_distance(a, b):
-    """Mean of the V-statistics of pairs of parts, PART points each; a and b are [N, 2]."""
+    """Mean V-statistic over parts of PART points; a and b are [N, 2]."""
 
     def distance(p, q):
         return th.cdist(p, q).mean().item()
@@ -154,10 +150,10 @@ def energy_distance(a, b):
 
 def draw(clouds, titles, out_dir, name):
     """
-    Write a PNG with a panel for each cloud of points, ten a row.
+    Write a PNG with a panel per cloud of points, ten per row, all at the same scale.
 
-    :param clouds: [N, 2] each, at the same scale in all panels.
-    :raises InputError: if it cannot be written.
+    :param clouds: [N, 2] each.
+    :raises InputError: if the file cannot be written.
     """
     from matplotlib.figure import Figure
 
@@ -165,7 +161,7 @@ def draw(clouds, titles, out_dir, name):
     figure = Figure(figsize=(20, 2.2 * rows), dpi=100, layout="constrained")
     for i, (cloud, title) in enumerate(zip(clouds, titles, strict=True)):
         axes = figure.add_subplot(rows, 10, i + 1, title=title, aspect="equal", xticks=[], yticks=[])
-        axes.set(xlim=(-REACH, REACH), ylim=(-REACH, REACH))
+        axes.set(xlim=(-EXTENT, EXTENT), ylim=(-EXTENT, EXTENT))
         axes.plot(*cloud.T.numpy(), ",", color="crimson")
     path = os.path.join(out_dir, name)
     try:
@@ -178,8 +174,8 @@ def draw(clouds, titles, out_dir, name):
 def create_argparser():
     parser = FlagParser(description=__doc__.partition(":")[0])
     parser.add_argument("--out_dir", default="s_curve", help="folder for the pictures, the log and the checkpoint")
-    parser.add_argument("--steps", type=whole_number, default=8000, help="of training")
-    parser.add_argument("--seed", type=int, default=0, help="of data, weights and samples")
+    parser.add_argument("--steps", type=whole_number, default=8000, help="number of training steps")
+    parser.add_argument("--seed", type=int, default=0, help="seed of data, weights and samples")
     return parser
 
 

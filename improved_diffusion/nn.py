@@ -1,6 +1,7 @@
-"""Small layers and helpers that the network and the training loop are made of."""
+"""Layers and helpers of the network and the training loop."""
 
 import math
+from collections.abc import Callable, Iterable, Sequence
 
 import torch as th
 import torch.nn as nn
@@ -11,121 +12,126 @@ import torch.utils.checkpoint
 class SiLU(nn.Module):
     """x * sigmoid(x)."""
 
-    def forward(self, x):
+    def forward(self, x: th.Tensor) -> th.Tensor:
         return F.silu(x)
 
 
 class GroupNorm32(nn.GroupNorm):
-    """Group normalisation computed in float32 whatever the input's dtype, which the output keeps."""
+    """Group normalisation, computed in float32; the output has the input's dtype."""
 
-    def forward(self, x):
+    def forward(self, x: th.Tensor) -> th.Tensor:
         if x.device.type == "cpu" and x.dtype in (th.bfloat16, th.float16):
-            return super().forward(x)  # a CPU's kernel takes 16 bits and float32 weights, and computes in float32
+            return super().forward(x)  # the CPU kernel accumulates in float32 by itself
         return super().forward(x.float()).type(x.dtype)
 
 
-def conv_nd(dims, *args, **kwargs):
-    """A convolution over 1, 2 or 3 axes, with the arguments of nn.Conv1d."""
+def conv_nd(dims: int, *args, **kwargs) -> nn.Module:
+    """nn.Conv1d, 2d or 3d by `dims`, with its arguments."""
     return _by_dims(dims, nn.Conv1d, nn.Conv2d, nn.Conv3d)(*args, **kwargs)
 
 
-def avg_pool_nd(dims, *args, **kwargs):
-    """Average pooling over 1, 2 or 3 axes, with the arguments of nn.AvgPool1d."""
+def avg_pool_nd(dims: int, *args, **kwargs) -> nn.Module:
+    """nn.AvgPool1d, 2d or 3d by `dims`, with its arguments."""
     return _by_dims(dims, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)(*args, **kwargs)
 
 
 def _by_dims(dims, *layers):
     if dims not in (1, 2, 3):
-        raise ValueError(f"dims={dims}, but there are layers for 1, 2 and 3 dimensions")
+        raise ValueError(f"dims={dims}: choose 1, 2 or 3")
     return layers[dims - 1]
 
 
-def linear(*args, **kwargs):
-    """nn.Linear."""
+def linear(*args, **kwargs) -> nn.Linear:
+    """nn.Linear with its arguments."""
     return nn.Linear(*args, **kwargs)
 
 
-def update_ema(target_params, source_params, rate=0.99):
-    """
-    target <- rate * target + (1 - rate) * source, in place, for each pair.
-
-    :param target_params: iterable of tensors, changed in place.
-    :param source_params: iterable of tensors of the same shapes.
-    :param rate: in [0, 1]; nearer 1 is slower.
-    """
+def update_ema(target_params: Iterable[th.Tensor], source_params: Iterable[th.Tensor], rate: float = 0.99) -> None:
+    """Exponential moving average, in place: target = rate * target + (1 - rate) * source, rate in [0, 1]."""
     targets = [p.detach() for p in target_params]
     sources = [p.detach() for p in source_params]
     if targets:
-        # one fused launch a list on a GPU, not one a tensor
-        th._foreach_mul_(targets, rate)
+        th._foreach_mul_(targets, rate)  # foreach: one GPU kernel per list, not per tensor
         th._foreach_add_(targets, sources, alpha=1 - rate)
 
 
-def match_gradients(optimizer, *_):
+def match_gradients(optimizer: th.optim.Optimizer, *_) -> None:
     """
-    Give each gradient its parameter's strides. For register_step_pre_hook() of a fused optimizer, which assumes them:
-    autograd's gradients have them, those assigned by user code may not.
+    Give each gradient the strides of its parameter, which fused optimizers assume. For register_step_pre_hook().
+
+    Gradients from autograd have these strides; gradients assigned by user code may have others.
     """
     for group in optimizer.param_groups:
         for p in group["params"]:
-            grad = p.grad
-            if grad is not None and grad.stride() != p.stride():
-                p.grad = th.empty_like(p).copy_(grad)
+            if p.grad is not None and p.grad.stride() != p.stride():
+                p.grad = th.empty_like(p).copy_(p.grad)
 
 
-def zero_module(module):
-    """Set every parameter of `module` to zero and return it."""
+def zero_module(module: nn.Module) -> nn.Module:
+    """Set all parameters to zero and return the module."""
     for p in module.parameters():
         p.detach().zero_()
     return module
 
 
-def scale_module(module, scale):
-    """Multiply every parameter of `module` by `scale` and return it."""
+def scale_module(module: nn.Module, scale: float) -> nn.Module:
+    """Multiply all parameters by `scale` and return the module."""
     for p in module.parameters():
         p.detach().mul_(scale)
     return module
 
 
-def mean_flat(tensor):
+def mean_flat(tensor: th.Tensor) -> th.Tensor:
     """Mean over all axes but the first: [N, ...] -> [N]."""
     return tensor.mean(dim=list(range(1, tensor.dim())))
 
 
-def normalization(channels):
-    """Group normalisation of `channels` (a multiple of 32) channels in 32 groups."""
+def normalization(channels: int) -> nn.Module:
+    """GroupNorm32 with 32 groups; `channels` is a multiple of 32."""
     return GroupNorm32(32, channels)
 
 
-def timestep_embedding(timesteps, dim, max_period=10000):
+def timestep_embedding(timesteps: th.Tensor, dim: int, max_period: float = 10000) -> th.Tensor:
     """
-    Sinusoidal position embedding (Vaswani et al. 2017, section 3.5) of timesteps.
+    Sinusoidal embedding (Vaswani et al. 2017, arXiv 1706.03762, section 3.5).
 
     :param timesteps: [N], may be fractional.
-    :param dim: width of the embedding; an odd one ends in a zero.
-    :param max_period: controls the lowest frequency, about 1 / max_period.
+    :param dim: size of the embedding; an odd one is padded with a zero.
+    :param max_period: the lowest frequency is about 1 / max_period.
     :return: [N, dim] float32, cosines first, then sines.
     """
     half = dim // 2
     exponents = -math.log(max_period) * th.arange(half, dtype=th.float32, device=timesteps.device) / half
-    # exp in float64: float32 ones differ in the last bit between processors, and t = 999 makes that 999 times larger
+    # float64: float32 exp differs in the last bit between processors, and t = 999 multiplies the difference
     freqs = th.exp(exponents.double()).float()
     args = timesteps[:, None].float() * freqs[None]
     embedding = th.cat([th.cos(args), th.sin(args)], dim=-1)
     return F.pad(embedding, (0, dim % 2))
 
 
-def checkpoint(func, inputs, params, flag):
+def checkpoint(func: Callable, inputs: Sequence[th.Tensor], params: Iterable[th.Tensor], flag: bool):
     """
-    func(*inputs), recomputing it in the backward pass instead of keeping its
-    activations if `flag` is set.
+    func(*inputs). With `flag`, recompute activations in the backward pass instead of keeping them.
 
-    The recomputation sees the random numbers of the first pass, so dropout
-    masks agree.
+    The random state is kept, so dropout masks agree.
 
-    :param params: the parameters func uses; autograd finds them by itself, the
-                   argument is there for callers written for the original.
+    :param params: unused, since autograd finds parameters itself; part of the original's signature.
     """
     if flag and th.is_grad_enabled():
         return torch.utils.checkpoint.checkpoint(func, *inputs, use_reentrant=False)
     return func(*inputs)
+
+
+class CheckpointFunction(torch.utils.checkpoint.CheckpointFunction):
+    """Recomputation in its reentrant form, which the original's client code may call."""
+
+    @staticmethod
+    def forward(ctx, run_function: Callable, length: int, *args):
+        """
+        :param length: number of inputs; args are the inputs of run_function, then its parameters.
+        """
+
+        def run(*args):
+            return run_function(*args[:length])
+
+        return torch.utils.checkpoint.CheckpointFunction.forward(ctx, run, True, *args)

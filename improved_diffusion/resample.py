@@ -1,10 +1,10 @@
-"""Which timesteps to train on: uniformly, or by the size of their losses (the paper, section 3.3)."""
+"""Which timesteps to train on: uniform, or importance-sampled by their losses (arXiv 2102.09672, section 3.3)."""
 
 from abc import ABC, abstractmethod
 
 import numpy as np
 import torch as th
-import torch.distributed as dist  # noqa: F401 (part of this module, as in the original)
+import torch.distributed as dist  # noqa: F401 (the original offers it by star import)
 
 from . import dist_util
 
@@ -12,32 +12,32 @@ from . import dist_util
 def create_named_schedule_sampler(name: str, diffusion) -> "ScheduleSampler":
     """
     :param name: "uniform" or "loss-second-moment".
-    :return: a ScheduleSampler for the diffusion's timesteps.
+    :param diffusion: its num_timesteps is used.
     :raises NotImplementedError: for another name.
     """
     if name == "uniform":
         return UniformSampler(diffusion)
     if name == "loss-second-moment":
         return LossSecondMomentResampler(diffusion)
-    raise NotImplementedError(f"unknown schedule sampler {name!r}: there are uniform and loss-second-moment")
+    raise NotImplementedError(f"unknown schedule sampler {name!r}: choose uniform or loss-second-moment")
 
 
 class ScheduleSampler(ABC):
     """
-    A distribution over timesteps that keeps the expected loss what it is under the uniform one.
+    A distribution over timesteps. Importance weights keep the expected loss that of uniform timesteps.
 
-    A subclass says how likely each step is; sample() gives the importance weights that undo it.
+    A subclass defines weights().
     """
 
     @abstractmethod
     def weights(self) -> np.ndarray:
-        """Positive weights, numpy array [T]; they need not sum to one."""
+        """Positive weights [T], proportional to the probabilities."""
 
     def sample(self, batch_size: int, device: th.device) -> tuple[th.Tensor, th.Tensor]:
         """
-        Draw timesteps by numpy's global generator.
+        Draw timesteps from numpy's global generator.
 
-        :return: (timesteps int64 [batch_size], weights float32 [batch_size]) on the device.
+        :return: timesteps, int64 [batch_size], and importance weights 1 / (T p(t)), float32 [batch_size].
         """
         w = self.weights()
         p = w / np.sum(w)
@@ -46,20 +46,20 @@ class ScheduleSampler(ABC):
         return _to_device(indices, th.long, device), _to_device(importance, th.float32, device)
 
     def state_dict(self) -> dict:
-        """What the sampler has learned, for load_state_dict(); tensors and plain values only."""
+        """Tensors and plain values for load_state_dict()."""
         return {}
 
     def load_state_dict(self, state: dict) -> None:  # noqa: B027 (not every sampler has a state)
-        """Continue from what state_dict() gave."""
+        """Restore the result of state_dict()."""
 
 
 def _to_device(array, dtype, device):
-    pinned = th.device(device).type == "cuda"  # so that the copy does not make the host wait
+    pinned = th.device(device).type == "cuda"  # else the copy would synchronise
     return th.tensor(array, dtype=dtype, pin_memory=pinned).to(device, non_blocking=True)
 
 
 class UniformSampler(ScheduleSampler):
-    """Every timestep alike."""
+    """All timesteps are equally likely."""
 
     def __init__(self, diffusion):
         self.diffusion = diffusion
@@ -70,37 +70,30 @@ class UniformSampler(ScheduleSampler):
 
 
 class LossAwareSampler(ScheduleSampler):
-    """A sampler that learns from the losses it leads to."""
+    """A sampler that adapts to the losses of the model."""
 
     def update_with_local_losses(self, local_ts: th.Tensor, local_losses: th.Tensor) -> None:
         """
-        Take in this rank's losses; every rank calls it at the same time, so that all of
-        them keep the same weights.
+        Gather the losses of all ranks and update with them. A collective: all ranks keep the same weights.
 
-        :param local_ts: timesteps [N], N may differ between ranks.
-        :param local_losses: the unweighted loss at each, [N].
+        :param local_ts: timesteps [N]; N may differ between ranks.
+        :param local_losses: unweighted losses [N].
         """
-        ts = dist_util.all_gather(local_ts)
-        losses = dist_util.all_gather(local_losses)
+        ts, losses = dist_util.all_gather(local_ts), dist_util.all_gather(local_losses)
         self.update_with_all_losses(ts.tolist(), losses.tolist())
 
     @abstractmethod
     def update_with_all_losses(self, ts: list[int], losses: list[float]) -> None:
-        """
-        Take in the losses of all ranks.
-
-        :param ts: list of timesteps.
-        :param losses: list of floats, the loss at each.
-        """
+        """Update with the losses of all ranks, losses[i] at timestep ts[i]. Same arguments on every rank."""
 
 
 class LossSecondMomentResampler(LossAwareSampler):
     """
-    p(t) proportional to sqrt(E[L_t^2]), over each timestep's latest losses (the paper, equation 18).
-    Uniform until every timestep has a full history.
+    p(t) proportional to sqrt(E[L_t^2]) over the latest losses of each timestep (equation 18). Uniform until every
+    timestep has a full history.
 
-    :param history_per_term: how many losses a timestep remembers.
-    :param uniform_prob: share of the probability that stays uniform.
+    :param history_per_term: number of losses kept per timestep.
+    :param uniform_prob: weight of the uniform distribution that is mixed in.
     """
 
     def __init__(self, diffusion, history_per_term: int = 10, uniform_prob: float = 0.001):
@@ -120,9 +113,9 @@ class LossSecondMomentResampler(LossAwareSampler):
     def update_with_all_losses(self, ts: list[int], losses: list[float]) -> None:
         for t, loss in zip(ts, losses, strict=True):
             if not np.isfinite(loss):
-                continue  # a float16 overflow says nothing of the timestep, and would stay in the weights
+                continue  # a float16 overflow tells nothing about the timestep and would stay in the weights
             if self._loss_counts[t] == self.history_per_term:
-                self._loss_history[t, :-1] = self._loss_history[t, 1:]  # forget the oldest
+                self._loss_history[t, :-1] = self._loss_history[t, 1:]  # drop the oldest
                 self._loss_history[t, -1] = loss
             else:
                 self._loss_history[t, self._loss_counts[t]] = loss
@@ -132,19 +125,14 @@ class LossSecondMomentResampler(LossAwareSampler):
         return (self._loss_counts == self.history_per_term).all()
 
     def state_dict(self) -> dict:
-        return {
-            "loss_history": th.from_numpy(self._loss_history.copy()),
-            "loss_counts": th.from_numpy(self._loss_counts.copy()),
-        }
+        return {"loss_history": th.tensor(self._loss_history), "loss_counts": th.tensor(self._loss_counts)}
 
     def load_state_dict(self, state: dict) -> None:
-        """
-        :raises ValueError: if the state is of another number of timesteps or another history length.
-        """
+        """:raises ValueError: if the state has another number of timesteps or another history length."""
         history, counts = state["loss_history"].numpy(), state["loss_counts"].numpy()
         if history.shape != self._loss_history.shape:
             raise ValueError(
-                f"the saved loss history is of {history.shape[0]} timesteps with {history.shape[1]} losses each, "
-                f"this sampler's of {self._loss_history.shape[0]} with {self._loss_history.shape[1]}"
+                f"the saved loss history has shape {history.shape} (timesteps, losses of each), "
+                f"this sampler's has {self._loss_history.shape}"
             )
         self._loss_history, self._loss_counts = history.copy(), counts.copy()

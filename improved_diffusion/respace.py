@@ -1,4 +1,4 @@
-"""A diffusion process with fewer steps, cut out of a longer one (the paper, section 4)."""
+"""Respacing: a diffusion process over some of the timesteps of a longer one (arXiv 2102.09672, section 4)."""
 
 import copy
 import functools
@@ -14,14 +14,13 @@ from .utils.errors import InputError
 
 def space_timesteps(num_timesteps: int, section_counts: str | int | Sequence[int]) -> set[int]:
     """
-    Choose the timesteps of a longer process that a shorter one keeps.
+    Choose timesteps of a longer process.
 
-    :param num_timesteps: steps of the longer process.
-    :param section_counts: a list of counts, a string of them with commas, or one count: the process is
-        cut into that many sections of equal length, and each keeps its count of steps, evenly spread
-        with both its ends. "ddimN" keeps N steps at a whole-number stride, as the DDIM paper does.
-    :return: a set of timesteps.
-    :raises InputError: (a ValueError) if there are no such N steps.
+    :param num_timesteps: length of the longer process.
+    :param section_counts: one count, a list of counts or a string such as "10,15,20": the process is divided into
+        equal sections, and each keeps its count of steps, evenly spaced with both ends included. "ddimN" keeps N
+        steps at an integer stride, as in the DDIM paper.
+    :raises InputError: (a ValueError) if a section or stride has no such steps.
     """
     if isinstance(section_counts, str):
         if section_counts.startswith("ddim"):
@@ -31,26 +30,25 @@ def space_timesteps(num_timesteps: int, section_counts: str | int | Sequence[int
         counts = np.atleast_1d(section_counts).tolist()
     if not counts:
         raise InputError("timestep_respacing has no sections; give step counts such as 250 or 10,15,20")
-    size, longer = divmod(num_timesteps, len(counts))  # the first sections take what is left over
+    size, longer = divmod(num_timesteps, len(counts))  # the first sections take the remainder
     steps: set[int] = set()
     start = 0
     for i, count in enumerate(counts):
         length = size + (1 if i < longer else 0)
         if not 0 <= count <= length:
             raise InputError(
-                f"timestep_respacing {','.join(map(str, counts))}: section {i + 1} of "
-                f"{len(counts)} is {length} of the {num_timesteps} steps long and cannot keep {count}; "
-                f"give at most {length}"
+                f"timestep_respacing {','.join(map(str, counts))}: section {i + 1} of {len(counts)} has {length} of "
+                f"the {num_timesteps} steps and cannot keep {count}; give at most {length}"
             )
         stride = (length - 1) / (count - 1) if count > 1 else 1
-        # a running sum, rounded: the positions published models were sampled at depend on it
+        # a running sum, not i * stride: the timesteps of the published samples depend on its rounding
         position = 0.0
         for _ in range(count):
             steps.add(start + round(position))
             position += stride
         start += length
     if not steps:
-        raise InputError("timestep_respacing keeps no step at all; give 1 or more")
+        raise InputError("timestep_respacing keeps no step; give 1 or more")
     return steps
 
 
@@ -59,8 +57,8 @@ def _ddim_timesteps(num_timesteps, count):
     if count not in possible:
         nearest = min(possible, key=lambda n: (abs(n - count), n))
         raise InputError(
-            f"timestep_respacing ddim{count}: no whole-number stride through {num_timesteps} steps visits "
-            f"{count} of them; the nearest that works is ddim{nearest}"
+            f"timestep_respacing ddim{count}: no integer stride through {num_timesteps} steps visits {count} of them; "
+            f"the nearest is ddim{nearest}"
         )
     return set(range(0, num_timesteps, possible[count]))
 
@@ -76,12 +74,12 @@ def _whole_number(whole, text):
 
 class SpacedDiffusion(GaussianDiffusion):
     """
-    The process that visits only some timesteps of a longer one, with the same marginals there.
+    A process over some timesteps of a longer one, with the same marginals q(x_t | x_0).
 
-    Its own timesteps are 0..len(use_timesteps)-1; the model still sees the longer process's, by timestep_map.
+    Its timesteps are 0..len(use_timesteps)-1; the model receives the longer process's, timestep_map[t].
 
-    :param use_timesteps: timesteps of the longer process to keep.
-    :param kwargs: parameters of the longer process's GaussianDiffusion.
+    :param use_timesteps: timesteps of the longer process.
+    :param kwargs: parameters of the longer process, as in GaussianDiffusion.
     """
 
     def __init__(self, use_timesteps: Iterable[int], **kwargs):
@@ -103,44 +101,38 @@ class SpacedDiffusion(GaussianDiffusion):
         return _WrappedModel(model, self.timestep_map, self.rescale_timesteps, self.original_num_steps)
 
     def _scale_timesteps(self, t):
-        return t  # the wrapped model scales, by the longer process's length
+        return t  # _WrappedModel scales them, by the length of the longer process
 
 
 def visiting(diffusion: GaussianDiffusion, timesteps: Sequence[int]) -> SpacedDiffusion:
     """
-    A copy of a diffusion that visits only some of its timesteps, with the same marginals there.
+    A copy of a diffusion over some of its timesteps, of the same class.
 
-    :param diffusion: a SpacedDiffusion, as the factories build. Methods that its class overrides stay.
-    :param timesteps: strictly decreasing, out of diffusion.timestep_map: those that the model is called with.
-    :raises TypeError: for a GaussianDiffusion that is no SpacedDiffusion.
-    :raises ValueError: if there are no timesteps, they do not decrease, or are not the diffusion's.
+    :param diffusion: a SpacedDiffusion, as the factories build.
+    :param timesteps: for the model, strictly decreasing values of diffusion.timestep_map.
+    :raises TypeError: for another GaussianDiffusion.
+    :raises ValueError: if timesteps are empty, do not decrease, or are not in timestep_map.
     """
     if not isinstance(diffusion, SpacedDiffusion):
         raise TypeError("timesteps need a SpacedDiffusion; make one with use_timesteps=range(T)")
     kept, visited = list(diffusion.timestep_map), [int(t) for t in timesteps][::-1]
     if not visited or visited != sorted(set(visited) & set(kept)):
         raise ValueError(f"timesteps must decrease strictly and be among the diffusion's {len(kept)}, not {timesteps}")
-    alphas_cumprod = diffusion.alphas_cumprod[[kept.index(t) for t in visited]]
     spaced = copy.copy(diffusion)
     spaced.use_timesteps, spaced.timestep_map = set(visited), visited
-    GaussianDiffusion.__init__(
-        spaced,
-        betas=_betas_of(alphas_cumprod),
-        model_mean_type=diffusion.model_mean_type,
-        model_var_type=diffusion.model_var_type,
-        loss_type=diffusion.loss_type,
-        rescale_timesteps=diffusion.rescale_timesteps,
-    )
+    kinds = ("model_mean_type", "model_var_type", "loss_type", "rescale_timesteps")
+    betas = _betas_of(diffusion.alphas_cumprod[[kept.index(t) for t in visited]])
+    GaussianDiffusion.__init__(spaced, betas=betas, **{name: getattr(diffusion, name) for name in kinds})
     return spaced
 
 
 def _betas_of(alphas_cumprod):
-    """The beta between each two steps, from the products of alpha at both."""
+    """Betas [T] of a process with these cumulative products."""
     return 1 - alphas_cumprod / np.append(1.0, alphas_cumprod[:-1])
 
 
 class _WrappedModel:
-    """A model of the longer process, called with timesteps of the shorter one."""
+    """Calls a model of the longer process with timesteps of the shorter one."""
 
     def __init__(self, model, timestep_map, rescale_timesteps, original_num_steps):
         self.model = model
@@ -150,9 +142,8 @@ class _WrappedModel:
 
     def __call__(self, x, ts, **kwargs):
         if is_eager(ts):
-            timestep_map = _tensor_of(
-                tuple(self.timestep_map), ts.dtype, ts.device
-            )  # by its values: the list may change
+            # keyed by its values, since the list may change
+            timestep_map = _tensor_of(tuple(self.timestep_map), ts.dtype, ts.device)
         else:
             timestep_map = th.tensor(self.timestep_map, dtype=ts.dtype, device=ts.device)
         ts = timestep_map[ts]
@@ -163,6 +154,6 @@ class _WrappedModel:
 
 @functools.lru_cache(maxsize=16)
 def _tensor_of(values, dtype, device):
-    """One transfer to the device for all steps."""
-    with th.inference_mode(False):  # training may use it later
+    """Cached: one transfer to the device for all steps."""
+    with th.inference_mode(False):  # else training could not use the cached tensor
         return th.tensor(values, dtype=dtype, device=device)

@@ -1,24 +1,24 @@
 """
-Samplers: functions from noise to data, all of one signature, in one table.
+Samplers: functions from noise to data, all of one signature, in the table SAMPLERS.
 
     sampler(diffusion, model, x_T, *, timesteps=None, model_kwargs=None, noise_fn=None,
             clip_denoised=True, denoised_fn=None, callback=None) -> x_0
 
-To add one, write a function and give it a row in SAMPLERS. What a step needs of the model is
-diffusion.p_mean_variance(...)["pred_xstart"]: x_0 as implied by x_t, clamped, whatever the model predicts.
+To add one, write a function and a row in SAMPLERS. diffusion.p_mean_variance(...)["pred_xstart"] is the x_0 predicted
+from x_t, whatever the model predicts.
 
     :param diffusion: a GaussianDiffusion.
-    :param model: called as model(x_t, t, **model_kwargs), t [N] being trained timesteps.
-    :param x_T: standard normal noise, [N, C, ...]. The samples have its shape and device.
-    :param timesteps: trained timesteps at which the model is called, strictly decreasing integers;
-                      None for all of the diffusion's.
-    :param model_kwargs: further keyword arguments of the model.
-    :param noise_fn: gives standard normal noise like the tensor it is called with; th.randn_like if None.
-    :param clip_denoised: clamp each implied x_0 to [-1, 1].
-    :param denoised_fn: applied to each implied x_0, before clamping.
-    :param callback: called after each step with a dict of "i" (0, 1, ...), "t" (the trained timestep, an int),
-                     "sample" (x after the step) and "pred_xstart" (the x_0 implied before it).
-    :return: x_0, without gradients.
+    :param model: called as model(x_t, t, **model_kwargs), t [N] the timesteps it is trained on.
+    :param x_T: standard normal noise, [N, C, ...].
+    :param timesteps: at which to call the model, of those it is trained on, strictly decreasing; None for all.
+    :param model_kwargs: keyword arguments for the model.
+    :param noise_fn: returns standard normal noise of its argument's shape, dtype and device; th.randn_like if None.
+    :param clip_denoised: clamp each predicted x_0 to [-1, 1].
+    :param denoised_fn: applied to each predicted x_0 before it is clamped.
+    :param callback: called after each step with a dict of "i" (0, 1, ...), "t" (the model's timestep, an int),
+                     "sample" (x after the step) and "pred_xstart" (the x_0 predicted in it).
+    :return: x_0, of x_T's shape and device, without gradients.
+    :raises ValueError: if timesteps do not decrease or are not among the diffusion's.
 """
 
 from collections.abc import Callable, Sequence
@@ -36,9 +36,9 @@ def ancestral(
     model_kwargs: dict | None = None, noise_fn: Fn | None = None, clip_denoised: bool = True,
     denoised_fn: Fn | None = None, callback: Callback | None = None,
 ) -> th.Tensor:  # fmt: skip
-    """The ancestral chain (Ho et al. 2020, arXiv 2006.11239, algorithm 2): draws x_{t-1} from p(x_{t-1} | x_t)."""
+    """Ancestral sampling (Ho et al. 2020, arXiv 2006.11239, algorithm 2): draw each x_{t-1} from p(x_{t-1} | x_t)."""
     kwargs = dict(model_kwargs=model_kwargs, clip_denoised=clip_denoised, denoised_fn=denoised_fn)
-    return _chain("p_sample_loop_progressive", diffusion, model, x_T, timesteps, noise_fn, callback, **kwargs)
+    return _run_loop("p_sample_loop_progressive", diffusion, model, x_T, timesteps, noise_fn, callback, **kwargs)
 
 
 def ddim(
@@ -47,22 +47,22 @@ def ddim(
     denoised_fn: Fn | None = None, callback: Callback | None = None, eta: float = 0.0,
 ) -> th.Tensor:  # fmt: skip
     """
-    DDIM (Song et al. 2020, arXiv 2010.02502).
+    DDIM (Song et al. 2020, arXiv 2010.02502, equation 12).
 
-    :param eta: 0 is deterministic, 1 as noisy as the ancestral chain.
+    :param eta: 0 is deterministic, 1 has the noise of the ancestral chain.
     """
     kwargs = dict(model_kwargs=model_kwargs, clip_denoised=clip_denoised, denoised_fn=denoised_fn, eta=eta)
-    return _chain("ddim_sample_loop_progressive", diffusion, model, x_T, timesteps, noise_fn, callback, **kwargs)
+    return _run_loop("ddim_sample_loop_progressive", diffusion, model, x_T, timesteps, noise_fn, callback, **kwargs)
 
 
-def _chain(loop, diffusion, model, x_T, timesteps, noise_fn, callback, **kwargs):
-    """The last sample of a diffusion's own loop."""
+def _run_loop(loop, diffusion, model, x_T, timesteps, noise_fn, callback, **kwargs):
+    """Run a loop of the diffusion, so that subclasses may override its steps."""
     if timesteps is not None:
         diffusion = visiting(diffusion, timesteps)
     kwargs |= dict(noise=x_T, device=x_T.device, **if_given(noise_fn=noise_fn))
-    trained = getattr(diffusion, "timestep_map", range(diffusion.num_timesteps))[::-1]
+    model_timesteps = getattr(diffusion, "timestep_map", range(diffusion.num_timesteps))[::-1]
     steps = getattr(diffusion, loop)(model, tuple(x_T.shape), **kwargs)
-    for i, (t, out) in enumerate(zip(trained, steps, strict=True)):
+    for i, (t, out) in enumerate(zip(model_timesteps, steps, strict=True)):
         if callback is not None:
             callback({"i": i, "t": t, "sample": out["sample"], "pred_xstart": out["pred_xstart"]})
     return out["sample"]

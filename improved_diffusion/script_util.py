@@ -1,14 +1,15 @@
 """
-Defaults and factories: how flags become a model and a diffusion.
+Factories of models and diffusions, and their defaults.
 
-The original's interface over options.py: defaults as dictionaries, and factories that take each option by its name.
+The original's interface: defaults as dictionaries, derived from options.py, and one parameter per option.
 """
 
 import argparse
 import dataclasses
+import inspect  # noqa: F401 (the original offers it by star import)
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from . import gaussian_diffusion as gd
@@ -20,29 +21,26 @@ from .utils.errors import InputError
 NUM_CLASSES = 1000
 MIN_LINEAR_STEPS = 20  # the linear schedule ends at beta = 20 / steps, which is at most 1
 
-CHANNEL_MULT = {  # by image size: channels of each level, as multiples of num_channels
+CHANNEL_MULT = {  # by image size: width of each level in num_channels
     32: (1, 2, 2, 2),
     64: (1, 2, 3, 4),
     128: (1, 1, 2, 3, 4),
     256: (1, 1, 2, 2, 4, 4),
     512: (0.5, 1, 1, 2, 2, 4, 4),
 }
-
-
-# options that the original does not have; the factories give them defaults
-EXTRA = ("num_classes", "image_channels", "channel_mult")
+EXTRA = ("num_classes", "image_channels", "channel_mult")  # not options of the original: absent from its dictionaries
 
 
 # ---------------------------------------------------------------- defaults
 
 
 def model_and_diffusion_defaults() -> dict[str, Any]:
-    """Options of an image model and its diffusion, as in the original."""
+    """The original's options of a model and its diffusion."""
     return _defaults(ModelOptions, DiffusionOptions)
 
 
 def sr_model_and_diffusion_defaults() -> dict[str, Any]:
-    """Options of a super-resolution model and its diffusion, as in the original."""
+    """The original's options of a super-resolution model and its diffusion."""
     defaults = _defaults(SuperResModelOptions, DiffusionOptions)
     del defaults["sigma_small"]  # not an option of super-resolution in the original
     return defaults
@@ -56,17 +54,19 @@ def _defaults(*groups):
 
 
 def create_model_and_diffusion(
-    image_size, class_cond, learn_sigma, sigma_small, num_channels, num_res_blocks, num_heads, num_heads_upsample,
-    attention_resolutions, dropout, diffusion_steps, noise_schedule, timestep_respacing, use_kl, predict_xstart,
-    rescale_timesteps, rescale_learned_sigmas, use_checkpoint, use_scale_shift_norm, num_classes=None, image_channels=3,
-    channel_mult="",
+    image_size: int, class_cond: bool, learn_sigma: bool, sigma_small: bool, num_channels: int, num_res_blocks: int,
+    num_heads: int, num_heads_upsample: int, attention_resolutions: str | Sequence[int], dropout: float,
+    diffusion_steps: int, noise_schedule: str, timestep_respacing: str | int | Sequence[int], use_kl: bool,
+    predict_xstart: bool, rescale_timesteps: bool, rescale_learned_sigmas: bool, use_checkpoint: bool,
+    use_scale_shift_norm: bool, num_classes: int | None = None, image_channels: int = 3,
+    channel_mult: str | Sequence[float] = "",
 ) -> tuple[UNetModel, SpacedDiffusion]:  # fmt: skip
     """
-    The model and the diffusion of the options in model_and_diffusion_defaults().
+    A model and its diffusion. Parameters as in create_model() and create_gaussian_diffusion().
 
-    :raises InputError: (a ValueError) naming the option that is not valid.
+    :raises InputError: (a ValueError) if an option is invalid; names it.
     """
-    # the diffusion first: its errors cost nothing
+    # the diffusion first: it is cheap, and so are its errors
     diffusion = create_gaussian_diffusion(
         steps=diffusion_steps, learn_sigma=learn_sigma, sigma_small=sigma_small, noise_schedule=noise_schedule,
         use_kl=use_kl, predict_xstart=predict_xstart, rescale_timesteps=rescale_timesteps,
@@ -80,12 +80,14 @@ def create_model_and_diffusion(
 
 
 def sr_create_model_and_diffusion(
-    large_size, small_size, class_cond, learn_sigma, num_channels, num_res_blocks, num_heads, num_heads_upsample,
-    attention_resolutions, dropout, diffusion_steps, noise_schedule, timestep_respacing, use_kl, predict_xstart,
-    rescale_timesteps, rescale_learned_sigmas, use_checkpoint, use_scale_shift_norm, num_classes=None, image_channels=3,
-    channel_mult="", sigma_small=False,
+    large_size: int, small_size: int, class_cond: bool, learn_sigma: bool, num_channels: int, num_res_blocks: int,
+    num_heads: int, num_heads_upsample: int, attention_resolutions: str | Sequence[int], dropout: float,
+    diffusion_steps: int, noise_schedule: str, timestep_respacing: str | int | Sequence[int], use_kl: bool,
+    predict_xstart: bool, rescale_timesteps: bool, rescale_learned_sigmas: bool, use_checkpoint: bool,
+    use_scale_shift_norm: bool, num_classes: int | None = None, image_channels: int = 3,
+    channel_mult: str | Sequence[float] = "", sigma_small: bool = False,
 ) -> tuple[SuperResModel, SpacedDiffusion]:  # fmt: skip
-    """create_model_and_diffusion() for the options in sr_model_and_diffusion_defaults()."""
+    """A super-resolution model and its diffusion. Parameters as in create_model_and_diffusion()."""
     diffusion = create_gaussian_diffusion(
         steps=diffusion_steps, learn_sigma=learn_sigma, sigma_small=sigma_small, noise_schedule=noise_schedule,
         use_kl=use_kl, predict_xstart=predict_xstart, rescale_timesteps=rescale_timesteps,
@@ -100,14 +102,19 @@ def sr_create_model_and_diffusion(
 
 
 def create_model(
-    image_size, num_channels, num_res_blocks, learn_sigma, class_cond, use_checkpoint, attention_resolutions, num_heads,
-    num_heads_upsample, use_scale_shift_norm, dropout, num_classes=None, image_channels=3, channel_mult="",
+    image_size: int, num_channels: int, num_res_blocks: int, learn_sigma: bool, class_cond: bool, use_checkpoint: bool,
+    attention_resolutions: str | Sequence[int], num_heads: int, num_heads_upsample: int, use_scale_shift_norm: bool,
+    dropout: float, num_classes: int | None = None, image_channels: int = 3, channel_mult: str | Sequence[float] = "",
 ) -> UNetModel:  # fmt: skip
     """
-    :param attention_resolutions: image sizes with attention, text separated by commas.
+    A U-Net for images [N, image_channels, image_size, image_size].
+
+    :param num_channels: width of the first level, a multiple of 32.
+    :param num_res_blocks: residual blocks per level.
+    :param attention_resolutions: feature map sizes with attention, such as "16,8".
     :param num_classes: number of labels, if class_cond; NUM_CLASSES if None.
-    :param channel_mult: "" for the multipliers of the size, or text such as "1,2,2".
-    :raises InputError: if sizes, channels and heads do not fit together.
+    :param channel_mult: width of each level in num_channels, such as "1,2,2"; "" for that of the image size.
+    :raises InputError: (a ValueError) if sizes, widths and heads do not fit together.
     """
     return _create_unet(
         UNetModel, "image_size", image_size, num_channels, num_res_blocks, learn_sigma, class_cond, use_checkpoint,
@@ -117,11 +124,12 @@ def create_model(
 
 
 def sr_create_model(
-    large_size, small_size, num_channels, num_res_blocks, learn_sigma, class_cond, use_checkpoint,
-    attention_resolutions, num_heads, num_heads_upsample, use_scale_shift_norm, dropout, num_classes=None,
-    image_channels=3, channel_mult="",
+    large_size: int, small_size: int, num_channels: int, num_res_blocks: int, learn_sigma: bool, class_cond: bool,
+    use_checkpoint: bool, attention_resolutions: str | Sequence[int], num_heads: int, num_heads_upsample: int,
+    use_scale_shift_norm: bool, dropout: float, num_classes: int | None = None, image_channels: int = 3,
+    channel_mult: str | Sequence[float] = "",
 ) -> SuperResModel:  # fmt: skip
-    """create_model() at large_size; the network takes low-resolution images of any size."""
+    """create_model() at large_size, with low-resolution images of any size as second input."""
     return _create_unet(
         SuperResModel, "large_size", large_size, num_channels, num_res_blocks, learn_sigma, class_cond, use_checkpoint,
         attention_resolutions, num_heads, num_heads_upsample, use_scale_shift_norm, dropout,
@@ -138,12 +146,12 @@ def _create_unet(
     resolutions = _numbers("attention_resolutions", attention_resolutions, int)
     levels = {level for level in range(len(mult)) if 2**level in [size // r for r in resolutions]}
     _check_shapes(size_name, size, num_channels, mult)
-    # the middle block has attention too, at the last level
+    # the middle block, at the last level, has attention too
     _check_heads("num_heads", num_heads, [num_channels * mult[level] for level in {*levels, len(mult) - 1}])
     if num_heads_upsample != -1:
         _check_heads("num_heads_upsample", num_heads_upsample, [num_channels * mult[level] for level in levels])
     if num_classes is None:
-        num_classes = NUM_CLASSES  # read late: scripts for the original assign to it
+        num_classes = NUM_CLASSES  # not a default: client code assigns to it
     return cls(
         in_channels=image_channels,
         model_channels=num_channels,
@@ -164,15 +172,13 @@ def _channel_mult(size_name, size, channel_mult):
     if channel_mult:
         return _numbers("channel_mult", channel_mult, float)
     if size not in CHANNEL_MULT:
-        raise InputError(
-            f"{size_name} {size} has no default channel_mult (the sizes {', '.join(map(str, CHANNEL_MULT))} have one); "
-            "give channel_mult, one multiplier per level, such as 1,2,2"
-        )
+        sizes = ", ".join(map(str, CHANNEL_MULT))
+        raise InputError(f"{size_name} {size} has no default channel_mult ({sizes} have); give one such as 1,2,2")
     return CHANNEL_MULT[size]
 
 
 def _numbers(name, text, number):
-    """Text separated by commas, or a sequence, as a tuple of positive numbers."""
+    """Positive numbers, from text such as "1,2,2" or a sequence."""
     try:
         values = tuple(number(v) for v in (text.split(",") if isinstance(text, str) else text))
     except ValueError:
@@ -183,19 +189,18 @@ def _numbers(name, text, number):
 
 
 def _check_shapes(size_name, size, num_channels, mult):
-    """:raises InputError: for what would fail, or silently go wrong, inside the network."""
     text = ",".join(f"{m:g}" for m in mult)
     for width in [num_channels, *(num_channels * m for m in mult)]:
         if width % 32:
             raise InputError(
-                f"num_channels {num_channels} with channel_mult {text} gives a level {width:g} channels, which the "
-                "32 groups of GroupNorm do not divide; choose multiples of 32"
+                f"num_channels {num_channels} with channel_mult {text} gives a level of {width:g} channels, which "
+                "GroupNorm's 32 groups do not divide; choose multiples of 32"
             )
     halvings = len(mult) - 1
     if size < 1 or size % 2**halvings:
         raise InputError(
-            f"{size_name} {size} cannot be halved {halvings} times, once a level after the first of channel_mult "
-            f"{text}; choose a multiple of {2**halvings}"
+            f"{size_name} {size} cannot be halved {halvings} times, as channel_mult {text} requires; "
+            f"give a multiple of {2**halvings}"
         )
 
 
@@ -206,23 +211,28 @@ def _check_heads(name, heads, widths):
 
 
 def create_gaussian_diffusion(
-    *, steps=1000, learn_sigma=False, sigma_small=False, noise_schedule="linear", use_kl=False, predict_xstart=False,
-    rescale_timesteps=False, rescale_learned_sigmas=False, timestep_respacing="",
-):  # fmt: skip
+    *, steps: int = 1000, learn_sigma: bool = False, sigma_small: bool = False, noise_schedule: str = "linear",
+    use_kl: bool = False, predict_xstart: bool = False, rescale_timesteps: bool = False,
+    rescale_learned_sigmas: bool = False, timestep_respacing: str | int | Sequence[int] = "",
+) -> SpacedDiffusion:  # fmt: skip
     """
+    A diffusion process, and what its model predicts and minimises.
+
     :param steps: timesteps of the whole process.
-    :param sigma_small: the smaller of the two fixed variances.
-    :param use_kl: minimise the variational bound instead of the squared error.
+    :param learn_sigma: the model predicts variances too, between beta and the posterior's.
+    :param sigma_small: fixed variances are the posterior's, not beta.
+    :param noise_schedule: see get_named_beta_schedule().
+    :param use_kl: minimise the variational bound instead of the mean squared error.
     :param predict_xstart: the model predicts x_0 instead of the noise.
-    :param rescale_timesteps: show the model timesteps as if there were 1000.
-    :param rescale_learned_sigmas: weigh the bound inside the hybrid loss as if there were 1000 timesteps.
+    :param rescale_timesteps: the model receives timesteps in 0..1000.
+    :param rescale_learned_sigmas: weight the bound in the hybrid loss by steps / 1000.
     :param timestep_respacing: see space_timesteps(); "" for all steps.
-    :return: a SpacedDiffusion.
-    :raises InputError: if the schedule or the respacing does not exist.
+    :raises InputError: (a ValueError) if the schedule has no such number of steps, or the respacing is invalid.
+    :raises NotImplementedError: if there is no such schedule.
     """
     if noise_schedule == "linear" and 1 < steps < MIN_LINEAR_STEPS:
         raise InputError(
-            f"diffusion_steps {steps} are too few for noise_schedule linear, whose last beta would be above 1; "
+            f"diffusion_steps {steps}: the last beta of noise_schedule linear would exceed 1; "
             f"give {MIN_LINEAR_STEPS} or more, or noise_schedule cosine"
         )
     if use_kl:
@@ -248,23 +258,21 @@ def create_gaussian_diffusion(
 
 
 def create_diffusion(options: DiffusionOptions, **changed) -> SpacedDiffusion:
-    """
-    The diffusion of its options.
-
-    :param changed: options with other values.
-    """
+    """A diffusion by its options. Keywords override them."""
     values = {**dataclasses.asdict(options), **changed}
     return create_gaussian_diffusion(steps=values.pop("diffusion_steps"), **values)
 
 
-def configure_compute(model, *, use_fp16=False, use_bf16=False, compile=False):
+def configure_compute(
+    model: UNetModel, *, use_fp16: bool = False, use_bf16: bool = False, compile: bool = False
+) -> None:
     """
-    Let a network compute faster, with other rounding. Its weights and their names stay.
+    Set the precision of a network and compile it, in place. Parameters keep their names.
 
-    :param use_fp16: its torso in float16, weights included. For sampling: TrainLoop does it itself.
-    :param use_bf16: its torso under autocast to bfloat16.
-    :param compile: by torch.compile, at the first call with each shape of a batch.
-    :raises InputError: if there is nothing to compile with, or for two precisions at once.
+    :param use_fp16: the torso in float16, parameters included. For sampling; TrainLoop converts by itself.
+    :param use_bf16: the torso under autocast to bfloat16.
+    :param compile: use torch.compile, at the first call with each batch shape.
+    :raises InputError: for both precisions at once, or if there is no C++ compiler.
     """
     if use_fp16 and use_bf16:
         raise InputError("use_fp16 True and use_bf16 True: choose one of them")
@@ -282,22 +290,22 @@ def configure_compute(model, *, use_fp16=False, use_bf16=False, compile=False):
 
 
 def add_dict_to_argparser(parser, default_dict: dict[str, Any]) -> None:
-    """Add a flag for each key, of its value's type; one whose value is None takes text."""
+    """Add a flag for each key, of its default's type; str if the default is None."""
     readers = {bool: str2bool, int: whole_number, type(None): str}
     for name, value in default_dict.items():
         parser.add_argument(f"--{name}", default=value, type=readers.get(type(value), type(value)))
 
 
 def args_to_dict(args, keys: Iterable[str]) -> dict[str, Any]:
-    """The flags named by keys."""
+    """The attributes of args named by keys."""
     return {key: getattr(args, key) for key in keys}
 
 
-def whole_number(text):
+def whole_number(text: str) -> int:
     """
-    An int as it is typed, 1e6 too.
+    Parse an int; 1e6 is one.
 
-    :raises argparse.ArgumentTypeError: if it is none.
+    :raises argparse.ArgumentTypeError: if text is not an integer.
     """
     try:
         return int(text)
@@ -311,9 +319,11 @@ def whole_number(text):
     raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
 
 
-def str2bool(v):
+def str2bool(v: str | bool) -> bool:
     """
-    :raises argparse.ArgumentTypeError: if v is neither a bool nor a word for one.
+    Parse True or False, yes or no, t or f, 1 or 0, in any case.
+
+    :raises argparse.ArgumentTypeError: if v is neither.
     """
     if isinstance(v, bool):
         return v

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from parity_cases import assert_recorded, tensor
 
 from improved_diffusion.nn import (
+    CheckpointFunction,
     GroupNorm32,
     SiLU,
     avg_pool_nd,
@@ -161,7 +162,11 @@ def test_ema_of_nothing():
 # ---------------------------------------------------------------- recomputation
 
 
-def run_block(flag, dropout=0.0):
+def reentrant(func, inputs, params, flag):
+    return CheckpointFunction.apply(func, len(inputs), *inputs, *params)
+
+
+def run_block(flag, dropout=0.0, checkpoint=checkpoint):
     """(calls forward, calls in all, output and gradients) of a small block, seeded."""
     layer, calls = linear(6, 40), []
     with th.no_grad():
@@ -189,6 +194,15 @@ def test_recomputed_gradients_are_the_same_with_the_same_dropout_masks(dropout):
     assert calls_with == [1, 2]
     for got, want in zip(with_flag, without, strict=True):
         assert th.equal(got, want)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_the_reentrant_form_has_the_same_gradients(dropout):
+    *_, want = run_block(False, dropout)
+    *calls, got = run_block(True, dropout, checkpoint=reentrant)
+    assert calls == [1, 2]
+    for a, b in zip(got, want, strict=True):
+        assert th.equal(a, b)
 
 
 def test_recomputation_leaves_the_generator_where_it_was():

@@ -223,5 +223,5 @@ def test_a_state_is_a_copy():
 def test_a_state_of_another_shape_is_refused(steps, history):
     state = trained([[1.0, 2.0]] * 3).state_dict()
     other = LossSecondMomentResampler(diffusion(steps), history_per_term=history)
-    with pytest.raises(ValueError, match=f"3 timesteps with 2 losses each, this sampler's of {steps} with {history}"):
+    with pytest.raises(ValueError, match=rf"\(3, 2\).*\({steps}, {history}\)"):
         other.load_state_dict(state)

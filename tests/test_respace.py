@@ -92,9 +92,9 @@ def test_ddim_keeps_n_steps_at_a_whole_stride_or_says_which_n_is_near(steps, n):
         strides = [s for s in range(1, steps + 1) if len(range(0, steps, s)) == n]
         assert kept == list(range(0, steps, min(strides)))  # of several strides, the original's
         return
-    with pytest.raises(ValueError, match=f"ddim{n}:.*through {steps} steps visits {n} of them") as error:
+    with pytest.raises(ValueError, match=f"ddim{n}\\b.*{steps}") as error:
         space_timesteps(steps, f"ddim{n}")
-    (named,) = re.findall(r"nearest that works is ddim(\d+)", str(error.value))
+    *_, named = re.findall(r"ddim(\d+)", str(error.value))
     assert abs(int(named) - n) == min(abs(m - n) for m in works)
     assert len(space_timesteps(steps, f"ddim{named}")) == int(named)
 
@@ -102,11 +102,11 @@ def test_ddim_keeps_n_steps_at_a_whole_stride_or_says_which_n_is_near(steps, n):
 @pytest.mark.parametrize(
     ("steps", "counts", "message"),
     [
-        (10, "11", "section 1 of 1 is 10 of the 10 steps long and cannot keep 11; give at most 10"),
-        (7, [2, 4], "section 2 of 2 is 3 of the 7 steps long and cannot keep 4; give at most 3"),
-        (10, "-1", "cannot keep -1"),
-        (10, [0], "no step at all"),
-        (10, "0,0", "no step at all"),
+        (10, "11", "section 1 of 1.*10.*keep 11.*10"),
+        (7, [2, 4], "section 2 of 2.*3.*keep 4.*3"),
+        (10, "-1", "keep -1"),
+        (10, [0], "no step"),
+        (10, "0,0", "no step"),
         (10, "ten", "'ten'"),
         (10, "5,", "'5,'"),
         (10, "", "''"),

@@ -250,7 +250,7 @@ def test_a_linear_schedule_of_20_steps_ends_in_pure_noise():
 @pytest.mark.parametrize(
     ("changed", "parts"),
     [
-        (dict(image_size=48), ["image_size 48", "32, 64, 128, 256, 512", "give channel_mult"]),
+        (dict(image_size=48), ["image_size 48", "32, 64, 128, 256, 512", "channel_mult"]),
         (dict(image_size=48, channel_mult="1,2,2,2,2,2"), ["image_size 48", "halved 5 times", "multiple of 32"]),
         (dict(image_size=0, channel_mult="1"), ["image_size 0"]),
         (dict(channel_mult="1,x"), ["channel_mult", "'1,x'", "positive numbers"]),

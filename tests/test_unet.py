@@ -1,6 +1,7 @@
 """The network: blocks, attention, both models in 1, 2 and 3 dimensions, half precision, recomputation."""
 
 import io
+import weakref
 
 import pytest
 import torch as th
@@ -378,6 +379,35 @@ def test_feature_vectors_are_what_the_forward_pass_computes(cls, dims, half):
         (64, *bottom), (64, *top), (32, *top), (32, *top),
     ]  # fmt: skip
     th.testing.assert_close(model.out(features["up"][-1]), model(*args), rtol=1e-5, atol=1e-6)
+
+
+@th.no_grad()
+def test_features_of_the_encoder_are_freed_once_the_decoder_has_used_them():
+    model, features, alive = small(), [], []
+    for block in model.input_blocks:
+        block.register_forward_hook(lambda module, args, out: features.append(weakref.ref(out)))
+    for block in model.output_blocks:
+        block.register_forward_hook(lambda *_: alive.append(sum(f() is not None for f in features)))
+    model(*inputs())
+    assert alive == [3, 2, 1, 0]
+
+
+@pytest.mark.parametrize("cls", [UNetModel, SuperResModel])
+@th.no_grad()
+def test_a_pickled_network_of_the_original_has_fewer_attributes(cls):
+    model, args = small(cls), inputs(superres=cls is SuperResModel)
+    want = model(*args)
+    for name in set(vars(model)) & {"dims", "use_bf16"}:
+        delattr(model, name)
+    th.testing.assert_close(model(*args), want, rtol=0, atol=0)
+
+
+def test_attention_counts_its_multiplications():
+    module = QKVAttention()
+    module.total_ops = th.zeros(1, dtype=th.float64)
+    n, heads, c, length = 2, 4, 8, 5
+    QKVAttention.count_flops(module, (None,), module(th.zeros(n * heads, 3 * c, length)))
+    assert module.total_ops.item() == n * heads * 2 * length * length * c
 
 
 # ---------------------------------------------------------------- recomputation and half precision

@@ -239,4 +239,4 @@ def test_the_peak_of_memory_is_that_of_the_worst_moment():
         del a, b
         c = th.empty(700, 1000)
         del c
-    assert memory.most_at_once(record) == 4 * 1_500_000
+    assert memory.peak_allocation(record) == 4 * 1_500_000
