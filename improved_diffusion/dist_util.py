@@ -7,6 +7,7 @@ import io  # noqa: F401 (part of this module, as in the original)
 import os
 import platform
 import random
+import socket
 import sys
 import threading
 import time
@@ -26,6 +27,8 @@ from .utils.safe_load import decode, read_bytes, read_state_dict  # noqa: F401 (
 
 # a rank may save to a slow URL, or have larger images: minutes of waiting are normal
 GROUP_TIMEOUT = timedelta(hours=24)
+# names that client code imports; nothing here uses them
+GPUS_PER_NODE, SETUP_RETRY_COUNT = 8, 3
 T = TypeVar("T")
 
 
@@ -37,6 +40,13 @@ def rank() -> int:
 def world_size() -> int:
     """The number of ranks, in the process group or else in the launcher's environment."""
     return dist.get_world_size() if dist.is_initialized() else find_world().size
+
+
+def _find_free_port() -> int:
+    """A TCP port that is free now. For client code: setup_dist() takes a port and keeps it."""
+    with socket.socket() as s:
+        s.bind(("", 0))
+        return s.getsockname()[1]
 
 
 def describe() -> str:

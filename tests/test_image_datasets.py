@@ -30,7 +30,7 @@ from improved_diffusion.image_datasets import (
 )
 from improved_diffusion.utils.errors import InputError
 
-RECORDED_IMAGES = ROOT / "tests" / "data" / "images"
+RECORDED_IMAGES = ROOT / "tests" / "recorded" / "images"
 
 
 def pixels_of(x):
@@ -153,7 +153,7 @@ def test_dataloader_can_be_imported_from_here_as_from_the_original():
 @pytest.mark.parametrize("size", [16, 32])
 def test_pixels_are_those_that_the_original_gave(size):
     apart = 0 if Version(PIL.__version__) >= Version("13") else 1  # levels: older Pillow rounds differently
-    with np.load(ROOT / "tests" / "data" / "images.npz") as recorded:
+    with np.load(ROOT / "tests" / "recorded" / "images.npz") as recorded:
         names = [key.split("/", 1)[1] for key in recorded if key.startswith(f"{size}/")]
         assert len(names) == 6
         dataset = ImageDataset(size, [str(RECORDED_IMAGES / name) for name in names])
