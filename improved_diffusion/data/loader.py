@@ -1,11 +1,13 @@
 """Batches of a dataset, endless or for one epoch, decoded ahead by worker processes."""
 
+import contextlib
 import multiprocessing
 import os
 import signal
 import threading
 import traceback
 from collections.abc import Callable, Iterator
+from multiprocessing import resource_tracker
 from typing import Any
 
 import torch as th
@@ -167,10 +169,30 @@ def _ignore_signals(worker):
     threading.Thread(target=wait, daemon=True).start()
 
 
+@contextlib.contextmanager
+def _sigterm_blocked():
+    """
+    Block SIGTERM while workers start. Each of their threads inherits the mask, those of libraries too, which start at
+    import: one thread that does not block it is enough for the signal to kill the process.
+    """
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    if multiprocessing.get_start_method() != "fork":
+        resource_tracker.ensure_running()  # now, since it unblocks SIGTERM when it starts
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
 def _one_line_errors(loader):
     """A loader's batches. An InputError in a worker loses the worker's traceback."""
     try:
-        yield from loader
+        with _sigterm_blocked():
+            batches = iter(loader)
+        yield from batches
         return
     except InputError as e:
         message = str(e).strip().splitlines()[-1].split("InputError: ")[-1]
