@@ -206,7 +206,7 @@ def test_batches_that_grow():
         t = th.arange(size)
         assert len(full(tensor("x", size, 3), t, y=t)) == size
     assert [shape[0] for shape, *_ in seen] == [1, 3, 3, 5, 5]
-    with pytest.raises(ValueError, match="6 samples are more than the batch of 5"):
+    with pytest.raises(ValueError, match=r"6 .* 5"):
         full(tensor("x", 6, 3), th.arange(6), y=th.arange(6))
 
 

@@ -124,8 +124,8 @@ def test_other_data(tmp_path, seven_images, count, batch_size, warning):
     "before, after, warning",
     [
         ((4, 2), (4, 2), None),
-        ((4, 2), (4, 3), "the saved loss history is of 4 timesteps with 2 losses each, this sampler's of 4 with 3"),
-        ((4, 2), (8, 2), "the saved loss history is of 4 timesteps with 2 losses each, this sampler's of 8 with 2"),
+        ((4, 2), (4, 3), "(4, 3)"),
+        ((4, 2), (8, 2), "(8, 2)"),
         (None, (4, 2), "'loss_history'"),
         ((4, 2), None, None),
     ],
@@ -138,8 +138,8 @@ def test_another_timestep_sampler(tmp_path, before, after, warning):
 
     train(tmp_path, **setting(before))
     _, lines = resume(tmp_path, max_steps=5, **setting(after))
-    expected = [f"the schedule sampler cannot continue where it was: {warning}"] if warning else []
-    assert [line for line in lines if "cannot continue" in line] == expected
+    warnings = [line for line in lines if "cannot continue" in line]
+    assert len(warnings) == bool(warning) and all("schedule sampler" in w and warning in w for w in warnings)
 
 
 def test_data_without_a_place(tmp_path):
