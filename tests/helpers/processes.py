@@ -223,7 +223,7 @@ def newest_resumable_set(folder, kinds=KINDS):
             try:
                 for name in names_of(step, kinds):
                     load(next(p for p in (folder / f"{name}.tmp", folder / name) if p.exists()))
-            except (StopIteration, RuntimeError, EOFError, pickle.UnpicklingError):
+            except (StopIteration, OSError, RuntimeError, EOFError, pickle.UnpicklingError):  # cut anywhere
                 continue
             return step
     return newest
