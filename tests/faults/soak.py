@@ -91,7 +91,15 @@ def main():
             campaigns.append(campaign)
             c, seconds = campaign, round(time.monotonic() - began)
             row(
-                setting.name, c.kills, *(c.met[m] for m in MOMENTS), c.runs, c.starts, c.went_back, len(c.lost), seconds
+                setting.name,
+                c.kills,
+                *(c.met[m] for m in MOMENTS),
+                c.runs,
+                c.starts,
+                c.went_back,
+                len(c.lost),
+                c.other_files,
+                seconds,
             )
         server.close()
         left = left_behind(sockets)
