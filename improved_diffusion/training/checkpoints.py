@@ -87,7 +87,7 @@ def read_newest_set(directory, list_again=True):
     """
     Read the newest complete checkpoint in a folder. On this rank alone.
 
-    Complete means that all files are there and undamaged; newer ones that are damaged are logged with the reason. One of
+    Complete means that all files are there and undamaged; newer ones that are damaged are logged. One of
     the original, which is older than all with a state file, is complete with model and optimizer. One whose writing was
     cut off between the renames is completed.
 
