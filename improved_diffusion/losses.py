@@ -17,11 +17,11 @@ def normal_kl(
     :return: a tensor of the broadcast shape.
     :raises TypeError: if no argument is a tensor.
     """
-    like = next((v for v in (mean1, logvar1, mean2, logvar2) if isinstance(v, th.Tensor)), None)
-    if like is None:
+    tensors = [v for v in (mean1, logvar1, mean2, logvar2) if isinstance(v, th.Tensor)]
+    if not tensors:
         raise TypeError("normal_kl needs at least one tensor among its arguments")
     # th.exp() takes tensors only; numbers get the dtype and device of the tensor
-    logvar1, logvar2 = (v if isinstance(v, th.Tensor) else like.new_full((), v) for v in (logvar1, logvar2))
+    logvar1, logvar2 = (v if isinstance(v, th.Tensor) else tensors[0].new_full((), v) for v in (logvar1, logvar2))
     # -1 first, as in the original: near zero the terms cancel, and rounding depends on their order
     return 0.5 * (-1.0 + logvar2 - logvar1 + th.exp(logvar1 - logvar2) + (mean1 - mean2) ** 2 * th.exp(-logvar2))
 

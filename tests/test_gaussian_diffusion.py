@@ -451,6 +451,8 @@ def test_overrides_of_small_methods_are_seen(hook):
 
 @pytest.mark.parametrize("respacing", [None, "10"])
 def test_each_step_compiles_to_one_graph(respacing):
+    if th.__version__.startswith("2.6") and respacing:
+        pytest.skip("torch 2.6 cannot trace isinstance() of a nested function, as SpacedDiffusion asks of a model")
     d, x, eps = make_diffusion(steps=30, **EPS_RANGE, respacing=respacing), tensor("x", 2, 3), tensor("eps", 2, 3)
     t, w = th.tensor([0, 9]), th.tensor(0.5, requires_grad=True)
 

@@ -44,7 +44,8 @@ SETTINGS = [
 
 def prepare(setting, server, images, packed):
     if setting.packed and not packed.exists():
-        process = server.start(ROOT / "scripts" / "prepare_images.py", [str(images), str(packed), "--image_size", "8"])
+        words = ["images", str(images), str(packed), "--image_size", "8"]
+        process = server.start(ROOT / "scripts" / "prepare.py", words)
         assert process.wait() == 0, process.stderr
     return packed if setting.packed else images
 
@@ -84,7 +85,7 @@ def main():
             began = time.monotonic()
             if began > end:
                 break
-            data = prepare(setting, server, images, folder / "images.npz")
+            data = prepare(setting, server, images, folder / "images.packed")
             moments = random.Random(f"{args.seed} {setting.name}")
             campaign = Campaign(setting, server, data, folder / setting.name, moments)
             campaign.go(args.kills, began + (end - began) / (len(settings) - i))
