@@ -19,6 +19,7 @@ from x_t, whatever the model predicts.
                      "sample" (x after the step) and "pred_xstart" (the x_0 predicted in it).
     :return: x_0, of x_T's shape and device, without gradients.
     :raises ValueError: if timesteps do not decrease or are not among the diffusion's.
+    :raises TypeError: for timesteps of a plain GaussianDiffusion, which knows no longer process.
 """
 
 from collections.abc import Callable, Sequence
