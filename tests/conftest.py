@@ -6,6 +6,7 @@ threads would only wait for each other.
 
 import functools
 import random
+import signal
 import sys
 
 import numpy as np
@@ -18,6 +19,11 @@ from hypothesis import settings
 from improved_diffusion import dist_util, train_util
 
 th.set_num_threads(1)
+
+# Started by nohup, or by a shell with &, a process ignores these, and so would everything that tests start.
+for number, handler in ((signal.SIGHUP, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, handler)
 
 settings.register_profile("suite", deadline=None, max_examples=50, derandomize=True, database=None)
 settings.load_profile("suite")
