@@ -17,7 +17,7 @@ cli             the scripts' flags, config.json, exit status
 metrics         how good a model is
 inference       samples and previews from trained weights
 train_util      TrainLoop: what happens in a step, and when
-training        checkpoints, resuming, statistics, signals: what the loop stands on
+training        parts of the loop: checkpoints, resuming, statistics, signals
 image_datasets  load_data: images from a folder, or packed
 data            batches, packed images, preparation of data sets
 script_util     factories and the original's dictionaries of defaults
@@ -33,4 +33,9 @@ dist_util       ranks, devices, collectives
 utils           errors, files, checkpoints as bytes, progress; imports nothing of the package
 """
 
+import os
+
 __version__ = "1.0.0"
+
+# this process and its parent: a launcher may be killed during the seconds in which torch is imported
+STARTED_AS = os.getpid(), os.getppid()

@@ -20,6 +20,7 @@ import numpy as np
 import torch as th
 import torch.distributed as dist
 
+from . import STARTED_AS
 from .utils import attendance, streams
 from .utils.errors import InputError, first_line
 from .utils.launchers import LAUNCHERS, find_world, meeting_place, shared_store
@@ -112,7 +113,9 @@ def _exit_with_launcher(world):
     """
     if not ("TORCHELASTIC_RUN_ID" in os.environ if world.launcher == "torchrun" else world.size > 1):
         return
-    launcher = os.getppid()
+    pid, launcher = STARTED_AS
+    if pid != os.getpid():  # forked since
+        launcher = os.getppid()
 
     def watch():
         while os.getppid() == launcher:

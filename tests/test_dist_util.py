@@ -1,9 +1,11 @@
 """What ranks do together, seeds, and checkpoint files of any kind."""
 
+import contextlib
 import io
 import os
 import pickle
 import random
+import signal
 import subprocess
 import sys
 from datetime import timedelta
@@ -14,9 +16,10 @@ import numpy as np
 import pytest
 import torch as th
 import torch.distributed as dist
+from harness import TORCHRUN, environment, free_port
 from hypothesis import example, given
 from hypothesis import strategies as st
-from launchers import TORCHRUN, clean_environment, no_launcher, started_by
+from launchers import no_launcher, started_by
 from training import assert_same
 
 from improved_diffusion import dist_util
@@ -28,7 +31,7 @@ def one_cpu(monkeypatch):
     no_launcher(monkeypatch)
 
 
-def test_a_group_of_ones_own_tells_the_rank(monkeypatch):
+def test_the_rank_in_a_group_of_client_code(monkeypatch):
     """torch.multiprocessing.spawn, say, where no launcher sets an environment."""
     monkeypatch.setattr(dist_util.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist_util.dist, "get_rank", lambda: 2)
@@ -78,7 +81,7 @@ def test_no_seed():
 
 
 @pytest.mark.parametrize("seed", [0, 2**40])
-def test_seeds_of_a_run_that_goes_on(monkeypatch, seed):
+def test_seeds_of_a_resumed_run(monkeypatch, seed):
     """Others at each step and on each rank, the same ones each time; without a seed nothing is touched."""
     found = []
     dist_util.seed_everything(seed)
@@ -478,7 +481,7 @@ def test_the_end_does_not_depend_on_streams(broken):
         script = script.partition("; print")[0]
     done = subprocess.run(
         [sys.executable, "-c", f"{script}; print('said', file=sys.stderr); dist_util.exit_at_once(7)"],
-        env=clean_environment(),
+        env=environment(CUDA_VISIBLE_DEVICES=""),
         capture_output=True,
         text=True,
     )
@@ -527,3 +530,36 @@ def test_whose_launcher_is_watched(monkeypatch, variables, watched):
     monkeypatch.setattr(dist_util.threading, "Thread", lambda **kwargs: started.append(kwargs) or Mock())
     dist_util._exit_with_launcher(dist_util.find_world())
     assert len(started) == watched
+
+
+RANK = """
+import os, sys
+import improved_diffusion
+print(os.getpid(), flush=True)
+sys.stdin.readline()
+from improved_diffusion import dist_util
+dist_util.setup_dist()
+"""
+LAUNCHER = f"import subprocess, sys; subprocess.call([sys.executable, '-c', {RANK!r}])"
+
+
+@pytest.mark.slow
+def test_a_launcher_killed_before_its_rank_has_imported_torch():
+    """Its ranks would wait ten minutes for a store that it took along."""
+    world = dict(RANK="1", WORLD_SIZE="2", TORCHELASTIC_RUN_ID="none", MASTER_ADDR="127.0.0.1")
+    launcher = subprocess.Popen(
+        [sys.executable, "-c", LAUNCHER],
+        env=environment(**world, MASTER_PORT=str(free_port()), CUDA_VISIBLE_DEVICES=""),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    rank = int(launcher.stdout.readline())
+    launcher.kill()
+    try:
+        _, errors = launcher.communicate("\n", timeout=60)  # ends with the rank, which holds the pipes
+        assert "torchrun is gone" in errors
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(rank, signal.SIGKILL)
