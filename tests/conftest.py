@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 import torch as th
 import torch.distributed as dist
-from harness import run_on_ranks, write_images
+from harness import leave_outside, run_on_ranks, write_images
 from hypothesis import settings
 
 from improved_diffusion import dist_util, train_util
 
 th.set_num_threads(1)
+leave_outside()
 
 # Started by nohup, or by a shell with &, a process ignores these, and so would everything that tests start.
 for number, handler in ((signal.SIGHUP, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):

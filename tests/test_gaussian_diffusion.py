@@ -615,7 +615,7 @@ def test_the_whole_bound_adds_up_and_begins_at_the_noisiest_step():
     th.testing.assert_close(out["prior_bpd"].double(), prior, rtol=1e-3, atol=1e-9)
 
 
-def test_the_whole_bound_with_noise_of_ones_own():
+def test_the_whole_bound_with_given_noise():
     """One draw a timestep, the noisiest first; the global generator is left alone."""
     d, x_start = make_diffusion(9, "cosine"), image_batch("x0", 3, 2, 5)
     th.manual_seed(1)

@@ -360,7 +360,7 @@ def test_deterministic_batches_come_in_sorted_order_for_ever(greys, num_workers)
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 @pytest.mark.parametrize("deterministic", [False, True])
-def test_order_and_random_numbers_are_those_of_a_dataloader_made_anew_each_epoch(greys, num_workers, deterministic):
+def test_order_and_random_numbers_are_those_of_a_new_dataloader_per_epoch(greys, num_workers, deterministic):
     folder = greys(11)
     dataset = ImageDataset(8, image_datasets._list_image_files_recursively(folder))
 
@@ -511,7 +511,7 @@ def test_packed_images_once(monkeypatch, photographs, limit, rank):
 
 @pytest.mark.parametrize("before", [0, 1, 4, 6])
 @pytest.mark.parametrize("change", [("folder", 3), (3, "folder"), (3, 3)], ids=str)
-def test_a_run_goes_on_from_one_to_the_other(photographs, before, change):
+def test_a_run_continues_from_one_to_the_other(photographs, before, change):
     words = dict(batch_size=2, image_size=8, class_cond=True, num_workers=0)
     first, second = (load_data(data_dir=photographs[which], **words) for which in change)
     for _ in range(before):

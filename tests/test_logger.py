@@ -12,13 +12,11 @@ import time
 import numpy as np
 import pytest
 import torch as th
-from harness import FULL, on_a_full_disk
+from harness import FULL, environment, on_a_full_disk
 
 from improved_diffusion import logger
 from improved_diffusion.logger import HumanOutputFormat, KVWriter, Logger, SeqWriter
 from improved_diffusion.utils import log_formats
-
-LAUNCHER_VARIABLES = ["RANK", "WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID"]
 
 
 @pytest.fixture(autouse=True)
@@ -27,8 +25,6 @@ def no_logger_yet(monkeypatch, tmp_path):
     monkeypatch.setattr(Logger, "CURRENT", None)
     monkeypatch.setattr(Logger, "DEFAULT", None)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
-    for name in ["OPENAI_LOGDIR", "OPENAI_LOG_FORMAT", "OPENAI_LOG_FORMAT_MPI", *LAUNCHER_VARIABLES]:
-        monkeypatch.delenv(name, raising=False)
     yield
     for left in {Logger.CURRENT, Logger.DEFAULT} - {None}:
         left.close()
@@ -563,10 +559,9 @@ parser.run(main)
 @pytest.mark.parametrize("ended", ["stdout", "stderr", "both"])
 def test_a_process_whose_reader_leaves(tmp_path, ended, words, status):
     """`| head`: neither the exit status nor what else is printed changes."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("OPENAI_LOG")}
     with subprocess.Popen(
         [sys.executable, "-c", PRINTING, tmp_path, *words],
-        env=environment,
+        env=environment(),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -611,9 +606,8 @@ parser.run(main)
 def test_a_whole_process_on_a_full_disk_says_one_line(tmp_path, name, full):
     """The interpreter's end, which closes files, adds nothing."""
     os.symlink(FULL, tmp_path / full)
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("OPENAI_LOG")}
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, tmp_path], env=environment, capture_output=True, text=True, timeout=100
+        [sys.executable, "-c", PROGRAM, tmp_path], env=environment(), capture_output=True, text=True, timeout=100
     )
     assert done.returncode == 2
     assert done.stderr == f"-c: error: {tmp_path / name}: cannot be written (No space left on device)\n"

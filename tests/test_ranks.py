@@ -1,34 +1,24 @@
 """One, two and three ranks compute the same: gradients, parameters, samples, likelihoods."""
 
-import os
-import socket
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch as th
-from harness import HELPERS, LAUNCHER_VARIABLES, ROOT, save_weights, write_images
+from harness import HELPERS, environment, free_port, save_weights, write_images
 from many_ranks import BATCH_SIZES, SAMPLES, SIZED
 
 WORLDS = (1, 2, 3)
 pytestmark = pytest.mark.slow
 
 
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return str(s.getsockname()[1])
-
-
 def start_ranks(size, folder, files):
-    environment = {k: v for k, v in os.environ.items() if k not in LAUNCHER_VARIABLES}
-    environment.update(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
-    environment.update(WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
+    world = dict(WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), CUDA_VISIBLE_DEVICES="")
     return [
         subprocess.Popen(
             [sys.executable, HELPERS / "many_ranks.py", folder, files],
-            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            env=environment(**world, RANK=str(rank), LOCAL_RANK=str(rank)),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,

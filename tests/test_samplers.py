@@ -227,7 +227,7 @@ def test_loops_sample_on_the_models_device(loop):
 
 @pytest.mark.parametrize("loop", LOOP_NAMES)
 @pytest.mark.parametrize("eta", [0.0, 0.7])
-def test_noise_of_ones_own(loop, eta):
+def test_given_noise(loop, eta):
     """All of it: the start, and each step's; the global generator is left alone."""
     kwargs = dict(eta=eta) if loop == "ddim_sample_loop" else {}
     d, shape = make_diffusion(12, "cosine"), (2, 3, 5)
@@ -247,7 +247,7 @@ def test_noise_of_ones_own(loop, eta):
 
 
 @pytest.mark.parametrize("loop", LOOP_NAMES)
-def test_noise_of_ones_own_and_a_start_of_ones_own(loop):
+def test_given_noise_and_a_given_start(loop):
     d, start, calls = make_diffusion(12, "cosine"), tensor("start", 2, 3), []
     steps = list(
         getattr(d, loop + "_progressive")(

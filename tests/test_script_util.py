@@ -181,7 +181,7 @@ def test_channel_multipliers_as_text_or_numbers(given):
     assert shapes(model) == shapes(same)
 
 
-def test_channel_multipliers_of_ones_own_take_the_place_of_the_built_in_ones():
+def test_given_channel_multipliers_replace_the_built_in_ones():
     with th.device("meta"):
         model, _ = build(image_size=64, channel_mult="0.5,1")
     assert [block[0].out_channels for block in model.output_blocks] == [128] * 3 + [64] * 3

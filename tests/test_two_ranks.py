@@ -8,8 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from harness import HELPERS, write_images
-from launchers import clean_environment
+from harness import HELPERS, environment, write_images
 from training import assert_same, checkpoint_names, load, read_rows, written_rows
 
 MPIEXEC = Path(sys.executable).parent / "mpiexec"
@@ -28,7 +27,7 @@ def two_ranks(request, tmp_path_factory):
     images = write_images(tmp_path_factory.mktemp("images"), count=5)
     done = subprocess.run(
         [*LAUNCHERS[request.param], str(HELPERS / "two_ranks.py"), str(folder), str(images)],
-        env=clean_environment(),
+        env=environment(CUDA_VISIBLE_DEVICES=""),
         capture_output=True,
         text=True,
         timeout=300,

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch as th
 import torch.nn.functional as F
-from harness import LAUNCHER_VARIABLES, ROOT
+from harness import ROOT
 from torch.profiler import ProfilerActivity, profile
 
 from improved_diffusion.cli.parser import run
@@ -28,8 +28,6 @@ TINY = models.Setting(image_size=32, num_channels=32, num_res_blocks=1, batch_si
 @pytest.fixture
 def benchmark(monkeypatch, tmp_path, capsys):
     """Run a sub-command. :return: (exit status, the rows of its JSON, what it printed)."""
-    for name in LAUNCHER_VARIABLES:
-        monkeypatch.delenv(name, raising=False)
     for name in ("CURRENT", "DEFAULT"):
         monkeypatch.setattr(Logger, name, None)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")

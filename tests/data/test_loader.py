@@ -185,7 +185,7 @@ def through_a_file(state):
     seed=st.integers(0, 2**32),
 )
 @settings(deadline=None, max_examples=60)
-def test_a_loaded_state_goes_on_exactly(num_images, batch_size, shuffle, before, used, seed):
+def test_a_loaded_state_continues_exactly(num_images, batch_size, shuffle, before, used, seed):
     batch_size = min(batch_size, num_images)
     th.manual_seed(seed)
     stream = BatchStream(Identity(num_images), batch_size, shuffle, num_workers=0)
@@ -203,7 +203,7 @@ def test_a_loaded_state_goes_on_exactly(num_images, batch_size, shuffle, before,
 
 
 @pytest.mark.parametrize("before", [0, 1, 2, 3, 4], ids=lambda n: f"after_{n}_of_3_batches")
-def test_a_loaded_state_goes_on_exactly_with_workers_that_decode_ahead(before):
+def test_a_loaded_state_continues_exactly_with_workers_that_decode_ahead(before):
     th.manual_seed(1)
     stream = BatchStream(Identity(7), 2, shuffle=True, num_workers=1)
     take(stream, before)
@@ -215,7 +215,7 @@ def test_a_loaded_state_goes_on_exactly_with_workers_that_decode_ahead(before):
 
 
 @pytest.mark.parametrize("shuffle", [False, True])
-def test_half_of_the_samples_are_flipped_anew_each_epoch(shuffle):
+def test_other_half_of_the_samples_is_flipped_each_epoch(shuffle):
     """The dataset is asked for (i, flip) instead of i; the order and the global generator do not depend on it."""
     streams = [BatchStream(Identity(1000), 10, shuffle, 0, random_flip=random_flip) for random_flip in (False, True)]
     plain, flipped = [], []

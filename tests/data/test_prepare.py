@@ -130,7 +130,7 @@ def test_an_interruption_while_a_file_is_written_leaves_none(monkeypatch, tmp_pa
 
 
 @pytest.mark.parametrize("length", [0, 1, 7, 20, 24, 30, -1])
-def test_what_a_crash_cut_short_is_written_anew(tmp_path, capfd, length):
+def test_what_a_crash_cut_short_is_rewritten(tmp_path, capfd, length):
     """A process that is killed leaves a temporary file, a machine that crashes one that is cut short."""
     write(Images(), str(tmp_path))
     content = (tmp_path / "a_004.png").read_bytes()

@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 import torch as th
-from harness import LAUNCHER_VARIABLES, ROOT
+from harness import ROOT, environment
 from PIL import Image
 
 from improved_diffusion.cli import parser
@@ -29,12 +29,17 @@ def example():
 
 def run_example(*words, code="pass", **kwargs):
     """The script in a process of its own, after some lines of `code`. :return: a subprocess.CompletedProcess."""
-    environment = {k: v for k, v in os.environ.items() if k not in [*LAUNCHER_VARIABLES, "DIFFUSION_BLOB_LOGDIR"]}
-    environment.update(PYTHONPATH=os.pathsep.join([str(ROOT), *sys.path]), OMP_NUM_THREADS="1")
     script = str(ROOT / "examples" / "s_curve.py")
     start = f"import runpy, sys; {code}; sys.argv[0] = {script!r}; runpy.run_path({script!r}, run_name='__main__')"
     words = [sys.executable, "-W", "error", "-c", start, *map(str, words)]
-    return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300, **kwargs)
+    return subprocess.run(
+        words,
+        env=environment(PYTHONPATH=os.pathsep.join([str(ROOT), *sys.path])),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        **kwargs,
+    )
 
 
 @pytest.fixture(scope="module")

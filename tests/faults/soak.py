@@ -21,7 +21,7 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path.insert(1, str(Path(__file__).resolve().parent.parent / "helpers"))  # as pytest does for the tests
 
-from harness import ROOT, write_images
+from harness import ROOT, leave_outside, write_images
 from killing import ENOUGH, MOMENTS, Campaign, Setting
 from processes import Server, left_behind, listening_sockets, marked_processes
 
@@ -71,6 +71,7 @@ def parse():
 
 def main():
     args = parse()
+    leave_outside()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     settings = [s for s in SETTINGS if s.name in (args.settings or [s.name])]
     folder = Path(tempfile.mkdtemp(prefix="soak-"))

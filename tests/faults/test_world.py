@@ -38,7 +38,7 @@ FP16 = dict(use_fp16=True, learn_sigma=True, ema_rate="0.9")
 
 
 @pytest.mark.parametrize("before, after", [(1, 2), (2, 1)])
-def test_run_goes_on_with_another_number_of_ranks(server, images, tmp_path, before, after):
+def test_run_continues_with_another_number_of_ranks(server, images, tmp_path, before, after):
     """
     Killed on `before` ranks, continued on `after`. One step with so small a learning rate that the parameters stay
     shows what was taken over; a run to the end, twice, shows that it works and that it can be repeated.
@@ -95,7 +95,7 @@ def assert_sampler_continues(old, new, draws):
     assert old[count].sum() > 0
 
 
-def test_run_of_the_original_goes_on_with_two_ranks(server, images, tmp_path):
+def test_run_of_the_original_continues_with_two_ranks(server, images, tmp_path):
     """It leaves no state file. Twice, with the same result: on several ranks the original hung here."""
     original = tmp_path / "original"
     finish(start(server, images, original, max_steps=6, save_interval=6))

@@ -5,6 +5,7 @@ import importlib.util
 import io
 import os
 import pickle
+import socket
 import subprocess
 import sys
 import threading
@@ -22,7 +23,18 @@ from improved_diffusion.logger import Logger
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 HELPERS = ROOT / "tests" / "helpers"  # scripts that tests start, too
-LAUNCHER_VARIABLES = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMI_SIZE"]
+
+# Variables by which launchers are known: rank, world size, rank within the node; further ones
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+OPEN_MPI = ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK")
+MPICH = ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID")
+SLURM = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
+SLURM_STEP = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS")
+LAUNCHERS = (*TORCHRUN, *OPEN_MPI, *MPICH, *SLURM, *SLURM_STEP, "MASTER_ADDR", "MASTER_PORT")
+SETTINGS = (
+    *("OPENAI_LOGDIR", "OPENAI_LOG_FORMAT", "OPENAI_LOG_FORMAT_MPI"),
+    *("DIFFUSION_BLOB_LOGDIR", "DIFFUSION_TRAINING_TEST"),
+)
 
 FULL = "/dev/full"
 on_a_full_disk = pytest.mark.skipif(not os.path.exists(FULL), reason="the device that is always full is Linux's")
@@ -54,6 +66,24 @@ TRAIN = dict(
 )
 
 
+def leave_outside():
+    """Take out of this process's environment what launchers and users set: tests begin without."""
+    for name in (*LAUNCHERS, *SETTINGS):
+        os.environ.pop(name, None)
+
+
+def environment(**changed):
+    """The environment of a process that a test starts: this library, one thread, neither pytest nor coverage."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("COV_", "PYTEST_"))}
+    return {**kept, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **changed}
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
 def flags(**values):
     """A command line: flags(batch_size=4) is ["--batch_size", "4"]."""
     return [word for name, value in values.items() for word in (f"--{name}", str(value))]
@@ -80,8 +110,6 @@ def run_script(name, words, logdir, **environment):
         patch.setattr(Logger, "CURRENT", None)
         patch.setattr(Logger, "DEFAULT", None)
         patch.setenv("OPENAI_LOGDIR", str(logdir))
-        for variable in [*LAUNCHER_VARIABLES, "OPENAI_LOG_FORMAT", "DIFFUSION_BLOB_LOGDIR"]:
-            patch.delenv(variable, raising=False)
         for variable, value in environment.items():
             patch.setenv(variable, value)
         threads = th.get_num_threads()
@@ -99,11 +127,9 @@ def run_script(name, words, logdir, **environment):
 
 def run_subprocess(name, words, logdir, **kwargs):
     """The same in a process of its own. :return: a subprocess.CompletedProcess with text output."""
-    environment = {k: v for k, v in os.environ.items() if k not in LAUNCHER_VARIABLES}
-    environment.update(OPENAI_LOGDIR=str(logdir), PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
     return subprocess.run(
         [sys.executable, ROOT / "scripts" / f"{name}.py", *words],
-        env=environment,
+        env=environment(OPENAI_LOGDIR=str(logdir)),
         capture_output=True,
         text=True,
         **kwargs,

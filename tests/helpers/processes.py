@@ -6,14 +6,14 @@ import os
 import pickle
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
 import uuid
 from pathlib import Path
 
-from harness import LAUNCHER_VARIABLES, ROOT, TINY, flags
+import harness
+from harness import ROOT, TINY, flags, free_port
 from training import assert_same, load, written_rows
 
 SCRIPT = ROOT / "scripts" / "image_train.py"
@@ -46,18 +46,10 @@ TRAIN = dict(
 
 
 def environment(**changed):
-    """This process's environment without launchers and settings of its own, one thread a process, and the mark."""
-    strange = {*LAUNCHER_VARIABLES, "OPENAI_LOGDIR", "OPENAI_LOG_FORMAT", "DIFFUSION_BLOB_LOGDIR", "MASTER_ADDR"}
-    kept = {k: v for k, v in os.environ.items() if k not in strange and not k.startswith(("COV_", "PYTEST_"))}
+    """harness.environment() with the mark, and one thread of every kind."""
     name, _, value = MARK.partition("=")
-    own = {name: value, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-    return {**kept, **own, "TORCHINDUCTOR_COMPILE_THREADS": "1", **changed}
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+    threads = {"OPENBLAS_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    return harness.environment(**{name: value}, **threads, **changed)
 
 
 class Process:

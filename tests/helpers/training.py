@@ -5,7 +5,6 @@ import itertools
 
 import numpy as np
 import torch as th
-from harness import LAUNCHER_VARIABLES
 from parity_cases import make_diffusion
 
 from improved_diffusion import logger
@@ -16,9 +15,6 @@ from improved_diffusion.train_util import TrainLoop
 
 
 def on_one_cpu(monkeypatch):
-    """No launcher, no GPU, no settings from outside."""
-    for name in [*LAUNCHER_VARIABLES, "OPENAI_LOGDIR", "DIFFUSION_BLOB_LOGDIR", "DIFFUSION_TRAINING_TEST"]:
-        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(th.cuda, "is_available", lambda: False)
 
 

@@ -90,7 +90,7 @@ def test_training_shows_it_the_average_and_nothing_changes(tmp_path, use_fp16):
 
 
 @pytest.mark.parametrize("left", ["nothing", "cut off", "whole"])
-def test_the_preview_that_a_kill_prevented_is_drawn_when_the_run_goes_on(tmp_path, diffusion, left, monkeypatch):
+def test_the_preview_that_a_kill_prevented_is_drawn_on_resume(tmp_path, diffusion, left, monkeypatch):
     """From the average in the checkpoint; one that is there stays."""
     train(tmp_path, max_steps=4)
     name = tmp_path / "preview_000004.png"

@@ -14,7 +14,19 @@ import termios
 
 import numpy as np
 import pytest
-from harness import ROOT, TINY, TRAIN, build, flags, load_script, on_a_terminal, run_script, snapshot, write_images
+from harness import (
+    ROOT,
+    TINY,
+    TRAIN,
+    build,
+    environment,
+    flags,
+    load_script,
+    on_a_terminal,
+    run_script,
+    snapshot,
+    write_images,
+)
 from PIL import Image
 
 from improved_diffusion import logger
@@ -352,9 +364,10 @@ def test_a_bar_on_a_terminal_and_only_there(tmp_path, images, terminal):
     reader, writer = pty.openpty()
     termios.tcsetwinsize(writer, (24, 200))
     words = [sys.executable, ROOT / "scripts" / "image_train.py", *flags(**TRAIN, data_dir=images)]
-    environment = dict(os.environ, PYTHONPATH=str(ROOT), OPENAI_LOGDIR=str(tmp_path / "run"), OMP_NUM_THREADS="1")
     stderr = writer if terminal else subprocess.PIPE
-    done = subprocess.run(words, env=environment, stdout=subprocess.PIPE, stderr=stderr)
+    done = subprocess.run(
+        words, env=environment(OPENAI_LOGDIR=str(tmp_path / "run")), stdout=subprocess.PIPE, stderr=stderr
+    )
     os.close(writer)
     shown = read_all(reader) if terminal else done.stderr.decode()
     os.close(reader)
@@ -402,11 +415,9 @@ def read_all(descriptor):
 
 def launch(script, cwd, **words):
     """A script on two ranks of torchrun's, without a log directory. :return: what it prints."""
-    environment = {name: value for name, value in os.environ.items() if name != "OPENAI_LOGDIR"}
-    environment.update(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     words = [*torchrun, ROOT / "scripts" / f"{script}.py", *flags(**words)]
-    done = subprocess.run(words, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(words, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

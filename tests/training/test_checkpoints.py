@@ -90,7 +90,7 @@ def test_an_average_beside_a_model(tmp_path):
         ("", False),
     ],
 )
-def test_a_run_goes_on_from_its_own_model_only(name, answer):
+def test_a_run_continues_from_its_own_model_only(name, answer):
     """An average beside the state of step 0 is the start of another run."""
     assert is_of_a_run(name) is answer
 
@@ -98,7 +98,7 @@ def test_a_run_goes_on_from_its_own_model_only(name, answer):
 @given(st.from_regex(r"[a-z/_]{0,4}(model){0,2}[0-9a-z_./]{0,8}(\.pt)?", fullmatch=True))
 @example("model000100_best.pt")
 @example("model000100.pt")
-def test_the_step_is_known_where_a_run_goes_on(name):
+def test_the_step_is_known_where_a_run_continues(name):
     """Else the averages, the optimizer and the state of step 0 would be taken for this model's."""
     step = parse_resume_step_from_filename(name)
     if is_of_a_run(name):
@@ -422,7 +422,7 @@ def draw():
 
 
 @pytest.mark.parametrize("drawn_before", [0, 1, 700])
-def test_generators_go_on(tmp_path, drawn_before):
+def test_generators_continue(tmp_path, drawn_before):
     th.manual_seed(3)
     np.random.seed(4)
     for _ in range(drawn_before):

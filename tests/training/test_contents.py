@@ -469,7 +469,7 @@ class Numbers:
 
 
 @pytest.mark.parametrize("state", [5, [1, "a"], {"place": th.zeros(3)}, {"num_images": -5, "epoch": "x"}], ids=str)
-def test_data_of_ones_own_have_any_state(tmp_path, state):
+def test_custom_data_have_any_state(tmp_path, state):
     train(tmp_path, data=Numbers(state))
     data = Numbers(state)
     loop, _ = resume(tmp_path, data=data, max_steps=4)

@@ -301,7 +301,7 @@ def test_what_is_saved_goes_through_the_hook(tmp_path):
 
 
 @pytest.mark.parametrize("use_fp16", [False, True])
-def test_a_best_checkpoint_of_ones_own(tmp_path, use_fp16):
+def test_a_client_keeps_its_best_checkpoint(tmp_path, use_fp16):
     """By the loss of every step, whatever log_interval is."""
 
     class KeepsBest(TrainLoop):

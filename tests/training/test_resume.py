@@ -57,7 +57,7 @@ def test_a_save_before_the_first_step(tmp_path, label, updates, with_state):
     assert load(state)["updates"] == updates
 
 
-def test_found_by_means_of_ones_own(tmp_path, monkeypatch):
+def test_a_custom_find_resume_checkpoint(tmp_path, monkeypatch):
     """find_resume_checkpoint() has precedence over the parameter."""
     train(tmp_path, max_steps=2)
     monkeypatch.setattr(train_util, "find_resume_checkpoint", lambda: latest(tmp_path))
@@ -183,7 +183,7 @@ def no_seed_left(monkeypatch):
     monkeypatch.setattr(dist_util, "_seed", None)
 
 
-def test_changed_flags_are_told(tmp_path):
+def test_changed_flags_are_logged(tmp_path):
     """By name, old and new value; not what has a line of its own, nor what must change or is new."""
     before = dict(batch_size=4, dropout=0.1, seed=None, lr=0.01, weight_decay=0.0, resume_checkpoint="", gone=1)
     train(tmp_path, flags=before)
@@ -405,7 +405,7 @@ def test_a_damaged_optimizer_file_is_called_damaged(tmp_path):
     assert str(path) in str(info.value) and "use_fp16" not in str(info.value)
 
 
-def test_a_sampler_of_ones_own_needs_no_state(tmp_path):
+def test_a_custom_sampler_needs_no_state(tmp_path):
     class FirstStep:
         def sample(self, batch_size, device):
             return th.zeros(batch_size, dtype=th.long), th.ones(batch_size)
@@ -417,7 +417,7 @@ def test_a_sampler_of_ones_own_needs_no_state(tmp_path):
 # ---------------------------------------------------------------- the newest checkpoint of the folder
 
 
-def test_a_run_killed_before_its_first_checkpoint_begins_anew(tmp_path):
+def test_a_run_killed_before_its_first_checkpoint_starts_over(tmp_path):
     """The row that it left would be there twice."""
 
     class DyingBeforeItsSave(TrainLoop):
@@ -456,7 +456,7 @@ def test_past_a_damaged_checkpoint(tmp_path):
     assert [row["step"] for row in read_rows(tmp_path)] == list(range(6))
 
 
-def test_an_original_goes_on_by_itself(tmp_path):
+def test_auto_continues_a_run_of_the_original(tmp_path):
     train(tmp_path, max_steps=4)
     for path in tmp_path.glob("state*.pt"):
         path.unlink()
@@ -464,7 +464,7 @@ def test_an_original_goes_on_by_itself(tmp_path):
     assert (loop.step, loop.resume_step) == (2, 4)
 
 
-def test_a_path_that_is_no_checkpoint_does_not_begin_anew(tmp_path):
+def test_a_path_that_is_no_checkpoint_does_not_start_over(tmp_path):
     """Only the word auto may find nothing."""
     with pytest.raises(InputError, match="there is no such file"):
         train(tmp_path, resume_checkpoint=str(tmp_path / "auto"))

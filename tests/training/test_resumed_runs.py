@@ -145,7 +145,7 @@ def test_a_second_run_loop(tmp_path):
 
 @pytest.mark.parametrize("stop", [1, 4, 5])
 @pytest.mark.parametrize("save_interval", [1, 2, 3])
-def test_the_same_command_again_goes_on(tmp_path, seven_images, stop, save_interval):
+def test_the_same_command_continues_a_run(tmp_path, seven_images, stop, save_interval):
     """However often it is killed, the files end up as if it never was."""
     common = dict(max_steps=STEPS, save_interval=save_interval, dropout=0.3, resume_checkpoint="auto")
     run(tmp_path / "whole", seven_images, **common)
@@ -157,7 +157,7 @@ def test_the_same_command_again_goes_on(tmp_path, seven_images, stop, save_inter
     assert checkpoint_names(tmp_path / "parts") == checkpoint_names(tmp_path / "whole")
 
 
-def test_a_loop_of_ones_own_logs_and_resumes(tmp_path):
+def test_a_custom_loop_logs_and_resumes(tmp_path):
     """Research code often has its own run_loop() around run_step()."""
 
     class OwnLoop(TrainLoop):
@@ -318,7 +318,7 @@ def test_a_signal_to_another_rank(tmp_path, monkeypatch):
     assert lines_of(tmp_path)[-1] == f"stopped by a signal to another rank at step 2: {tmp_path}/model000002.pt"
 
 
-def test_a_run_that_is_ignored_signals_goes_on(tmp_path):
+def test_a_run_that_ignores_signals_continues(tmp_path):
     """Under nohup and the like, say for SIGINT."""
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:

@@ -205,7 +205,7 @@ def test_a_mean_that_a_rank_does_not_have():
     assert statistics_of(1.0, key="grad_norm").ranks_not_finite("loss") == [0]
 
 
-def test_losses_of_one_quarter_are_told_by_their_key_alone():
+def test_losses_of_one_quarter_are_recognized_by_their_key_alone():
     statistics = StepStatistics()
     statistics.add_losses(Steps(8), th.tensor([0, 7]), {"mse": th.tensor([math.nan, 1.0]), "vb": th.ones(2)})
     assert statistics.ranks_not_finite("vb") == statistics.ranks_not_finite("mse_q3") == []

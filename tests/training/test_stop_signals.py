@@ -9,7 +9,7 @@ import threading
 import time
 
 import pytest
-from harness import ROOT
+from harness import environment
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -283,7 +283,7 @@ def busy_after(number, *words):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env=environment(),
     )
     try:
         assert process.stdout.readline() == "ready\n"

@@ -8,8 +8,7 @@ import time
 
 import pytest
 import torch.distributed as dist
-from harness import run_in_threads
-from launchers import clean_environment
+from harness import environment, run_in_threads
 
 from improved_diffusion.utils import attendance
 from improved_diffusion.utils.attendance import Attendance, Meeting
@@ -99,7 +98,7 @@ def test_a_port_that_is_another_programs():
         world = dict(RANK="1", WORLD_SIZE="2", LOCAL_RANK="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
         done = subprocess.run(
             [sys.executable, "-c", ALONE],
-            env={**clean_environment(), **world},
+            env=environment(**world, CUDA_VISIBLE_DEVICES=""),
             capture_output=True,
             text=True,
             timeout=120,

@@ -11,9 +11,10 @@ import typing
 import pytest
 import torch as th
 import torch.distributed as dist
+from harness import MPICH, OPEN_MPI, SLURM, SLURM_STEP, TORCHRUN, environment
 from hypothesis import given
 from hypothesis import strategies as st
-from launchers import MPICH, OPEN_MPI, SLURM, SLURM_STEP, TORCHRUN, clean_environment, no_launcher, started_by
+from launchers import no_launcher, started_by
 
 from improved_diffusion import dist_util
 from improved_diffusion.utils import attendance
@@ -399,5 +400,5 @@ print("done")
 def test_one_process_alone():
     """It gets a group without a port, without MPI, and leaves it without a word."""
     command = [sys.executable, "-W", "error", "-c", ALONE]
-    done = subprocess.run(command, env=clean_environment(), capture_output=True, text=True)
+    done = subprocess.run(command, env=environment(CUDA_VISIBLE_DEVICES=""), capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "done\nleft\n", "")
