@@ -233,8 +233,8 @@ class TrainLoop:
 
     def run_loop(self):
         """
-        Train until lr_anneal_steps or max_steps is reached; for ever if neither is set. SIGTERM, SIGINT or SIGHUP, on
-        any rank, ends the run after a step and a save. So does an error of the data.
+        Train until lr_anneal_steps or max_steps, without limit if neither is set. SIGTERM, SIGINT or SIGHUP on any rank
+        ends the run after a step and a save. So does an error of the data.
 
         :raises SystemExit: (with status 0) after such a signal.
         :raises TrainingError: if the loss or the gradients are no longer finite, or another rank's data failed.
@@ -334,7 +334,7 @@ class TrainLoop:
         for start in range(0, len(batch), self.microbatch):
             part = slice(start, start + self.microbatch)
             last = part.stop >= len(batch)
-            # ranks exchange gradients once, after the last microbatch
+            # all-reduce gradients once, after the last microbatch
             with contextlib.nullcontext() if last or not self.use_ddp else self.ddp_model.no_sync():
                 kwargs = {k: v[part] for k, v in cond.items()}
                 losses = self.diffusion.training_losses(self.ddp_model, batch[part], t[part], model_kwargs=kwargs)

@@ -1,1 +1,1 @@
-"""What TrainLoop stands on."""
+"""Parts of TrainLoop: checkpoints, resuming, statistics, signals."""

@@ -1,15 +1,14 @@
 """
-What a run leaves on disk, and how it comes back.
+Checkpoints: write, find, read and delete them.
 
 A checkpoint is a set of files with one step in their names:
 
     model000010.pt        the network's state dict
     ema_0.9999_000010.pt  the same, averaged, one for each EMA rate
     opt000010.pt          the optimizer's state dict
-    state000010.pt        what else a run needs to go on as if it had never stopped
+    state000010.pt        step, loss scale, data, random generators: a resumed run equals an uninterrupted one
 
-The first three are what the original writes. The fourth is written last, so it stands for a
-complete set; it names the others.
+The original writes the first three. The fourth names the others and is written last: it marks a complete set.
 """
 
 import functools
@@ -51,7 +50,7 @@ def parse_resume_step_from_filename(filename):
 
 
 def is_of_a_run(filename):
-    """Whether a name such as path/to/model000100.pt has a step that a run can go on from; an ema_ file's does not."""
+    """Whether a file, such as path/to/model000100.pt, continues a run; an ema_ file starts a new one."""
     return step_in(filename) is not None
 
 
@@ -102,7 +101,7 @@ def read_newest_set(directory, list_again=True):
     for step, names in sorted(sets.items(), reverse=True):
         contents = _complete(directory, step, names) if _is_cut_off(step, names) else None
         if contents is None and not _is_complete(step, names, first_of_ours):
-            continue  # it was being written, or deleted, when the run ended
+            continue  # its writing or deletion was cut off
         try:
             contents = contents or _read_set(directory, step, {n for n in names if not n.endswith(TEMPORARY)})
         except FileAccessError:
@@ -190,9 +189,8 @@ def newest_step(directory):
 
 def delete_old_sets(directory, step, keep):
     """
-    Of the checkpoints up to the one of `step`, leave the newest `keep`, and delete the others with what is left of
-    those whose writing or deletion was cut off, previews too. Files that somebody has put there or kept, an average
-    alone, stay.
+    Delete all but the newest `keep` of the checkpoints up to `step`, and the rest of those whose writing or deletion
+    was cut off. Files that a user keeps, such as an average alone, stay.
     """
     sets = _sets_in(directory)
     first_of_ours = _first_of_ours(sets)
@@ -212,8 +210,8 @@ def delete_old_sets(directory, step, keep):
 
 def _order_of_deletion(name):
     """
-    The model first: without it nothing takes the rest for a checkpoint. Last, state or optimizer or a temporary file,
-    by which the rest is known for one. The state's temporary file goes behind those that it could complete.
+    The model first: without it the rest is no checkpoint. State, optimizer and temporary files last: by them
+    delete_old_sets() recognizes the rest. The state's temporary file after those that it could complete.
     """
     temporary = name.endswith(TEMPORARY)
     kinds = [name.startswith(kind) for kind in ("state", "opt", "ema", "model")]

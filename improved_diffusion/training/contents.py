@@ -1,8 +1,8 @@
 """
 What the files of a checkpoint must contain.
 
-A file may be undamaged and still hold anything. Each function here looks at what one of them held, before any of it is
-used, and raises InputError, one line with the file and the entry, unless all of it fits.
+An undamaged file may still hold anything. Each function here validates the contents of one file before any of it is
+used, and raises InputError, one line with the file and the entry.
 """
 
 import math
@@ -93,10 +93,10 @@ GROUP = {
 
 def optimizer_in(contents, opt, path, allowed=None):
     """
-    What an optimizer file holds, fit for AdamW.load_state_dict(): its fused update takes for granted that each moment
-    has its parameter's shape and place in memory, and reads and writes whatever is there.
+    Validate the contents of an optimizer file for AdamW.load_state_dict(). Its fused update does not check that moments
+    have their parameter's shape and strides, and would access other memory.
 
-    :param allowed: of how many parameters there may be moments; of all if None.
+    :param allowed: the allowed numbers of parameters with moments; default: all parameters.
     :return: a state dict of new tensors.
     :raises InputError: if it does not fit.
     """

@@ -1,4 +1,4 @@
-"""A run in a few lines, for the beginning of its log."""
+"""Describe a run in a few lines, for the start of its log."""
 
 from collections.abc import Sequence
 

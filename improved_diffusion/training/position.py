@@ -1,4 +1,4 @@
-"""Where a run is: how many updates it has made, what its next checkpoint is called, and when that is due."""
+"""The position of a run: updates done, the label of its next checkpoint, and when that is due."""
 
 from dataclasses import dataclass
 

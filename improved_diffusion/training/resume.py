@@ -1,7 +1,7 @@
 """
-How a run continues: from which checkpoint, and what each of its parts takes from there.
+Resuming: find the checkpoint, and restore each part of the run from it.
 
-Rank 0 alone reads files, each once. Weights and moments reach the other ranks by broadcast.
+Only rank 0 reads files, each once. It broadcasts weights and moments.
 """
 
 import types
@@ -33,10 +33,10 @@ RNG = types.SimpleNamespace(state_dict=rng_state, load_state_dict=set_rng_state)
 
 class Checkpoint:
     """
-    The files of a checkpoint. What has been read of them is held by rank 0 until it is taken.
+    The files of a checkpoint. Rank 0 holds their contents from read() to take().
 
     :param path: of the model file.
-    :param contents: {file name: contents} of what has been read and found whole.
+    :param contents: {file name: contents} of the files that are read and valid.
     """
 
     def __init__(self, path, contents=None):
@@ -77,7 +77,7 @@ class Checkpoint:
         return contents
 
     def forget(self):
-        """Let go of what nobody has taken, such as averages of other rates."""
+        """Free contents that were not taken, such as averages of other rates."""
         self._contents, self.state = {}, None
 
     def is_in(self, directory):

@@ -1,4 +1,4 @@
-"""SIGTERM, SIGINT (Ctrl-C) and SIGHUP (a closed terminal) as a wish: training ends its step, saves, and leaves."""
+"""After SIGTERM, SIGINT (Ctrl-C) or SIGHUP (a closed terminal), training finishes its step, saves, and exits."""
 
 import contextlib
 import os
@@ -7,7 +7,7 @@ import threading
 import time
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-# Seconds in which a second signal is the same wish: launchers pass on what the process may have received itself
+# Seconds in which a second signal counts as the first: launchers forward signals that the process may also receive
 SAME_WISH = 1.0
 
 
@@ -35,13 +35,13 @@ class StopSignals:
         threading.Thread(target=self._listen, daemon=True).start()
         self._wakeup_fd = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
         for number in SIGNALS:
-            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup and the like
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
                 self._handlers[number] = signal.signal(number, self._receive)
         self._hold_back_children()
         return self
 
     def __exit__(self, *_):
-        if self._first:  # or what was one wish would meet the old handlers
+        if self._first:  # a forwarded copy must not reach the old handlers
             time.sleep(max(0, self._first + SAME_WISH - time.monotonic()))
         for number, handler in self._handlers.items():
             signal.signal(number, handler)

@@ -1,4 +1,4 @@
-"""What the steps between two rows of the log amount to."""
+"""Means over the steps between two rows of the log."""
 
 import math
 
@@ -10,23 +10,20 @@ from ..utils.errors import TrainingError
 
 class StepStatistics:
     """
-    Means of what the steps yield, kept on the device so that no step waits for it.
-
-    Each entry is a table of (sum, count) rows.
+    Means over steps. They stay on the device: no step waits for it. Each entry is a table of (sum, count) rows.
     """
 
     def __init__(self):
         self._tables = {}
 
     def add(self, key, value):
-        """Take in a scalar tensor."""
+        """Add a scalar tensor."""
         value = value.detach().double()
         self._accumulate(key, th.stack([value, th.ones_like(value)])[None])
 
     def add_losses(self, diffusion, ts, losses):
         """
-        Take in losses by sample: their mean over the batch, and over those samples in each quarter of
-        the timesteps.
+        Add losses per sample: their mean over the batch, and over the samples in each quarter of the timesteps.
 
         :param ts: [N] timesteps.
         :param losses: {name: [N]}.
@@ -36,7 +33,7 @@ class StepStatistics:
             values = values.detach().double()
             rows = th.stack([values, th.ones_like(values)], dim=1)  # (N, 2)
             quartiles = rows.new_zeros(4, 2).index_add_(0, quartile, rows)
-            overall = th.stack([values.mean(), rows[0, 1]])  # a step counts once, whatever its batch
+            overall = th.stack([values.mean(), rows[0, 1]])  # a step counts once, for any batch size
             self._accumulate(key, th.cat([overall[None], quartiles]))
 
     def _accumulate(self, key, rows):
@@ -86,7 +83,7 @@ class StepStatistics:
         )
 
     def state_dict(self):
-        """What has been taken in, for load_state_dict(); tensors only."""
+        """The sums and counts, for load_state_dict()."""
         return {key: table.cpu() for key, table in self._tables.items()}
 
     def load_state_dict(self, state):

@@ -1,4 +1,4 @@
-"""How a run leaves before its last step, after a signal or an error on one of its ranks."""
+"""Stop a run early, after a signal or an error on one of its ranks."""
 
 from .. import dist_util, logger
 from ..utils.errors import InputError, TrainingError, first_line
@@ -6,7 +6,7 @@ from ..utils.errors import InputError, TrainingError, first_line
 
 def try_next(data, stop):
     """
-    The next batch, or what prevents it: an image cannot be read, a worker was killed, memory is full.
+    The next batch, or the exception that prevents it: an unreadable image, a killed worker, full memory.
 
     :param stop: StopSignals; workers' signals are handled in here only.
     :return: (batch or None, exception or None).
@@ -24,7 +24,7 @@ def stop_run(signal, error, save):
 
     :param signal: name of the one that this rank has received, or None.
     :param error: of this rank, or None.
-    :param save: saves what is not saved yet, and says where the run is and what its last checkpoint is.
+    :param save: saves if there are unsaved steps; returns the step and the last checkpoint, for the log.
     :raises SystemExit: (status 0) after a signal; otherwise the error, or on other ranks one of the same kind.
     """
     mine = None

@@ -98,7 +98,7 @@ def _likely_cause(there, here):
 
 def infer_architecture(shapes: dict[str, tuple]) -> dict[str, Any] | None:
     """
-    What the shapes of a model's weights tell.
+    Infer the architecture of a model from the shapes of its weights.
 
     :param shapes: {name: shape} of a state dict.
     :return: num_channels, image_channels, class_cond, num_classes (None without labels), learn_sigma, num_res_blocks,
