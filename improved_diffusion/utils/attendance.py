@@ -80,9 +80,9 @@ class Meeting:
     def _watch(self):
         if self._over.wait(MEETING_NOTICE):
             return
-        print(self._line(), file=sys.stderr, flush=True)
+        print(f"{self._line()}\n", end="", file=sys.stderr, flush=True)
         if not self._over.wait(MEETING_LIMIT - MEETING_NOTICE + PERIOD):  # later than wait_for_all() raises
-            print(f"error: {self._line()}", file=sys.stderr, flush=True)
+            print(f"error: {self._line()}\n", end="", file=sys.stderr, flush=True)
             self.end(2)
 
 
@@ -141,4 +141,4 @@ class Attendance:
         if self._rank == min(set(range(self._size)) - set(missing)):
             hosts = ", ".join(dict.fromkeys(self._store.get(_host_key(rank)).decode() for rank in missing[:8]))
             waited = f"rank {self._rank} has waited {time.monotonic() - since:.0f} s"
-            print(f"{waited} for {_format_ranks(missing)} on {hosts}", file=sys.stderr, flush=True)
+            print(f"{waited} for {_format_ranks(missing)} on {hosts}\n", end="", file=sys.stderr, flush=True)
