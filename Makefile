@@ -1,5 +1,6 @@
 # make demo    train on real handwritten digits and draw some (minutes, two cores)
 # make test    lint and the whole test suite
+# make coverage    which lines the tests run (a third slower)
 # make soak    kill training runs 300 times at random moments (at most half an hour)
 # make benchmark    measure speed and memory (an hour or more; on a machine that does nothing else)
 # make compatibility    the fast tests on the newest versions and on the oldest that pyproject.toml claims (downloads 6 GB)
@@ -10,7 +11,8 @@ OLDEST_PYTHON ?= python3.10
 PY := .venv/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-FAST := --numprocesses 2 --dist loadfile --ignore tests/faults -m "not slow"
+TWO := --numprocesses 2 --dist loadfile --no-loadscope-reorder
+FAST := $(TWO) -m "not slow"
 
 # the demo's model: 1.2 million parameters; what samples from it reads these flags from its config.json
 DIGITS := --image_size 16 --image_channels 1 --class_cond True --num_classes 10 \
@@ -20,7 +22,7 @@ LAST_DIGIT := demo/digits/8_01796.png
 WEIGHTS := demo/run/ema_0.99_001000.pt
 SAMPLES := demo/samples/samples_500x16x16x1.npz
 
-.PHONY: demo test soak lint benchmark benchmark-digits compatibility clean
+.PHONY: demo test coverage soak lint benchmark benchmark-digits compatibility clean
 
 demo: demo/progress.png $(SAMPLES)
 	@echo "How it learned: $(CURDIR)/demo/progress.png"
@@ -48,8 +50,10 @@ benchmark-digits: $(SAMPLES)
 	$(PY) benchmarks/digits.py $(SAMPLES) demo/digits
 
 test: lint
-	$(PY) -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --ignore tests/faults --cov --cov-report=term --cov-fail-under=90
-	$(PY) -m pytest tests/faults
+	$(PY) -m pytest $(TWO)
+
+coverage: .venv/test
+	$(PY) -m pytest $(TWO) --ignore tests/faults --cov --cov-report=term --cov-fail-under=90
 
 soak: .venv/test
 	$(PY) tests/faults/soak.py

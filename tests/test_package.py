@@ -145,16 +145,13 @@ def test_the_automatic_check_is_make_test():
     assert "make test" in run.read_text().splitlines()
 
 
-def test_make_test_lints_and_runs_the_suite_with_coverage():
+def test_make_test_lints_and_runs_the_whole_suite():
     ran = commands("test")
     python = ".venv/bin/python"
     assert [python, "-m", "ruff", "check", "."] in ran
     assert [python, "-m", "ruff", "format", "--check", "."] in ran
     assert [python, "-m", "mypy"] in ran
-    suite, faults = ran[-2:]
-    assert suite[:3] == faults[:3] == [python, "-m", "pytest"]
-    assert {"--cov", "--cov-fail-under=90"} <= set(suite)
-    assert suite[suite.index("--ignore") + 1] == faults[3] == "tests/faults"  # which want the machine to themselves
+    assert ran[-1][:3] == [python, "-m", "pytest"] and not {"--ignore", "-m", "-k"} & set(ran[-1][3:])
     assert any(words[-1] == ".[test]" for words in ran)
 
 
