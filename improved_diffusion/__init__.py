@@ -26,7 +26,8 @@ samplers        one function per sampler
 respace         fewer timesteps of a longer process
 gaussian_diffusion   the processes q and p, losses, the bound
 resample        which timesteps to train on
-unet            the network
+networks        the table of networks
+unet            the network of the paper
 nn, fp16_util, losses, schedules   their parts
 logger          key-value logging
 dist_util       ranks, devices, collectives

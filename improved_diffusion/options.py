@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from .networks import NETWORKS
 from .samplers import SAMPLERS
 from .utils.errors import InputError
 
@@ -145,6 +146,7 @@ class NetworkOptions(Group):
     num_classes: int = option(1000, "number of classes of a class-conditional model", minimum=1, maximum=2**24)
     image_channels: int = option(3, "3 for RGB, 1 for greyscale", choices=(1, 3))
     channel_mult: str = option("", "channels per level / num_channels, such as 1,2,2; built in for sizes 32 to 512")
+    network: str = option("unet", " or ".join(NETWORKS), choices=tuple(NETWORKS))
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,13 @@ import shutil
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from torch import nn
+
 from . import gaussian_diffusion as gd
+from .networks import NETWORKS
 from .options import DiffusionOptions, ModelOptions, SuperResModelOptions, rows
 from .respace import SpacedDiffusion, space_timesteps
-from .unet import SuperResModel, UNetModel
+from .unet import SuperResModel, UNetModel  # noqa: F401 (as above)
 from .utils.errors import InputError
 
 NUM_CLASSES = 1000
@@ -28,7 +31,8 @@ CHANNEL_MULT = {  # by image size: width of each level in num_channels
     256: (1, 1, 2, 2, 4, 4),
     512: (0.5, 1, 1, 2, 2, 4, 4),
 }
-EXTRA = ("num_classes", "image_channels", "channel_mult")  # not options of the original: absent from its dictionaries
+# not options of the original: absent from its dictionaries
+EXTRA = ("num_classes", "image_channels", "channel_mult", "network")
 
 
 # ---------------------------------------------------------------- defaults
@@ -59,8 +63,8 @@ def create_model_and_diffusion(
     diffusion_steps: int, noise_schedule: str, timestep_respacing: str | int | Sequence[int], use_kl: bool,
     predict_xstart: bool, rescale_timesteps: bool, rescale_learned_sigmas: bool, use_checkpoint: bool,
     use_scale_shift_norm: bool, num_classes: int | None = None, image_channels: int = 3,
-    channel_mult: str | Sequence[float] = "",
-) -> tuple[UNetModel, SpacedDiffusion]:  # fmt: skip
+    channel_mult: str | Sequence[float] = "", network: str = "unet",
+) -> tuple[nn.Module, SpacedDiffusion]:  # fmt: skip
     """
     A model and its diffusion. Parameters as in create_model() and create_gaussian_diffusion().
 
@@ -75,6 +79,7 @@ def create_model_and_diffusion(
     model = create_model(
         image_size, num_channels, num_res_blocks, learn_sigma, class_cond, use_checkpoint, attention_resolutions,
         num_heads, num_heads_upsample, use_scale_shift_norm, dropout, num_classes, image_channels, channel_mult,
+        network,
     )  # fmt: skip
     return model, diffusion
 
@@ -85,8 +90,8 @@ def sr_create_model_and_diffusion(
     diffusion_steps: int, noise_schedule: str, timestep_respacing: str | int | Sequence[int], use_kl: bool,
     predict_xstart: bool, rescale_timesteps: bool, rescale_learned_sigmas: bool, use_checkpoint: bool,
     use_scale_shift_norm: bool, num_classes: int | None = None, image_channels: int = 3,
-    channel_mult: str | Sequence[float] = "", sigma_small: bool = False,
-) -> tuple[SuperResModel, SpacedDiffusion]:  # fmt: skip
+    channel_mult: str | Sequence[float] = "", sigma_small: bool = False, network: str = "unet",
+) -> tuple[nn.Module, SpacedDiffusion]:  # fmt: skip
     """A super-resolution model and its diffusion. Parameters as in create_model_and_diffusion()."""
     diffusion = create_gaussian_diffusion(
         steps=diffusion_steps, learn_sigma=learn_sigma, sigma_small=sigma_small, noise_schedule=noise_schedule,
@@ -96,7 +101,7 @@ def sr_create_model_and_diffusion(
     model = sr_create_model(
         large_size, small_size, num_channels, num_res_blocks, learn_sigma, class_cond, use_checkpoint,
         attention_resolutions, num_heads, num_heads_upsample, use_scale_shift_norm, dropout,
-        num_classes, image_channels, channel_mult,
+        num_classes, image_channels, channel_mult, network,
     )  # fmt: skip
     return model, diffusion
 
@@ -105,19 +110,21 @@ def create_model(
     image_size: int, num_channels: int, num_res_blocks: int, learn_sigma: bool, class_cond: bool, use_checkpoint: bool,
     attention_resolutions: str | Sequence[int], num_heads: int, num_heads_upsample: int, use_scale_shift_norm: bool,
     dropout: float, num_classes: int | None = None, image_channels: int = 3, channel_mult: str | Sequence[float] = "",
-) -> UNetModel:  # fmt: skip
+    network: str = "unet",
+) -> nn.Module:  # fmt: skip
     """
-    A U-Net for images [N, image_channels, image_size, image_size].
+    A network for images [N, image_channels, image_size, image_size].
 
     :param num_channels: width of the first level, a multiple of 32.
     :param num_res_blocks: residual blocks per level.
     :param attention_resolutions: feature map sizes with attention, such as "16,8".
     :param num_classes: number of labels, if class_cond; NUM_CLASSES if None.
     :param channel_mult: width of each level in num_channels, such as "1,2,2"; "" for that of the image size.
+    :param network: a key of NETWORKS.
     :raises InputError: (a ValueError) if sizes, widths and heads do not fit together.
     """
-    return _create_unet(
-        UNetModel, "image_size", image_size, num_channels, num_res_blocks, learn_sigma, class_cond, use_checkpoint,
+    return _create_network(
+        0, network, "image_size", image_size, num_channels, num_res_blocks, learn_sigma, class_cond, use_checkpoint,
         attention_resolutions, num_heads, num_heads_upsample, use_scale_shift_norm, dropout,
         num_classes, image_channels, channel_mult,
     )  # fmt: skip
@@ -127,21 +134,23 @@ def sr_create_model(
     large_size: int, small_size: int, num_channels: int, num_res_blocks: int, learn_sigma: bool, class_cond: bool,
     use_checkpoint: bool, attention_resolutions: str | Sequence[int], num_heads: int, num_heads_upsample: int,
     use_scale_shift_norm: bool, dropout: float, num_classes: int | None = None, image_channels: int = 3,
-    channel_mult: str | Sequence[float] = "",
-) -> SuperResModel:  # fmt: skip
+    channel_mult: str | Sequence[float] = "", network: str = "unet",
+) -> nn.Module:  # fmt: skip
     """create_model() at large_size, with low-resolution images of any size as second input."""
-    return _create_unet(
-        SuperResModel, "large_size", large_size, num_channels, num_res_blocks, learn_sigma, class_cond, use_checkpoint,
+    return _create_network(
+        1, network, "large_size", large_size, num_channels, num_res_blocks, learn_sigma, class_cond, use_checkpoint,
         attention_resolutions, num_heads, num_heads_upsample, use_scale_shift_norm, dropout,
         num_classes, image_channels, channel_mult,
     )  # fmt: skip
 
 
-def _create_unet(
-    cls, size_name, size, num_channels, num_res_blocks, learn_sigma, class_cond, use_checkpoint,
+def _create_network(
+    kind, network, size_name, size, num_channels, num_res_blocks, learn_sigma, class_cond, use_checkpoint,
     attention_resolutions, num_heads, num_heads_upsample, use_scale_shift_norm, dropout,
     num_classes, image_channels, channel_mult,
 ):  # fmt: skip
+    if network not in NETWORKS:
+        raise InputError(f"network {network}: give one of {', '.join(NETWORKS)}")
     mult = _channel_mult(size_name, size, channel_mult)
     resolutions = _numbers("attention_resolutions", attention_resolutions, int)
     levels = {level for level in range(len(mult)) if 2**level in [size // r for r in resolutions]}
@@ -152,7 +161,7 @@ def _create_unet(
         _check_heads("num_heads_upsample", num_heads_upsample, [num_channels * mult[level] for level in levels])
     if num_classes is None:
         num_classes = NUM_CLASSES  # not a default: client code assigns to it
-    return cls(
+    return NETWORKS[network][kind](
         in_channels=image_channels,
         model_channels=num_channels,
         out_channels=image_channels * (2 if learn_sigma else 1),
@@ -263,9 +272,7 @@ def create_diffusion(options: DiffusionOptions, **changed) -> SpacedDiffusion:
     return create_gaussian_diffusion(steps=values.pop("diffusion_steps"), **values)
 
 
-def configure_compute(
-    model: UNetModel, *, use_fp16: bool = False, use_bf16: bool = False, compile: bool = False
-) -> None:
+def configure_compute(model: Any, *, use_fp16: bool = False, use_bf16: bool = False, compile: bool = False) -> None:
     """
     Set the precision of a network and compile it, in place. Parameters keep their names.
 

@@ -5,6 +5,7 @@ in training, sampling and likelihood.
 
 import functools
 
+import harness
 import numpy as np
 import pytest
 import torch as th
@@ -20,18 +21,7 @@ from improved_diffusion.utils.errors import InputError
 
 T = th.tensor([3, 20])
 SAMPLE = dict(TINY, image_size=8, num_samples=5, batch_size=2, timestep_respacing=3, seed=1)
-TRAIN = dict(
-    TINY,
-    channel_mult="1",
-    attention_resolutions="8",
-    image_size=8,
-    batch_size=4,
-    num_workers=0,
-    max_steps=3,
-    log_interval=1,
-    preview_samples=0,
-    seed=0,
-)
+TRAIN = dict(harness.TRAIN, channel_mult="1", attention_resolutions="8", max_steps=3, save_interval=10, seed=0)
 
 
 @pytest.fixture

@@ -25,6 +25,7 @@ LAYERS = (
     ("respace",),
     ("gaussian_diffusion",),
     ("resample",),  # gathers losses over the ranks
+    ("networks",),
     ("unet", "fp16_util", "nn", "losses", "schedules"),
     ("logger",),  # its file names hold the rank
     ("dist_util",),

@@ -8,6 +8,7 @@ import torch as th
 from harness import TINY, build, build_sr, load_script
 
 from improved_diffusion import script_util
+from improved_diffusion.networks import NETWORKS
 from improved_diffusion.script_util import (
     add_dict_to_argparser,
     args_to_dict,
@@ -71,6 +72,7 @@ NEW_FLAGS = dict(
     num_classes=1000,
     image_channels=3,
     channel_mult="",
+    network="unet",
     seed=None,
     use_fp16=False,
     use_bf16=False,
@@ -144,6 +146,19 @@ def test_new_flags_reach_the_network(channels, learn_sigma):
     assert type(model) is SuperResModel
     assert model.input_blocks[0][0].weight.shape[1] == 2 * channels
     assert model(x, t, y=y, low_res=x[:, :, ::2, ::2]).shape == expected
+
+
+def test_a_network_is_a_row_in_a_table(monkeypatch):
+    class Mine(th.nn.Linear):
+        def __init__(self, in_channels, out_channels, **others):
+            super().__init__(in_channels, out_channels)
+
+    monkeypatch.setitem(NETWORKS, "mine", (Mine, th.nn.Identity))
+    model, _ = build(**TINY, image_size=8, network="mine", learn_sigma=True)
+    assert type(model) is Mine and model.out_features == 6
+    assert type(build_sr(**TINY, large_size=8, small_size=4, network="mine")[0]) is th.nn.Identity
+    with pytest.raises(InputError, match=r"^network other: .* unet, mine$"):
+        build(**TINY, image_size=8, network="other")
 
 
 def test_create_model_and_sr_create_model_by_position_as_in_the_original():
