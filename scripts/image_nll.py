@@ -8,31 +8,21 @@ xstart_mse_terms.npz. Each image counts once.
 """
 
 from improved_diffusion import dist_util, logger
-from improved_diffusion.cli.dry_run import print_dry_run
 from improved_diffusion.cli.parser import create_parser, logging_to, parse_flags, run
-from improved_diffusion.cli.run_config import of_weights
+from improved_diffusion.cli.trained import load_trained
 from improved_diffusion.image_datasets import load_data_once
 from improved_diffusion.inference.arrays import save_arrays
-from improved_diffusion.inference.generate import for_inference
 from improved_diffusion.metrics.likelihood import evaluate_bpd
 from improved_diffusion.options import LikelihoodScriptOptions
 from improved_diffusion.script_util import create_model_and_diffusion
-from improved_diffusion.training.weights import load_weights, read_weights
 
 
 def main():
     flags = parse_flags(create_argparser(), LikelihoodScriptOptions())
     dist_util.setup_dist()
     dist_util.seed_everything(flags.options.compute.seed)
-    weights = read_weights(flags.options.likelihood.model_path)
-    this_run = of_weights(flags, weights)
+    this_run, model, diffusion = load_trained(flags, create_model_and_diffusion)
     options = this_run.options
-    if options.general.dry_run:
-        return print_dry_run(this_run, create_model_and_diffusion)
-
-    model, diffusion = options.call(create_model_and_diffusion)
-    load_weights(model, weights, options.likelihood.model_path)
-    model = options.call(for_inference, model=model)
     data = options.call(load_data_once, limit=options.likelihood.num_samples, class_names=this_run.class_names)
 
     with logging_to(options.general.log_dir, this_run.notes):

@@ -8,30 +8,21 @@ beside it.
 import torch as th
 
 from improved_diffusion import dist_util, logger
-from improved_diffusion.cli.dry_run import print_dry_run
 from improved_diffusion.cli.parser import create_parser, logging_to, parse_flags, run
-from improved_diffusion.cli.run_config import of_weights
+from improved_diffusion.cli.trained import load_trained
 from improved_diffusion.inference.arrays import refuse_old_images, write_samples
-from improved_diffusion.inference.generate import chosen_labels, draw_labels, for_inference, generate
+from improved_diffusion.inference.generate import chosen_labels, draw_labels, generate
 from improved_diffusion.options import SampleOptions
 from improved_diffusion.script_util import create_model_and_diffusion
 from improved_diffusion.training.describe import describe_classes
-from improved_diffusion.training.weights import load_weights, read_weights
 
 
 def main():
     flags = parse_flags(create_argparser(), SampleOptions())
     dist_util.setup_dist()
     dist_util.seed_everything(flags.options.compute.seed)
-    weights = read_weights(flags.options.sampling.model_path)
-    this_run = of_weights(flags, weights)
+    this_run, model, diffusion = load_trained(flags, create_model_and_diffusion)
     options, class_names = this_run.options, this_run.class_names
-    if options.general.dry_run:
-        return print_dry_run(this_run, create_model_and_diffusion)
-
-    model, diffusion = options.call(create_model_and_diffusion)
-    load_weights(model, weights, options.sampling.model_path)
-    model = options.call(for_inference, model=model)
     # the model may have room for more classes than it was trained on
     num_classes = len(class_names or ()) or options.model.num_classes
     labels = None

@@ -9,29 +9,20 @@ Sample i is made from image i. With more samples than images, the images repeat 
 import torch as th
 
 from improved_diffusion import dist_util, logger
-from improved_diffusion.cli.dry_run import print_dry_run
 from improved_diffusion.cli.parser import create_parser, logging_to, parse_flags, run
-from improved_diffusion.cli.run_config import of_weights
+from improved_diffusion.cli.trained import load_trained
 from improved_diffusion.inference.arrays import load_base_samples, refuse_old_images, write_samples
-from improved_diffusion.inference.generate import for_inference, generate
+from improved_diffusion.inference.generate import generate
 from improved_diffusion.options import SuperResSampleOptions
 from improved_diffusion.script_util import sr_create_model_and_diffusion
-from improved_diffusion.training.weights import load_weights, read_weights
 
 
 def main():
     flags = parse_flags(create_argparser(), SuperResSampleOptions())
     dist_util.setup_dist()
     dist_util.seed_everything(flags.options.compute.seed)
-    weights = read_weights(flags.options.sampling.model_path)
-    this_run = of_weights(flags, weights)
+    this_run, model, diffusion = load_trained(flags, sr_create_model_and_diffusion)
     options = this_run.options
-    if options.general.dry_run:
-        return print_dry_run(this_run, sr_create_model_and_diffusion)
-
-    model, diffusion = options.call(sr_create_model_and_diffusion)
-    load_weights(model, weights, options.sampling.model_path)
-    model = options.call(for_inference, model=model)
     base_images, base_labels = load_base_samples(
         options.sampling.base_samples,
         size=options.model.small_size,
