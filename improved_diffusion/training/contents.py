@@ -6,6 +6,7 @@ used, and raises InputError, one line with the file and the entry.
 """
 
 import math
+import random
 import re
 from typing import NamedTuple
 
@@ -209,9 +210,20 @@ def _is_numpy_rng_state(v):
     )
 
 
+def _is_python_rng_state(v):
+    version, numbers, cached = v
+    return (
+        version == 3
+        and all(whole(0, 2**32 - 1).holds(number) for number in numbers)
+        and (cached is None or (type(cached) is float and math.isfinite(cached)))
+        and random.Random().setstate(v) is None
+    )
+
+
 RNG = {
     "torch": Check(_is_torch_rng_state, "the state of torch's generator"),
     "numpy": Check(_is_numpy_rng_state, "the state of numpy's generator"),
+    "python": Check(_is_python_rng_state, "the state of Python's generator"),
     "cuda": Check(_is_cuda_rng_state, "the state of a GPU's generator"),
 }
 BATCH_STREAM = {
@@ -233,7 +245,7 @@ MEANS = Check(
     ),
     "sums and counts of float64, 1x2 or 5x2",
 )
-OPTIONAL = {"flags", "files", "moments", "cuda"}  # earlier runs wrote none of the first three
+OPTIONAL = {"flags", "files", "moments", "python", "cuda"}  # earlier runs wrote none of the first four
 
 
 def is_plain(v, depth=4):
