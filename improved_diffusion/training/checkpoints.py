@@ -188,6 +188,16 @@ def newest_step(directory):
     return max((step for step, names in _sets_in(directory).items() if model_filename(step) in names), default=None)
 
 
+def has_checkpoint(directory):
+    """Whether a folder has a checkpoint that read_newest_set() may find, by the names of its files."""
+    sets = _sets_in(directory)
+    first_of_ours = _first_of_ours(sets)
+    return any(
+        state_filename(step) + TEMPORARY in names or _is_complete(step, names, first_of_ours)
+        for step, names in sets.items()
+    )
+
+
 def delete_old_sets(directory, step, keep):
     """
     Delete all but the newest `keep` of the checkpoints up to `step`, and the rest of those whose writing or deletion
