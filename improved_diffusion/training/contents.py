@@ -112,8 +112,9 @@ def optimizer_in(contents, opt, path, allowed=None):
     :return: a state dict of new tensors.
     :raises InputError: if it does not fit.
     """
+    contents = contents if isinstance(contents, dict) else {}
+    groups, state = contents.get("param_groups"), contents.get("state")
     with _refusal(f"{path}: does not fit the model's optimizer"):
-        groups, state = (contents.get(key) if isinstance(contents, dict) else None for key in ("param_groups", "state"))
         if not isinstance(state, dict) or not isinstance(groups, list):
             raise InputError("it has no state and param_groups")
         for i, group in enumerate(groups):
@@ -180,14 +181,8 @@ def _name(dtype):
     return str(dtype).removeprefix("torch.")
 
 
-def _is_torch_rng_state(v):
-    return _has_plain_data(v) and th.Generator().set_state(v)
-
-
 def _is_cuda_rng_state(v):
-    if not _has_plain_data(v) or v.dtype != th.uint8 or v.dim() != 1:
-        return False
-    return not th.cuda.is_available() or th.Generator("cuda").set_state(v)
+    return _vector(th.uint8, (None,)).holds(v) and (not th.cuda.is_available() or th.Generator("cuda").set_state(v))
 
 
 def _is_numpy_rng_state(v):
@@ -214,7 +209,7 @@ def _is_python_rng_state(v):
 
 
 RNG = {
-    "torch": Check(_is_torch_rng_state, "the state of torch's generator"),
+    "torch": Check(lambda v: _has_plain_data(v) and th.Generator().set_state(v), "the state of torch's generator"),
     "numpy": Check(_is_numpy_rng_state, "the state of numpy's generator"),
     "python": Check(_is_python_rng_state, "the state of Python's generator"),
     "cuda": Check(_is_cuda_rng_state, "the state of a GPU's generator"),
@@ -375,15 +370,12 @@ def _check(value, spec, where):
             raise InputError(f"{where} is {_shown(value)}, not a list of one entry a rank")
         for i, entry in enumerate(value):
             _check(entry, spec[0], f"{where}[{i}]")
-    elif not _holds(spec, value):
-        raise InputError(f"{where} is {_shown(value)}, not {spec.what}")
-
-
-def _holds(check, value):
-    try:
-        return bool(check.holds(value))
-    except Exception:  # of another type than the predicate takes for granted
-        return False
+    else:
+        fits = False
+        with contextlib.suppress(Exception):  # of another type than the predicate takes for granted
+            fits = bool(spec.holds(value))
+        if not fits:
+            raise InputError(f"{where} is {_shown(value)}, not {spec.what}")
 
 
 def _shown(value):
@@ -393,8 +385,6 @@ def _shown(value):
         if value.is_nested:  # which has no shape
             return f"a {layout}tensor"
         return f"a {layout}tensor of {_name(value.dtype)} and shape {'x'.join(map(str, value.shape)) or 1}"
-    if value is None or type(value) in (bool, float) or (type(value) is int and value.bit_length() <= 128):
-        return repr(value)
     if type(value) is str:
         return repr(value[:40])
-    return f"a {type(value).__name__}"
+    return repr(value) if is_plain(value, depth=0) else f"a {type(value).__name__}"
