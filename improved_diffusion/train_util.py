@@ -221,8 +221,9 @@ class TrainLoop:
         """The network's state dict with these parameters, or averages, in float32."""
         if self.use_fp16:
             master_params = unflatten_master_params(self.model_params, master_params)
-        names = [name for name, _ in self.model.named_parameters()]
-        return {**self.model.state_dict(), **dict(zip(names, (p.detach() for p in master_params), strict=True))}
+        values = dict(zip(self.model.parameters(), (p.detach() for p in master_params), strict=True))
+        names = self.model.named_parameters(remove_duplicate=False)  # a tied parameter has several
+        return {**self.model.state_dict(), **{name: values[p] for name, p in names}}
 
     def _state_dict_to_master_params(self, state_dict):
         """The inverse: parameters in the network's order, one flat vector in float16 training."""

@@ -153,6 +153,19 @@ def test_a_checkpoint(tmp_path, zipped):
     assert dist_util.load_state_dict(str(path), map_location="meta")["weight"].device.type == "meta"
 
 
+@pytest.mark.parametrize("device", ["cuda", "cuda:7", "mps", "nonsense", th.device("cuda", 1)], ids=str)
+def test_a_device_that_is_absent_is_not_the_files_fault(tmp_path, monkeypatch, device):
+    monkeypatch.setattr(th.cuda, "is_available", lambda: False)
+    path = tmp_path / "model.pt"
+    path.write_bytes(saved(CHECKPOINT))
+    with pytest.raises(InputError, match=f"cannot load its tensors to {device} ") as info:
+        dist_util.load_state_dict(str(path), map_location=device)
+    assert str(info.value).startswith(f"{path}: ") and "\n" not in str(info.value)
+    path.write_bytes(saved(CHECKPOINT)[:-100])
+    with pytest.raises(InputError, match="damaged"):
+        dist_util.load_state_dict(str(path), map_location=device)
+
+
 def refusal(path):
     """The one line that load_state_dict() refuses a path with, less the path at its beginning."""
     with pytest.raises(InputError) as info:

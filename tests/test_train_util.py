@@ -19,6 +19,7 @@ from training import (
     make_loop,
     on_one_cpu,
     read_rows,
+    resume,
     train,
 )
 
@@ -346,6 +347,39 @@ def test_averages(tmp_path, modest_scale, use_fp16):
         th.testing.assert_close(got.double(), by_hand[rate], rtol=1e-6, atol=1e-7)
         stored = load(tmp_path / f"ema_{rate}_000005.pt")
         assert th.equal(th.cat([v.flatten() for v in stored.values()]), got)
+
+
+class TiedNet(TinyNet):
+    """The same convolution before and after, as one and as the same parameters of another."""
+
+    def __init__(self):
+        super().__init__()
+        self.same = self.conv
+        self.out = th.nn.Conv2d(3, 3, 1)
+        self.out.weight = self.conv.weight
+
+    def forward(self, x, t):
+        h = super().forward(x, t)
+        return self.out(h.type(self.out.weight.dtype)).type(x.dtype)
+
+
+@pytest.mark.parametrize("use_fp16", [False, True])
+def test_a_tied_parameter_has_its_average_under_each_of_its_names(tmp_path, modest_scale, use_fp16):
+    loop = train(tmp_path, model=TiedNet(), use_fp16=use_fp16, ema_rate="0.9")
+    assert len(loop.model_params) == 3  # a weight and two biases
+    ema, model = load(tmp_path / "ema_0.9_000003.pt"), load(tmp_path / "model000003.pt")
+    for contents in (ema, model):
+        assert contents.keys() == TiedNet().state_dict().keys()
+        assert {value.dtype for value in contents.values()} == {th.float32}
+        for name in ("same.weight", "out.weight"):
+            assert th.equal(contents[name], contents["conv.weight"])
+        assert th.equal(contents["same.bias"], contents["conv.bias"])
+    assert not th.equal(ema["conv.weight"], model["conv.weight"])
+    net = TiedNet()
+    net.load_state_dict(ema)
+    assert th.equal(net.conv.weight, ema["conv.weight"])
+    resumed, _ = resume(tmp_path, model=TiedNet(), use_fp16=use_fp16, max_steps=3)
+    assert_same([p.detach() for p in resumed.ema_params[0]], [p.detach() for p in loop.ema_params[0]])
 
 
 @pytest.mark.parametrize("ema_rate, rates", [(0.99, [0.99]), ("0.99", [0.99]), ("0.9,0.9999", [0.9, 0.9999])])

@@ -19,7 +19,7 @@ import blobfile as bf
 from .. import dist_util
 from ..options import Option, ScriptOptions, rows
 from ..script_util import CHANNEL_MULT
-from ..training.checkpoints import is_of_a_run
+from ..training.checkpoints import has_checkpoint, is_of_a_run
 from ..training.weights import infer_architecture
 from ..utils.errors import InputError
 from ..utils.files import write_files
@@ -89,6 +89,8 @@ def resumed(flags: Flags[Opts]) -> Run[Opts]:
         directory = os.environ.get("DIFFUSION_BLOB_LOGDIR") or log_directory(flags.options.general.log_dir)
         if not directory:
             raise InputError("resume_checkpoint auto: give log_dir, the folder of the run")
+        if not dist_util.broadcast_from_rank_0(has_checkpoint, directory):  # config.json is of a run that saved nothing
+            return Run(flags.options)
     config = dist_util.broadcast_from_rank_0(read_config, directory)
     if config is None:
         return Run(flags.options)

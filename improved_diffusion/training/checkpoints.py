@@ -16,6 +16,7 @@ import io
 import math
 import os
 import pickle
+import random
 import re
 
 import blobfile as bf
@@ -187,6 +188,16 @@ def newest_step(directory):
     return max((step for step, names in _sets_in(directory).items() if model_filename(step) in names), default=None)
 
 
+def has_checkpoint(directory):
+    """Whether a folder has a checkpoint that read_newest_set() may find, by the names of its files."""
+    sets = _sets_in(directory)
+    first_of_ours = _first_of_ours(sets)
+    return any(
+        state_filename(step) + TEMPORARY in names or _is_complete(step, names, first_of_ours)
+        for step, names in sets.items()
+    )
+
+
 def delete_old_sets(directory, step, keep):
     """
     Delete all but the newest `keep` of the checkpoints up to `step`, and the rest of those whose writing or deletion
@@ -300,11 +311,12 @@ def _save_state(state, f):
 
 
 def rng_state():
-    """The global random generators of torch (this rank's device too) and numpy, as tensors and plain values."""
+    """The global generators of torch (this rank's device too), numpy and random, as tensors and plain values."""
     name, keys, position, has_gauss, cached = np.random.get_state()
     state = {
         "torch": th.get_rng_state(),
         "numpy": [name, th.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
+        "python": random.getstate(),
     }
     if th.cuda.is_available():
         state["cuda"] = th.cuda.get_rng_state(dist_util.dev())
@@ -316,5 +328,7 @@ def set_rng_state(state):
     th.set_rng_state(state["torch"])
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    if "python" in state:  # earlier runs did not save it
+        random.setstate(state["python"])
     if "cuda" in state and th.cuda.is_available():
         th.cuda.set_rng_state(state["cuda"], dist_util.dev())

@@ -5,7 +5,9 @@ An undamaged file may still hold anything. Each function here validates the cont
 used, and raises InputError, one line with the file and the entry.
 """
 
+import contextlib
 import math
+import random
 import re
 from typing import NamedTuple
 
@@ -31,6 +33,15 @@ def whole(low, high=MOST):
 
 def real(low, high):
     return Check(lambda v: type(v) in (int, float) and low <= v <= high, f"a number from {low} to {high}")
+
+
+@contextlib.contextmanager
+def _refusal(subject):
+    """Put a file's path before what is wrong in it."""
+    try:
+        yield
+    except InputError as e:
+        raise InputError(f"{subject}: {e}") from None
 
 
 ANYTHING = Check(lambda v: True, "anything")
@@ -84,6 +95,7 @@ def _has_plain_data(tensor):
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 GROUP = {
+    "params": Check(lambda v: type(v) is list and all(type(i) is int for i in v), "a list of numbers"),
     "lr": real(-math.inf, math.inf),
     "weight_decay": real(-math.inf, math.inf),
     "eps": real(0, 1e30),
@@ -100,66 +112,49 @@ def optimizer_in(contents, opt, path, allowed=None):
     :return: a state dict of new tensors.
     :raises InputError: if it does not fit.
     """
-
-    def refuse(reason):
-        raise InputError(f"{path}: does not fit the model's optimizer: {reason}")
-
     contents = contents if isinstance(contents, dict) else {}
     groups, state = contents.get("param_groups"), contents.get("state")
-    if not isinstance(state, dict) or not isinstance(groups, list) or not all(map(_is_group, groups)):
-        refuse("it has no state and param_groups")
-    params = [p for group in opt.param_groups for p in group["params"]]
-    numbers = [i for group in groups for i in group["params"]]
-    if [len(group["params"]) for group in groups] != [len(group["params"]) for group in opt.param_groups]:
-        hint = ""
-        if (len(params) == 1) != (len(numbers) == 1):  # the masters of float16 are one flat vector
-            hint = f"; a run with use_fp16 {len(params) != 1} would have written it so"
-        refuse(f"its parameters are {len(numbers)} in number, not {len(params)}{hint}")
-    if len(set(numbers)) != len(numbers) or state.keys() - set(numbers):
-        refuse("it numbers its parameters twice, or not all of them")
-    for i, group in enumerate(groups):
-        problem = _problem_in({key: group.get(key) for key in GROUP}, GROUP, f"param_groups[{i}]")
-        if problem:
-            refuse(problem)
-    fitted = {}
-    for i, p in zip(numbers, params, strict=True):
-        if state.get(i, {}) != {}:
-            fitted[i], problem = _entry(state[i], p)
-            if problem:
-                refuse(f"of parameter {i}, {problem}")
-    if len(fitted) not in (allowed or (len(params),)):
-        refuse(f"it has the moments of {len(fitted)} parameters, not of {len(params)}")
+    with _refusal(f"{path}: does not fit the model's optimizer"):
+        if not isinstance(state, dict) or not isinstance(groups, list):
+            raise InputError("it has no state and param_groups")
+        for i, group in enumerate(groups):
+            known = {key: group.get(key) for key in GROUP} if isinstance(group, dict) else group
+            _check(known, GROUP, f"param_groups[{i}]")
+        params = [p for group in opt.param_groups for p in group["params"]]
+        numbers = [i for group in groups for i in group["params"]]
+        if [len(group["params"]) for group in groups] != [len(group["params"]) for group in opt.param_groups]:
+            hint = ""
+            if (len(params) == 1) != (len(numbers) == 1):  # the masters of float16 are one flat vector
+                hint = f"; a run with use_fp16 {len(params) != 1} would have written it so"
+            raise InputError(f"its parameters are {len(numbers)} in number, not {len(params)}{hint}")
+        if len(set(numbers)) != len(numbers) or state.keys() - set(numbers):
+            raise InputError("it numbers its parameters twice, or not all of them")
+        with_moments = [(i, p) for i, p in zip(numbers, params, strict=True) if state.get(i, {}) != {}]
+        fitted = {i: _moments(state[i], p, f"state[{i}]") for i, p in with_moments}
+        if len(fitted) not in (allowed or (len(params),)):
+            raise InputError(f"it has the moments of {len(fitted)} parameters, not of {len(params)}")
     plain = [{key: value for key, value in group.items() if is_plain(value)} for group in groups]
     return {"state": fitted, "param_groups": plain}
 
 
-def _is_group(group):
-    return (
-        isinstance(group, dict)
-        and isinstance(group.get("params"), list)
-        and all(type(number) is int for number in group["params"])
-    )
-
-
-def _entry(entry, p):
-    """:return: (a parameter's moments and step, as copies; what is wrong with them)."""
+def _moments(entry, p, where):
+    """Copies of a parameter's moments and step."""
     if not isinstance(entry, dict) or entry.keys() != {"step", *MOMENTS}:
-        return None, f"there is {_shown(entry)}, not a step, {' and '.join(MOMENTS)}"
+        raise InputError(f"{where} is {_shown(entry)}, not a step, {' and '.join(MOMENTS)}")
     step = entry["step"]
     if isinstance(step, th.Tensor) and _has_plain_data(step) and step.numel() == 1 and step.dtype != th.bool:
         step = step.item()
-    if type(step) not in (int, float) or not 0 <= step <= MOST:
-        return None, f"step is {_shown(step)}, not a number from 0 to {MOST}"
+    _check(step, real(0, MOST), f"{where}.step")
     fitted = {"step": th.tensor(float(step), dtype=th.float32)}
     for key in MOMENTS:
         value = entry[key]
         if not isinstance(value, th.Tensor) or value.shape != p.shape or _problem_of_tensor(value, p):
-            return None, f"{key} is {_shown(value)}, not {_shown(p)}"
+            raise InputError(f"{where}.{key} is {_shown(value)}, not {_shown(p)}")
         # a copy that lies in memory as p does, which fused updates take for granted, and shares it with nothing
         fitted[key] = th.empty_like(p.detach()).copy_(value)
     if not fitted["exp_avg"].isfinite().all() or not (fitted["exp_avg_sq"] >= 0).all():
-        return None, "the moments are not finite, or squares below 0"
-    return fitted, None
+        raise InputError(f"{where}: the moments are not finite, or squares below 0")
+    return fitted
 
 
 # ---------------------------------------------------------------- state
@@ -186,14 +181,8 @@ def _name(dtype):
     return str(dtype).removeprefix("torch.")
 
 
-def _is_torch_rng_state(v):
-    return _has_plain_data(v) and th.Generator().set_state(v)
-
-
 def _is_cuda_rng_state(v):
-    if not _has_plain_data(v) or v.dtype != th.uint8 or v.dim() != 1:
-        return False
-    return not th.cuda.is_available() or th.Generator("cuda").set_state(v)
+    return _vector(th.uint8, (None,)).holds(v) and (not th.cuda.is_available() or th.Generator("cuda").set_state(v))
 
 
 def _is_numpy_rng_state(v):
@@ -209,9 +198,20 @@ def _is_numpy_rng_state(v):
     )
 
 
+def _is_python_rng_state(v):
+    version, numbers, cached = v
+    return (
+        version == 3
+        and all(whole(0, 2**32 - 1).holds(number) for number in numbers)
+        and (cached is None or (type(cached) is float and math.isfinite(cached)))
+        and random.Random().setstate(v) is None
+    )
+
+
 RNG = {
-    "torch": Check(_is_torch_rng_state, "the state of torch's generator"),
+    "torch": Check(lambda v: _has_plain_data(v) and th.Generator().set_state(v), "the state of torch's generator"),
     "numpy": Check(_is_numpy_rng_state, "the state of numpy's generator"),
+    "python": Check(_is_python_rng_state, "the state of Python's generator"),
     "cuda": Check(_is_cuda_rng_state, "the state of a GPU's generator"),
 }
 BATCH_STREAM = {
@@ -233,7 +233,7 @@ MEANS = Check(
     ),
     "sums and counts of float64, 1x2 or 5x2",
 )
-OPTIONAL = {"flags", "files", "moments", "cuda"}  # earlier runs wrote none of the first three
+OPTIONAL = {"flags", "files", "moments", "python", "cuda"}  # earlier runs wrote none of the first four
 
 
 def is_plain(v, depth=4):
@@ -265,21 +265,6 @@ def _statistics(v):
     return dict.fromkeys(v, MEANS) if isinstance(v, dict) and all(type(key) is str for key in v) else {}
 
 
-def _state_fields(label, own_data, own_sampler):
-    return {
-        "updates": whole(label, label + 1),
-        "lg_loss_scale": real(-1000, 1000),  # of base 2, in which a float has exponents to 1023
-        "overflows_in_a_row": whole(0),
-        "moments": whole(0),
-        "flags": Check(lambda v: isinstance(v, dict) and is_plain(v), "a dict of plain values"),
-        "files": files_of(label),
-        "schedule_sampler": _part(LOSS_HISTORY, own_sampler),
-        "data": [_part(BATCH_STREAM, own_data)],
-        "rng": [RNG],
-        "statistics": [_statistics],
-    }
-
-
 def files_of(label):
     """The check of a state's list of the files beside it: those of its own step, in its own folder."""
     name = re.compile(rf"(model|ema_[^_/\\:]+_|opt){label:06d}\.pt")
@@ -295,11 +280,10 @@ def files_in(contents, label, path):
 
     :raises InputError: if it is no state, or names others than of its own set.
     """
-    if not isinstance(contents, dict):
-        raise InputError(f"{path}: not the state of a run")
-    files, check = contents.get("files", []), files_of(label)
-    if not check.holds(files):
-        raise InputError(f"{path}: files is {_shown(files)}, not {check.what}")
+    with _refusal(path):
+        _check_is_state(contents)
+        files = contents.get("files", [])
+        _check(files, files_of(label), "files")
     return files
 
 
@@ -312,73 +296,86 @@ def check_state(contents, label, path, own_data=False, own_sampler=False):
     :param own_sampler: the same of its LossSecondMomentResampler.
     :raises InputError: naming the first field that is missing, unknown or out of range.
     """
+    fields = {
+        "updates": whole(label, label + 1),
+        "lg_loss_scale": real(-1000, 1000),  # of base 2, in which a float has exponents to 1023
+        "overflows_in_a_row": whole(0),
+        "moments": whole(0),
+        "flags": Check(lambda v: isinstance(v, dict) and is_plain(v), "a dict of plain values"),
+        "files": files_of(label),
+        "schedule_sampler": _part(LOSS_HISTORY, own_sampler),
+        "data": [_part(BATCH_STREAM, own_data)],
+        "rng": [RNG],
+        "statistics": [_statistics],
+    }
+    with _refusal(path):
+        _check_is_state(contents)
+        _check(contents, fields, "")
+        _check_agreement(contents)
+
+
+def _check_is_state(contents):
     if not isinstance(contents, dict):
-        raise InputError(f"{path}: not the state of a run")
-    problem = _problem_in(contents, _state_fields(label, own_data, own_sampler), "") or _mismatch_in(contents)
-    if problem:
-        raise InputError(f"{path}: {problem}")
+        raise InputError("not the state of a run")
 
 
-def _mismatch_in(contents):
-    """What fields say against each other."""
+def _check_agreement(contents):
+    """Check fields against each other."""
     ranks = [len(contents[key]) for key in ("data", "rng", "statistics")]
     if 0 in ranks or len(set(ranks)) > 1:
-        return f"data, rng and statistics are of {ranks[0]}, {ranks[1]} and {ranks[2]} ranks, not of one number"
-    if contents["overflows_in_a_row"] > contents["updates"]:
-        return f"overflows_in_a_row is {contents['overflows_in_a_row']}, more than updates, {contents['updates']}"
+        raise InputError(f"data, rng and statistics are of {ranks} ranks, not of one number")
+    _check(contents["overflows_in_a_row"], whole(0, contents["updates"]), "overflows_in_a_row")
     for rank, data in enumerate(contents["data"]):
         if isinstance(data, dict) and data.keys() == BATCH_STREAM.keys():
-            batches = data["num_images"] // data["batch_size"]
-            if data["given"] > batches:
-                return f"data[{rank}].given is {data['given']}, more than the {batches} batches of an epoch"
+            # at most the batches of an epoch
+            _check(data["given"], whole(0, data["num_images"] // data["batch_size"]), f"data[{rank}].given")
     sampler = contents["schedule_sampler"]
     if isinstance(sampler, dict) and sampler.keys() == LOSS_HISTORY.keys():
         length, counts = sampler["loss_history"].shape, sampler["loss_counts"]
         if len(counts) != length[0] or counts.max() > length[1]:
-            return "schedule_sampler.loss_counts does not fit loss_history"
+            raise InputError("schedule_sampler.loss_counts does not fit loss_history")
     shapes = [[(key, len(table)) for key, table in tables.items()] for tables in contents["statistics"]]
     if any(of_rank != shapes[0] for of_rank in shapes):
-        return "statistics differ in their keys from rank to rank"
-    return None
+        raise InputError("statistics differ in their keys from rank to rank")
 
 
 # ---------------------------------------------------------------- values against what they must be
 
 
-def _problem_in(value, spec, where):
+def _check(value, spec, where):
     """
     Compare a value with a description of it.
 
     :param spec: a Check; {name: spec} for a dict of these fields; [spec] for a list; or a function that gives the spec
                  of a value.
     :param where: what leads to the value, such as data[0].
-    :return: what is wrong, in words, with the name of the entry; None for nothing.
+    :raises InputError: with the name of the entry that does not fit.
     """
     if not isinstance(spec, (Check, dict, list)):
         spec = spec(value)
     if isinstance(spec, dict):
         if not isinstance(value, dict):
-            return f"{where} is {_shown(value)}, not a dict"
+            raise InputError(f"{where} is {_shown(value)}, not a dict")
         inside = f" in {where}" if where else ""
-        for name in [name for name in value if name not in spec]:
-            return f"unknown field {_shown(name)}{inside}"
-        for name in [name for name in spec if name not in value and name not in OPTIONAL]:
-            return f"field {name}{inside} is missing"
-        entries = [(value[name], spec[name], f"{where}.{name}" if where else name) for name in value]
+        for name in value:
+            if name not in spec:
+                raise InputError(f"unknown field {_shown(name)}{inside}")
+        for name in spec:
+            if name in value:
+                _check(value[name], spec[name], f"{where}.{name}" if where else name)
+            elif name not in OPTIONAL:
+                raise InputError(f"field {name}{inside} is missing")
     elif isinstance(spec, list):
         if not isinstance(value, list):
-            return f"{where} is {_shown(value)}, not a list of one entry a rank"
-        entries = [(entry, spec[0], f"{where}[{i}]") for i, entry in enumerate(value)]
+            raise InputError(f"{where} is {_shown(value)}, not a list of one entry a rank")
+        for i, entry in enumerate(value):
+            _check(entry, spec[0], f"{where}[{i}]")
     else:
-        return None if _holds(spec, value) else f"{where} is {_shown(value)}, not {spec.what}"
-    return next(filter(None, (_problem_in(*entry) for entry in entries)), None)
-
-
-def _holds(check, value):
-    try:
-        return bool(check.holds(value))
-    except Exception:  # of another type than the predicate takes for granted
-        return False
+        fits = False
+        with contextlib.suppress(Exception):  # of another type than the predicate takes for granted
+            fits = bool(spec.holds(value))
+        if not fits:
+            raise InputError(f"{where} is {_shown(value)}, not {spec.what}")
 
 
 def _shown(value):
@@ -388,8 +385,6 @@ def _shown(value):
         if value.is_nested:  # which has no shape
             return f"a {layout}tensor"
         return f"a {layout}tensor of {_name(value.dtype)} and shape {'x'.join(map(str, value.shape)) or 1}"
-    if value is None or type(value) in (bool, float) or (type(value) is int and value.bit_length() <= 128):
-        return repr(value)
     if type(value) is str:
         return repr(value[:40])
-    return f"a {type(value).__name__}"
+    return repr(value) if is_plain(value, depth=0) else f"a {type(value).__name__}"

@@ -9,6 +9,7 @@ import time
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 # Seconds in which a second signal counts as the first: launchers forward signals that the process may also receive
 SAME_WISH = 1.0
+END = b"\0"  # to the thread that reads the numbers of signals
 
 
 class StopSignals:
@@ -32,7 +33,8 @@ class StopSignals:
         # main thread, and a handler with it, may be waiting in C for a rank that is gone.
         self._pipe = os.pipe()
         os.set_blocking(self._pipe[1], False)
-        threading.Thread(target=self._listen, daemon=True).start()
+        self._thread = threading.Thread(target=self._listen, daemon=True)
+        self._thread.start()
         self._wakeup_fd = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
         for number in SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
@@ -48,7 +50,10 @@ class StopSignals:
         if self._pipe:
             self._release_children()
             signal.set_wakeup_fd(self._wakeup_fd)
-            os.close(self._pipe[1])  # which ends the thread
+            os.write(self._pipe[1], END)  # closing it is not enough: forked data workers have it open too
+            self._thread.join()
+            for descriptor in self._pipe:
+                os.close(descriptor)
 
     @contextlib.contextmanager
     def children(self):
@@ -85,9 +90,8 @@ class StopSignals:
 
     def _listen(self):
         first = None
-        while byte := os.read(self._pipe[0], 1):
+        while (byte := os.read(self._pipe[0], 1)) != END:
             if byte[0] in SIGNALS:
                 first = first or time.monotonic()
                 if time.monotonic() - first > SAME_WISH:
                     os._exit(128 + byte[0])
-        os.close(self._pipe[0])

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import re
 from typing import Any
 
 import torch as th
@@ -10,26 +11,53 @@ from .. import dist_util
 from ..utils.errors import InputError
 from .contents import check_weights
 
+# guided-diffusion: residual blocks in place of convolutions that change the resolution
+RESBLOCK_UPDOWN = re.compile(r"output_blocks\.\d+\.[12]\.in_layers\..*")
+
 
 def read_weights(path: str) -> dict[str, th.Tensor]:
     """
-    Read a state dict, to the CPU. All ranks call it.
+    Read a state dict, to the CPU, under the names of the network itself (see unwrapped()). All ranks call it.
 
     :raises InputError: if the file is not one.
     """
     state_dict = dist_util.load_state_dict(path, map_location="cpu")
-    if not isinstance(state_dict, dict) or not all(isinstance(v, th.Tensor) for v in state_dict.values()):
-        raise InputError(f"{path}: not the weights of a model; give a model*.pt or ema_*.pt file")
-    return state_dict
+    if not _is_state_dict(state_dict):
+        raise InputError(f"{path}: not the weights of a model; {_where_weights_are(state_dict)}")
+    return unwrapped(state_dict)
+
+
+def _is_state_dict(contents):
+    return isinstance(contents, dict) and all(isinstance(value, th.Tensor) for value in contents.values())
+
+
+def _where_weights_are(contents):
+    for name, value in contents.items() if isinstance(contents, dict) else ():
+        if value and _is_state_dict(value) and isinstance(name, str):
+            return f"its entry {name[:40]!r} may be them: save that to a file of its own"
+    return "give a model*.pt or ema_*.pt file"
+
+
+def unwrapped(state_dict: dict[str, th.Tensor], model: th.nn.Module | None = None) -> dict[str, th.Tensor]:
+    """
+    Remove what DDP (module.) and torch.compile (_orig_mod.) add to names.
+
+    :param model: a network with names of its own: they stay.
+    """
+    if not isinstance(state_dict, dict) or (model is not None and model.state_dict().keys() & state_dict.keys()):
+        return state_dict
+    plain = {re.sub(r"^(module\.|_orig_mod\.)+|(?<=\.)_orig_mod\.", "", str(name)): v for name, v in state_dict.items()}
+    return plain if len(plain) == len(state_dict) else state_dict
 
 
 def load_weights(model: th.nn.Module, state_dict: dict[str, th.Tensor], path: str) -> None:
     """
-    Load a state dict, strictly unless the network's own load_state_dict() accepts more.
+    Load a state dict, unwrapped(), strictly unless the network's own load_state_dict() accepts more.
 
     :param path: of its file, for messages.
     :raises InputError: if it does not fit, as check_fits().
     """
+    state_dict = unwrapped(state_dict, model)
     check_weights(state_dict, model, path)
     try:
         model.load_state_dict(state_dict)
@@ -52,6 +80,7 @@ def check_fits(model: th.nn.Module, state_dict: dict[str, th.Tensor], path: str)
     :raises InputError: if names, shapes or values do not fit the model; it names at most three tensors and the likely
                         cause.
     """
+    state_dict = unwrapped(state_dict, model)
     check_weights(state_dict, model, path)
     if reason := _mismatch(model, state_dict):
         raise InputError(f"{path}: does not fit the model: {reason}")
@@ -62,27 +91,46 @@ def _mismatch(model, state_dict):
     if not isinstance(state_dict, dict):
         return "it holds no tensors by name"
     there, here = (
-        {name: tuple(v.shape) for name, v in tensors.items() if isinstance(v, th.Tensor) and not v.is_nested}
+        {str(name): tuple(v.shape) for name, v in tensors.items() if isinstance(v, th.Tensor) and not v.is_nested}
         for tensors in (state_dict, model.state_dict())
     )
     wrong = [name for name in {**here, **there} if there.get(name) != here.get(name)]
+    if not wrong:
+        return ""
     tensors = ", ".join(
         f"{name} ({_shape(there, name)} in the file, {_shape(here, name)} in the model)" for name in wrong[:3]
     )
-    if not wrong:
-        return ""
-    ours = infer_architecture(here)
-    cause = ours and f"; the likely cause is {_likely_cause(infer_architecture(there), ours)}"
-    return f"{tensors}{', ...' if len(wrong) > 3 else ''}{cause or ''}"
+    if not there and state_dict:
+        cause = f"the file: {_where_weights_are(state_dict)}"
+    else:
+        cause = _prefix(there, here) or _likely_cause(there, here)
+    return f"{tensors}{', ...' if len(wrong) > 3 else ''}{cause and f'; the likely cause is {cause}'}"
 
 
 def _shape(shapes, name):
     return "x".join(map(str, shapes[name])) if name in shapes else "absent"
 
 
+def _prefix(there, here):
+    """A prefix of the model's names in the file, and how to remove it; "" for none."""
+    first, last = next(iter(here), ""), next(reversed(here), "")
+    for name in there:
+        prefix = name.removesuffix(first)
+        if name.endswith(f".{first}") and prefix + last in there:
+            source = " (Lightning's)" if prefix == "model.diffusion_model." else ""
+            new = f"{{k.removeprefix(p): v for k, v in weights.items() if k.startswith(p)}} with p = {prefix!r}"
+            return f"the prefix {prefix} of its names{source}; save {new}"
+    return ""
+
+
 def _likely_cause(there, here):
-    """The first option in which the two architectures differ."""
+    """The first option in which the architectures of two {name: shape} differ; "" if none is seen."""
+    names, there, here = there, infer_architecture(there), infer_architecture(here)
+    if here is None:
+        return ""
     if there is None:
+        if any(map(RESBLOCK_UPDOWN.fullmatch, names)):
+            return "resblock_updown, an option of guided-diffusion that this network does not have"
         return "the file: it is not of this kind of model"
     if there["super_resolution"] != here["super_resolution"]:
         return "the script: one of the two is a model for super-resolution"
@@ -93,7 +141,9 @@ def _likely_cause(there, here):
         return "num_res_blocks or channel_mult (or the image size, which chooses it)"
     if there["attention_levels"] != here["attention_levels"]:
         return "attention_resolutions, or the image size that they are fractions of"
-    return f"use_scale_shift_norm, {there['use_scale_shift_norm']} in the file"
+    if there["use_scale_shift_norm"] != here["use_scale_shift_norm"]:
+        return f"use_scale_shift_norm, {there['use_scale_shift_norm']} in the file"
+    return ""  # tensors that no option adds or removes
 
 
 def infer_architecture(shapes: dict[str, tuple]) -> dict[str, Any] | None:
@@ -105,6 +155,8 @@ def infer_architecture(shapes: dict[str, tuple]) -> dict[str, Any] | None:
              channel_mult (a tuple), use_scale_shift_norm; super_resolution, whether it is such a model;
              attention_levels, the levels with attention (0 is the finest). None for another kind of model.
     """
+    if any(map(RESBLOCK_UPDOWN.fullmatch, shapes)):
+        return None
     try:
         num_channels, inputs = shapes["input_blocks.0.0.weight"][:2]
         # a smaller image beside it doubles the 1 or 3 channels

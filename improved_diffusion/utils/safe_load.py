@@ -43,6 +43,7 @@ def decode(path: str, data: bytes, **kwargs) -> Any:
     Decode bytes as read_state_dict() does.
 
     :param path: for messages.
+    :raises InputError: as read_state_dict(), and for a device in map_location that is absent.
     """
     if not th.cuda.is_available():
         kwargs.setdefault("map_location", "cpu")
@@ -57,6 +58,13 @@ def decode(path: str, data: bytes, **kwargs) -> Any:
     except (th.OutOfMemoryError, MemoryError):
         raise  # the file may be intact
     except Exception as e:  # the readers raise anything for a truncated file or another format
+        device = kwargs.get("map_location")
+        if str(device) != "cpu":
+            decode(path, data, **{**kwargs, "map_location": "cpu"})  # raises if the file is to blame
+            place = device or "the device that they were saved from"
+            raise InputError(
+                f"{path}: cannot load its tensors to {place} ({first_line(e)}); map_location cpu can"
+            ) from e
         text = str(e) if isinstance(e, pickle.UnpicklingError) else ""
         if "GLOBAL" in text or "unrecognized function" in text:
             problem = "refused: it holds more than tensors and plain values, and loading it could run code"

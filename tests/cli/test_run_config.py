@@ -8,7 +8,7 @@ import torch as th
 from harness import TINY, build, build_sr
 
 from improved_diffusion.cli.parser import Flags
-from improved_diffusion.cli.run_config import of_weights, read_config, save_config
+from improved_diffusion.cli.run_config import of_weights, read_config, resumed, save_config
 from improved_diffusion.options import SampleOptions, SuperResSampleOptions, TrainOptions
 from improved_diffusion.script_util import create_model_and_diffusion, sr_create_model_and_diffusion
 from improved_diffusion.training.weights import infer_architecture
@@ -90,6 +90,27 @@ def test_flags_are_those_of_the_run(run):
     assert values == {**MODEL, **TINY, "image_size": 8, "class_cond": True}
     assert settled.class_names == ["cat", "dog"]
     assert len(settled.notes) == 1 and f"{run}/config.json" in settled.notes[0]
+
+
+@pytest.mark.parametrize(
+    "names, continues",
+    [
+        ([], False),
+        (["model000004.pt.tmp", "opt000004.pt.tmp"], False),
+        (["model000004.pt", "state000004.pt"], True),
+        (["model000004.pt", "opt000004.pt"], True),  # of the original
+        (["model000004.pt.tmp", "opt000004.pt.tmp", "state000004.pt.tmp"], True),  # auto completes it
+        (["model000004.pt", "opt000004.pt", "state000004.pt.tmp"], True),
+    ],
+)
+def test_auto_takes_the_flags_of_a_run_that_has_a_checkpoint(run, names, continues):
+    """A run that ended before its first one left config.json alone."""
+    for name in names:
+        (run / name).touch()
+    options = TrainOptions().replace(resume_checkpoint="auto", log_dir=str(run), class_cond=True)
+    settled = resumed(Flags(options, frozenset(("resume_checkpoint", "log_dir", "class_cond"))))
+    assert settled.class_names == (["cat", "dog"] if continues else None)
+    assert settled.options.model.image_size == (8 if continues else 64)
 
 
 def test_flags_that_are_given_win_with_a_warning_for_each_that_contradicts(run):

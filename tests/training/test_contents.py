@@ -385,6 +385,15 @@ STATE = {
     "rng numpy position below 0": (put("rng", 0, "numpy", 2, value=-5), "rng[0].numpy"),
     "rng numpy has_gauss 7": (put("rng", 0, "numpy", 3, value=7), "rng[0].numpy"),
     "rng numpy cached NaN": (put("rng", 0, "numpy", 4, value=NAN), "rng[0].numpy"),
+    "rng python None": (put("rng", 0, "python", value=None), "rng[0].python"),
+    "rng python a word": (put("rng", 0, "python", value="abc"), "rng[0].python"),
+    "rng python of another version": (put("rng", 0, "python", value=lambda v: (2, *v[1:])), "rng[0].python"),
+    "rng python short": (put("rng", 0, "python", value=lambda v: (3, v[1][1:], None)), "rng[0].python"),
+    "rng python below 0": (put("rng", 0, "python", value=lambda v: (3, (-1, *v[1][1:]), None)), "rng[0].python"),
+    "rng python huge": (put("rng", 0, "python", value=lambda v: (3, (2**32, *v[1][1:]), None)), "rng[0].python"),
+    "rng python past the end": (put("rng", 0, "python", value=lambda v: (3, (*v[1][:-1], 625), None)), "rng[0].python"),
+    "rng python cached NaN": (put("rng", 0, "python", value=lambda v: (*v[:2], NAN)), "rng[0].python"),
+    "rng python cached a word": (put("rng", 0, "python", value=lambda v: (*v[:2], "0.5")), "rng[0].python"),
     "statistics of a rank None": (put("statistics", 0, value=None), "statistics[0]"),
     "statistics of numbers": (put("statistics", 0, value={3: 4}), "statistics[0]"),
     "statistics of three rows": (put("statistics", 0, "loss", value=th.zeros(3, 2).double()), "statistics[0].loss"),
@@ -493,6 +502,16 @@ def test_a_loop_that_counts_no_updates_is_continued_at_its_label(tmp_path):
 
     train(tmp_path, Own)
     assert make_loop(Own, resume_checkpoint=latest(tmp_path)).step == 4
+
+
+def test_an_earlier_state_is_accepted(folder):
+    def change(contents):
+        for name in ("flags", "files", "moments"):
+            del contents[name]
+        del contents["rng"][0]["python"]
+
+    changed(folder / "state000003.pt", change)
+    assert make_loop(resume_checkpoint=latest(folder), **parts_of_a_loop(folder)).step == 3
 
 
 def test_the_whole_is_accepted(folder):

@@ -489,6 +489,17 @@ def test_each_file_is_read_once(tmp_path, monkeypatch, how, cut_off):
     assert loop._checkpoint._contents == {} and loop._checkpoint.state is None
 
 
+@pytest.mark.parametrize("opened", [False, True])
+def test_weights_from_inside_ddp_begin_a_run(tmp_path, opened):
+    want = TinyNet().state_dict()
+    path = str(tmp_path / "weights.pt")
+    th.save({f"module.{name}": value for name, value in want.items()}, path)
+    model = TinyNet()
+    checkpoint = resume_module.open_checkpoint(path, model) if opened else path
+    assert make_loop(model=model, resume_checkpoint=checkpoint).step == 0
+    assert_same(dict(model.state_dict()), dict(want))
+
+
 # ---------------------------------------------------------------- what a run must not lose
 
 

@@ -1,6 +1,8 @@
 """A first SIGTERM, SIGINT or SIGHUP is noted, a later one ends the process; afterwards all is as it was before."""
 
 import contextlib
+import gc
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -9,10 +11,12 @@ import threading
 import time
 
 import pytest
-from harness import environment
+from harness import environment, write_images
 from hypothesis import given
 from hypothesis import strategies as st
+from training import on_one_cpu, train
 
+from improved_diffusion.image_datasets import load_data
 from improved_diffusion.training import signals
 from improved_diffusion.training.signals import SIGNALS, StopSignals
 
@@ -99,13 +103,9 @@ def test_afterwards_all_is_as_it_was(ignored, error):
         for number in SIGNALS:
             before[number] = signal.SIG_IGN if number in ignored else handler
             signal.signal(number, before[number])
-        for thread in threading.enumerate():
-            if "_listen" in thread.name:  # of the test before, about to end
-                thread.join(timeout=60)
         files, threads = open_files(), threading.enumerate()
         try:
             with StopSignals() as stop:
-                started = set(threading.enumerate()) - set(threads)
                 signal.raise_signal(signal.SIGTERM)
                 if error:
                     raise error
@@ -114,13 +114,28 @@ def test_afterwards_all_is_as_it_was(ignored, error):
         assert stop.received == (None if signal.SIGTERM in ignored else "SIGTERM")
         assert {number: signal.getsignal(number) for number in SIGNALS} == before
         assert wakeup_fd() == write
-        for thread in started:
-            thread.join(timeout=60)
         assert threading.enumerate() == threads and open_files() == files
     finally:
         signal.set_wakeup_fd(-1)
         os.close(read)
         os.close(write)
+
+
+@pytest.mark.skipif(multiprocessing.get_start_method() != "fork", reason="workers inherit no descriptors")
+def test_nothing_is_left_of_a_run_with_data_workers(tmp_path, monkeypatch):
+    """They are forked within run_loop() and have its descriptors open too."""
+    on_one_cpu(monkeypatch)
+    images = write_images(tmp_path / "images", count=7)
+    threads, files = threading.enumerate(), open_files()
+    data = load_data(data_dir=str(images), batch_size=3, image_size=8, num_workers=1)
+    loop = train(tmp_path / "run", data=data, batch_size=3)
+    of_data = [thread for thread in threading.enumerate() if thread.name == "QueueFeederThread"]
+    assert loop.step == 3 and set(threading.enumerate()) == {*threads, *of_data}  # while the workers live
+    del data, loop  # with the pipes of the workers
+    gc.collect()
+    for thread in of_data:
+        thread.join(timeout=60)
+    assert threading.enumerate() == threads and open_files() == files
 
 
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
@@ -241,7 +256,7 @@ def test_when_a_process_ends(events):
 
     def read(descriptor, count):
         if not events_with_times:
-            return b""
+            return signals.END
         clock[0], number = events_with_times.pop(0)
         return bytes([number])
 
@@ -252,7 +267,7 @@ def test_when_a_process_ends(events):
     stop = StopSignals()
     stop._pipe = None, None
     with contextlib.suppress(Ended), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(signals, "os", type("Os", (), dict(read=read, _exit=leave, close=lambda descriptor: None)))
+        patch.setattr(signals, "os", type("Os", (), dict(read=read, _exit=leave)))
         patch.setattr(signals.time, "monotonic", lambda: clock[0])
         stop._listen()
     assert statuses == ([expected] if expected else [])

@@ -2,12 +2,15 @@
 
 import argparse
 import math
+import re
 
 import pytest
 import torch as th
 from harness import TINY, build, build_sr
+from training import assert_same
+from training import load as load_file
 
-from improved_diffusion.training.weights import load_weights, read_weights
+from improved_diffusion.training.weights import check_fits, infer_architecture, load_weights, read_weights
 from improved_diffusion.utils.errors import InputError
 
 
@@ -97,6 +100,102 @@ def test_weights_that_do_not_fit_name_up_to_three_tensors_and_the_likely_flag(we
     assert f"; the likely cause is {cause}" in message
     assert 1 <= message.count(" in the model)") <= 3
     assert "\n" not in message
+
+
+def changed(path, change):
+    """Replace the contents of a file by a function of them."""
+    th.save(change(th.load(path, weights_only=True)), path)
+    return path
+
+
+def refusal(path):
+    with pytest.raises(InputError) as info:
+        load(build(**FILE)[0], path)
+    assert str(info.value).startswith(f"{path}: ") and "\n" not in str(info.value)
+    return str(info.value)
+
+
+@pytest.mark.parametrize("name", ["extra.weight", "input_blocks.1.0.more", 5])
+def test_a_tensor_too_many_is_no_options_fault(weights, name):
+    message = refusal(changed(weights(), lambda c: {**c, name: th.zeros(3)}))
+    assert f"{name} (3 in the file, absent in the model)" in message and "likely cause" not in message
+
+
+def test_a_tensor_too_few_is_no_options_fault(weights):
+    message = refusal(changed(weights(), lambda c: {name: v for name, v in c.items() if name != "out.0.weight"}))
+    assert "out.0.weight (absent in the file, 32 in the model)" in message and "likely cause" not in message
+
+
+def under(prefix):
+    return lambda contents: {prefix + name: value for name, value in contents.items()}
+
+
+@pytest.mark.parametrize(
+    "prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "module.module."]
+)
+def test_names_from_inside_ddp_and_compile(weights, prefix):
+    path = weights()
+    want = th.load(path, weights_only=True)
+    changed(path, under(prefix))
+    assert read_weights(path).keys() == want.keys()
+    model, _ = build(**FILE)
+    load(model, path)
+    assert_same(dict(model.state_dict()), dict(want))
+    model, _ = build(**FILE)
+    check_fits(model, load_file(path), path)
+    load_weights(model, load_file(path), path)
+    assert_same(dict(model.state_dict()), dict(want))
+
+
+def test_a_compiled_part(weights):
+    path = weights()
+    changed(path, lambda c: {name.replace("out.", "out._orig_mod."): v for name, v in c.items()})
+    load(build(**FILE)[0], path)
+
+
+def test_a_network_with_such_names_keeps_them(tmp_path):
+    wrapper = th.nn.Module()
+    wrapper.module = th.nn.Linear(2, 3)
+    want = {name: value.clone() for name, value in wrapper.state_dict().items()}
+    th.nn.init.zeros_(wrapper.module.weight)
+    load_weights(wrapper, want, "a.pt")
+    assert_same(dict(wrapper.state_dict()), want)
+
+
+def test_names_that_would_collide_stay(weights):
+    message = refusal(changed(weights(), lambda c: {**under("module.")(c), **c}))
+    assert "module.time_embed.0.weight" in message
+
+
+@pytest.mark.parametrize("prefix", ["model.diffusion_model.", "unet."])
+def test_other_prefixes_are_named(weights, prefix):
+    path = changed(weights(), lambda c: {**under(prefix)(c), "model_ema.decay": th.ones(())})
+    message = refusal(path)
+    assert f"the likely cause is the prefix {prefix}" in message and f"p = {prefix!r}" in message
+    assert ("Lightning" in message) == (prefix == "model.diffusion_model.")
+    # what the line proposes
+    changed(path, lambda c: {k.removeprefix(prefix): v for k, v in c.items() if k.startswith(prefix)})
+    load(build(**FILE)[0], path)
+
+
+def test_weights_inside_an_entry_are_named(weights):
+    path = changed(weights(), lambda c: {"epoch": 3, "state_dict": under("model.diffusion_model.")(c)})
+    assert "its entry 'state_dict'" in refusal(path)
+    with pytest.raises(InputError, match="its entry 'state_dict'"):
+        check_fits(build(**FILE)[0], load_file(path), path)
+
+
+def test_blocks_of_guided_diffusion_are_named(weights):
+    """Its resblock_updown has residual blocks where this network has a convolution."""
+
+    def change(contents):
+        renamed = {re.sub(r"\.(op|conv)\.", ".in_layers.2.", name): value for name, value in contents.items()}
+        assert renamed.keys() != contents.keys()
+        return renamed
+
+    path = changed(weights(), change)
+    assert "the likely cause is resblock_updown" in refusal(path)
+    assert infer_architecture({name: tuple(v.shape) for name, v in load_file(path).items()}) is None
 
 
 def test_tensors_are_named_with_both_shapes(weights):
