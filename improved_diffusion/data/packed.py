@@ -10,6 +10,7 @@ verified: damaged pixels go unnoticed. A folder in use may be renamed or removed
 Version 1.0 packed images in one .npz file of images, labels and classes. It is read into memory.
 """
 
+import io
 import os
 import shutil
 import zipfile
@@ -70,7 +71,9 @@ def write_packed(
             raise ValueError(f"{path}: {count} images and {len(labels)} labels, not {shape[0]} of each")
 
     def write_labels(f):
-        np.savez(f, labels=np.array(labels, np.int64), classes=np.array(classes, str))
+        content = io.BytesIO()  # an archive that cannot be written complains again when it is garbage
+        np.savez(content, labels=np.array(labels, np.int64), classes=np.array(classes, str))
+        f.write(content.getbuffer())
 
     temporary = path.rstrip("/") + TEMPORARY
     try:
