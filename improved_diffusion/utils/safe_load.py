@@ -48,8 +48,12 @@ def decode(path: str, data: bytes, **kwargs) -> Any:
         kwargs.setdefault("map_location", "cpu")
     f = io.BytesIO(data)
     try:
-        if zipfile.is_zipfile(f) and zipfile.ZipFile(f).testzip():
-            raise ValueError("checksum mismatch")  # torch does not verify it
+        if zipfile.is_zipfile(f):
+            archive = zipfile.ZipFile(f)
+            if sum(member.file_size for member in archive.infolist()) > len(data):  # torch.save does not compress
+                raise ValueError("compressed, perhaps to fill the memory")
+            if archive.testzip():
+                raise ValueError("checksum mismatch")  # torch does not verify it
         f.seek(0)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of pickles before it refuses them
