@@ -8,6 +8,7 @@ The finished part of a sampling or evaluation run on disk, so that the same comm
 The hash in the folder's name is of all that decides the result: runs with other options have folders of their own.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -117,8 +118,11 @@ class Parts:
             logger.log(f"continuing behind {state['done']} finished samples in {self.directory}")
             return state
         for name in sorted(os.listdir(self._log_dir)):
-            other = os.path.join(self._log_dir, name)
-            if not name.startswith(PREFIX) or other == self.directory or (state := self._read(other)) is None:
+            other, state = os.path.join(self._log_dir, name), None
+            if name.startswith(PREFIX) and other != self.directory:
+                with contextlib.suppress(InputError):
+                    state = self._read(other)
+            if state is None:
                 continue
             theirs = {**dict.fromkeys(self._identity), **state["identity"]}
             differ = [option for option, value in theirs.items() if value != self._identity.get(option)]

@@ -8,6 +8,7 @@ import contextlib
 import errno
 import itertools
 import os
+import zipfile
 
 import blobfile as bf
 import pytest
@@ -251,6 +252,19 @@ def test_a_set_with_a_damaged_temporary_file_is_not_completed(tmp_path, damaged,
     before = sorted(os.listdir(tmp_path))
     assert found(tmp_path) == (4, 1)
     assert sorted(os.listdir(tmp_path)) == before
+
+
+def test_a_set_with_a_small_file_that_unpacks_to_a_large_one_is_left_out(tmp_path):
+    write(tmp_path, 4, 1)
+    write(tmp_path, 8, 2)
+    path = tmp_path / model_filename(8)
+    th.save({"version": th.zeros(10**6)}, path)
+    with zipfile.ZipFile(path) as archive:
+        members = {member.filename: archive.read(member) for member in archive.infolist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+    assert newest(str(tmp_path)) == str(tmp_path / model_filename(4))
 
 
 @pytest.mark.parametrize("names", [["../opt000008.pt"], ["model000004.pt"], "model000008.pt", None, [["x"]]])
