@@ -25,6 +25,7 @@ T = TypeVar("T")
 S = TypeVar("S", bound="ScriptOptions")
 
 MAX_PIXELS = 2**16  # of an image's side
+MAX_CHANNELS = 2**16  # of a level
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ class DataOptions(Group):
 @dataclass(frozen=True)
 class NetworkOptions(Group):
     title = "model"
-    num_channels: int = option(128, "channels of the first level, a multiple of 32", minimum=32, maximum=2**16)
+    num_channels: int = option(128, "channels of the first level, a multiple of 32", minimum=32, maximum=MAX_CHANNELS)
     num_res_blocks: int = option(2, "residual blocks per level", minimum=1, maximum=1024)
     num_heads: int = option(4, "attention heads")
     num_heads_upsample: int = option(-1, "attention heads in the decoder; -1 = num_heads")

@@ -16,7 +16,7 @@ from torch import nn
 
 from . import gaussian_diffusion as gd
 from .networks import NETWORKS
-from .options import DiffusionOptions, ModelOptions, SuperResModelOptions, rows
+from .options import MAX_CHANNELS, DiffusionOptions, ModelOptions, SuperResModelOptions, rows
 from .respace import SpacedDiffusion, space_timesteps
 from .unet import SuperResModel, UNetModel  # noqa: F401 (as above)
 from .utils.errors import InputError
@@ -200,6 +200,11 @@ def _numbers(name, text, number):
 def _check_shapes(size_name, size, num_channels, mult):
     text = ",".join(f"{m:g}" for m in mult)
     for width in [num_channels, *(num_channels * m for m in mult)]:
+        if width > MAX_CHANNELS:
+            raise InputError(
+                f"num_channels {num_channels} with channel_mult {text} gives a level of {width:g} channels; "
+                f"give {MAX_CHANNELS} or less"
+            )
         if width % 32:
             raise InputError(
                 f"num_channels {num_channels} with channel_mult {text} gives a level of {width:g} channels, which "

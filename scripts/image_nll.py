@@ -12,6 +12,7 @@ from improved_diffusion.cli.parser import create_parser, logging_to, parse_flags
 from improved_diffusion.cli.trained import load_trained
 from improved_diffusion.image_datasets import load_data_once
 from improved_diffusion.inference.arrays import save_arrays
+from improved_diffusion.inference.parts import Parts
 from improved_diffusion.metrics.likelihood import evaluate_bpd
 from improved_diffusion.options import LikelihoodScriptOptions
 from improved_diffusion.script_util import create_model_and_diffusion
@@ -25,9 +26,10 @@ def main():
     options = this_run.options
     data = options.call(load_data_once, limit=options.likelihood.num_samples, class_names=this_run.class_names)
 
-    with logging_to(options.general.log_dir, this_run.notes):
+    contents = dict(weights=this_run.weights, class_names=this_run.class_names, images=data.dataset.num_images)
+    with logging_to(options.general.log_dir, this_run.notes), Parts(options, **contents) as parts:
         logger.log("evaluating...")
-        means, count = options.call(evaluate_bpd, model=model, diffusion=diffusion, data=data)
+        means, count = options.call(evaluate_bpd, model=model, diffusion=diffusion, data=data, parts=parts)
         if dist_util.rank() == 0:
             logger.log(f"total bpd over {count} images: {means.pop('total_bpd').item():.4f} bits/dim")
             for name, terms in means.items():

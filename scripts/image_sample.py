@@ -12,6 +12,7 @@ from improved_diffusion.cli.parser import create_parser, logging_to, parse_flags
 from improved_diffusion.cli.trained import load_trained
 from improved_diffusion.inference.arrays import refuse_old_images, write_samples
 from improved_diffusion.inference.generate import chosen_labels, draw_labels, generate
+from improved_diffusion.inference.parts import Parts
 from improved_diffusion.options import SampleOptions
 from improved_diffusion.script_util import create_model_and_diffusion
 from improved_diffusion.training.describe import describe_classes
@@ -25,11 +26,12 @@ def main():
     options, class_names = this_run.options, this_run.class_names
     # the model may have room for more classes than it was trained on
     num_classes = len(class_names or ()) or options.model.num_classes
-    labels = None
+    labels, num_samples = None, options.sampling.num_samples
     if options.sampling.classes:
         count = options.sampling.num_samples if "num_samples" in flags.given else None
         known = options.model.num_classes if options.model.class_cond else 0
         labels = chosen_labels(options.sampling.classes, count, known, class_names)
+        num_samples = len(labels)
 
     def conditions(numbers, noise_fn):
         if not options.model.class_cond:
@@ -38,10 +40,13 @@ def main():
             return {"y": th.from_numpy(labels[numbers]).to(dist_util.dev())}
         return {"y": draw_labels(num_classes, len(numbers), noise_fn)}
 
-    with logging_to(options.general.log_dir, this_run.notes):
+    with (
+        logging_to(options.general.log_dir, this_run.notes),
+        Parts(options, weights=this_run.weights, class_names=class_names) as parts,
+    ):
         if options.model.class_cond and class_names:
             logger.log(f"classes: {describe_classes(class_names, only=labels)}")
-        if options.output.save_images:
+        if options.output.save_images and parts.done < num_samples:
             dist_util.broadcast_from_rank_0(refuse_old_images)
         logger.log("sampling...")
         size = options.model.image_size
@@ -51,8 +56,9 @@ def main():
             model=model,
             shape=(options.model.image_channels, size, size),
             conditions=conditions,
-            num_samples=options.sampling.num_samples if labels is None else len(labels),
+            num_samples=num_samples,
             sampler=options.sampling.sampler_name,
+            parts=parts,
         )
         if dist_util.rank() == 0:
             write_samples(images, drawn, class_names, options.output.save_images)

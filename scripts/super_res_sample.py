@@ -13,6 +13,7 @@ from improved_diffusion.cli.parser import create_parser, logging_to, parse_flags
 from improved_diffusion.cli.trained import load_trained
 from improved_diffusion.inference.arrays import load_base_samples, refuse_old_images, write_samples
 from improved_diffusion.inference.generate import generate
+from improved_diffusion.inference.parts import Parts
 from improved_diffusion.options import SuperResSampleOptions
 from improved_diffusion.script_util import sr_create_model_and_diffusion
 
@@ -28,7 +29,9 @@ def main():
         size=options.model.small_size,
         channels=options.model.image_channels,
         num_classes=options.model.num_classes if options.model.class_cond else None,
+        num_samples=options.sampling.num_samples,
     )
+    base = {"images": base_images} if base_labels is None else {"images": base_images, "labels": base_labels}
 
     def conditions(numbers, _):
         chosen = [i % len(base_images) for i in numbers]
@@ -37,8 +40,11 @@ def main():
             return {"low_res": low_res.to(dist_util.dev())}
         return {"low_res": low_res.to(dist_util.dev()), "y": th.from_numpy(base_labels[chosen]).to(dist_util.dev())}
 
-    with logging_to(options.general.log_dir, this_run.notes):
-        if options.output.save_images:
+    with (
+        logging_to(options.general.log_dir, this_run.notes),
+        Parts(options, weights=this_run.weights, base=base) as parts,
+    ):
+        if options.output.save_images and parts.done < options.sampling.num_samples:
             dist_util.broadcast_from_rank_0(refuse_old_images)
         logger.log(f"creating {options.sampling.num_samples} samples from {len(base_images)} images...")
         size = options.model.large_size
@@ -49,6 +55,7 @@ def main():
             shape=(options.model.image_channels, size, size),
             conditions=conditions,
             sampler=options.sampling.sampler_name,
+            parts=parts,
         )
         if dist_util.rank() == 0:
             write_samples(images, labels, this_run.class_names, options.output.save_images)

@@ -45,11 +45,13 @@ class Run(Generic[Opts]):
 
     :param class_names: of the run that is resumed or whose weights are used; None if unknown.
     :param notes: first lines of the log.
+    :param weights: digest() of the weights that are used, if any.
     """
 
     options: Opts
     class_names: list[str] | None = None
     notes: tuple[str, ...] = ()
+    weights: str = ""
 
 
 def save_config(directory: str, script: str, options: ScriptOptions, class_names: list[str] | None) -> None:
@@ -73,7 +75,9 @@ def read_config(directory: str) -> dict[str, Any] | None:
         count = len(names or [])
         if not all(isinstance(name, str) for name in names or []) or count > flags.get("num_classes", math.inf):
             raise ValueError("class_names are not names, or more than num_classes")
-    except (ValueError, KeyError, TypeError, OSError) as e:
+        if names == []:
+            raise ValueError("class_names are none; null stands for unknown ones")
+    except (ValueError, KeyError, TypeError, OSError, RecursionError) as e:
         problem = f"not the flags of a run ({type(e).__name__}: {e})"
         raise InputError(f"{path}: {problem}; delete it, and give the flags instead") from None
     return config
@@ -109,10 +113,12 @@ def of_weights(flags: Flags[Opts], weights: dict[str, Any]) -> Run[Opts]:
     """
     path = flags.options.values()["model_path"]
     config = dist_util.broadcast_from_rank_0(read_config, bf.dirname(path))
+    shapes = {name: tuple(value.shape) for name, value in weights.items()}
     if config is not None:
         run = _from_config(flags, config, bf.dirname(path))
+        _check_size(flags, run.options.values(), bf.join(bf.dirname(path), CONFIG), infer_architecture(shapes))
     else:
-        run = _from_shapes(flags, path, {name: tuple(value.shape) for name, value in weights.items()})
+        run = _from_shapes(flags, path, shapes)
     return dataclasses.replace(run, notes=(*run.notes, *_warnings(bf.basename(path))))
 
 
@@ -137,6 +143,18 @@ def _from_config(flags, config, directory):
         elif saved != value and name not in FREE:
             notes.append(f"WARNING: --{name} {value} is given; the model was trained with {saved}")
     return Run(flags.options.replace(**taken), config["class_names"], tuple(notes))
+
+
+def _check_size(flags, values, path, inferred):
+    """
+    :raises InputError: if config.json and the shapes of the weights differ in the size of the network, which may be too
+                        large to build.
+    """
+    for name in ("num_channels", "num_res_blocks", "num_classes"):
+        known = inferred is not None and inferred[name] is not None
+        if known and name not in flags.given and inferred[name] != values[name]:
+            problem = f"{name} is {values[name]}, but {inferred[name]} by the shapes of the weights"
+            raise InputError(f"{path}: {problem}; delete the file, and give the flags instead")
 
 
 def _from_shapes(flags, path, shapes):

@@ -1,9 +1,11 @@
 """The trained model of a script that samples or evaluates."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 from ..inference.generate import for_inference
+from ..inference.parts import digest
 from ..training.weights import load_weights, read_weights
 from .dry_run import print_dry_run
 from .parser import Flags
@@ -26,4 +28,5 @@ def load_trained(flags: Flags, create: Callable) -> tuple[Run, Any, Any]:
         raise SystemExit(0)
     model, diffusion = run.options.call(create)
     load_weights(model, weights, path)
+    run = dataclasses.replace(run, weights=digest(weights))
     return run, run.options.call(for_inference, model=model), diffusion

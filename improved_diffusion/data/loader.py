@@ -119,8 +119,9 @@ class BatchesInOrder:
 
     def __init__(self, dataset, batch_size: int, num_workers: int, collate_fn=default_collate, pin_memory=False):
         self.dataset = dataset
-        self._loader = _loader(dataset, num_workers, collate_fn, pin_memory, batch_size=batch_size)
-        self._batches = _one_line_errors(self._loader)
+        self._arguments = dataset, num_workers, collate_fn, pin_memory
+        self._batch_size = batch_size
+        self.skip(0)
 
     def __len__(self):
         return len(self._loader)
@@ -130,6 +131,12 @@ class BatchesInOrder:
 
     def __next__(self):
         return next(self._batches)
+
+    def skip(self, count: int) -> None:
+        """Start at sample number `count`. Call it before the first batch."""
+        rest = range(count, len(self.dataset))
+        self._loader = _loader(*self._arguments, batch_size=self._batch_size, sampler=rest)
+        self._batches = _one_line_errors(self._loader)
 
 
 def _loader(dataset, num_workers, collate_fn, pin_memory, **kwargs):

@@ -11,10 +11,11 @@ Version 1.0 packed images in one .npz file of images, labels and classes. It is 
 """
 
 import io
+import math
 import os
 import shutil
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
@@ -26,6 +27,7 @@ ENDING = ".packed"
 OLD_ENDING = ".npz"
 IMAGES, LABELS = "images.npy", "labels.npz"
 LARGE = 2**30  # bytes; a larger .npz file is worth packing again
+CHUNK = 2**20  # bytes to read at once
 
 
 def is_packed(path: str) -> bool:
@@ -124,24 +126,50 @@ def read_packed(path: str, with_labels: bool) -> tuple[np.ndarray, np.ndarray | 
     return found
 
 
-def read_npz(file, *names: str) -> list[np.ndarray]:
+def read_npz(file, *names: str, check: Callable | None = None, limit: int | None = None) -> list[np.ndarray]:
     """
     The arrays of these names, with verified checksums.
 
     :param file: a path or an open binary file.
+    :param check: called with {name: (dtype, shape)} before an array is read: a small file may unpack to terabytes.
+    :param limit: keep the first rows of each array, at most this many.
     :raises Exception: of any kind, if an array is missing or the file is damaged.
     """
-    arrays = []
     with zipfile.ZipFile(file) as archive:
         found = [name.removesuffix(".npy") for name in archive.namelist()]
         if missing := [name for name in names if name not in found]:
             raise ValueError(f"it holds no {' and no '.join(missing)}, but {', '.join(found) or 'nothing'}")
-        for name in names:
-            with archive.open(f"{name}.npy") as member:
-                arrays.append(np.lib.format.read_array(member, allow_pickle=False))
-                if member.read(1):  # zipfile verifies the checksum only at the end of the member
-                    raise ValueError(f"{name} is longer than its header says")
-    return arrays
+        if check is not None:
+            headers = {}
+            for name in names:
+                with archive.open(f"{name}.npy") as member:
+                    shape, _, dtype = _read_header(member)
+                    headers[name] = dtype, shape
+            check(headers)
+        return [_read_array(archive, f"{name}.npy", limit) for name in names]
+
+
+def _read_array(archive, name, limit):
+    with archive.open(name) as member:
+        shape, by_columns, dtype = _read_header(member)
+        if member.tell() + math.prod(shape) * dtype.itemsize != archive.getinfo(name).file_size:
+            raise ValueError(f"{name} is not as long as its header says")
+        kept = shape if limit is None or by_columns else (min(limit, shape[0]), *shape[1:])
+        data = np.empty(math.prod(kept) * dtype.itemsize, np.uint8)
+        for i in range(0, len(data), CHUNK):
+            data[i : i + CHUNK] = np.frombuffer(member.read(min(CHUNK, len(data) - i)), np.uint8)
+        while member.read(CHUNK):  # zipfile verifies the checksum only at the end of the member
+            pass
+    array = data.view(dtype)
+    array = array.reshape(kept[::-1]).T if by_columns else array.reshape(kept)
+    return array if limit is None else array[:limit]
+
+
+def _read_header(member):
+    version = np.lib.format.read_magic(member)
+    if version != (1, 0):  # headers of other versions may have 4 GB
+        raise ValueError(f".npy data of version {version}; numbers and text have (1, 0)")
+    return np.lib.format.read_array_header_1_0(member)
 
 
 def _read_labels(path, count):

@@ -1,5 +1,7 @@
 """Files of samples and other arrays."""
 
+import functools
+
 import blobfile as bf
 import numpy as np
 import torch as th
@@ -56,28 +58,36 @@ def save_arrays(name: str, *arrays: np.ndarray) -> str:
     return bf.join(logger.get_dir(), name)
 
 
-def load_base_samples(path: str, *, size: int, channels: int, num_classes: int | None = None):
+def load_base_samples(
+    path: str, *, size: int, channels: int, num_classes: int | None = None, num_samples: int | None = None
+) -> tuple[np.ndarray, np.ndarray | None]:
     """
     Load the input of a super-resolution model from a file in the format of save_samples().
 
     :param num_classes: of a class-conditional model.
+    :param num_samples: load the first images only, at most this many; None for all.
     :return: (uint8 [N, size, size, channels], labels, int64 [N]; None without num_classes).
     :raises InputError: if the file is missing, or its arrays are not of these types and shapes.
     """
-    images, *labels = _read_npz("base_samples", path, *["arr_0", "arr_1"][: 1 if num_classes is None else 2])
-    if images.dtype != np.uint8 or images.ndim != 4 or not len(images) or images.shape[1:] != (size, size, channels):
-        found = f"arr_0 is {images.dtype} of shape {images.shape}"
-        valid = f"uint8 of shape (N, {size}, {size}, {channels})"
-        options = f"small_size {size} and image_channels {channels}"
-        raise InputError(f"base_samples {path}: {found}; {options} need {valid}")
+
+    file = f"base_samples {path}"
+
+    def check(headers):
+        dtype, shape = headers["arr_0"]
+        if dtype != np.uint8 or len(shape) != 4 or not shape[0] or shape[1:] != (size, size, channels):
+            valid = f"uint8 of shape (N, {size}, {size}, {channels})"
+            options = f"small_size {size} and image_channels {channels}"
+            raise InputError(f"{file}: arr_0 is {dtype} of shape {shape}; {options} need {valid}")
+        _check_labels(file, headers)
+
+    names = ["arr_0"] if num_classes is None else ["arr_0", "arr_1"]
+    images, *labels = _read_npz("base_samples", path, names, check, num_samples)
     if num_classes is None:
         return images, None
     (labels,) = labels
-    if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
-        raise InputError(f"base_samples {path}: arr_1 has no label per image; class_cond needs them")
     if labels.min() < 0 or labels.max() >= num_classes:
         found = f"arr_1 has labels from {labels.min()} to {labels.max()}"
-        raise InputError(f"base_samples {path}: {found}; num_classes {num_classes} allows 0 to {num_classes - 1}")
+        raise InputError(f"{file}: {found}; num_classes {num_classes} allows 0 to {num_classes - 1}")
     return images, labels.astype(np.int64)
 
 
@@ -87,18 +97,28 @@ def load_labelled_samples(path: str) -> tuple[np.ndarray, np.ndarray]:
 
     :raises InputError: if the file is missing or has no labels.
     """
-    images, labels = _read_npz("samples", path, "arr_0", "arr_1")
+    check = functools.partial(_check_labels, f"samples {path}")
+    images, labels = _read_npz("samples", path, ["arr_0", "arr_1"], check)
     return images, labels
 
 
-def _read_npz(option, path, *names):
+def _check_labels(file, headers):
+    dtype, shape = headers.get("arr_1", (None, None))
+    wanted = headers["arr_0"][1][:1]
+    if dtype is not None and (dtype.kind not in "iu" or shape != wanted):
+        raise InputError(f"{file}: arr_1 is {dtype} of shape {shape}; class_cond needs integers of shape {wanted}")
+
+
+def _read_npz(option, path, names, check, limit=None):
     if not path:
         raise InputError(f"{option} is not given: give an npz file written by image_sample.py")
     if not bf.exists(path) or bf.isdir(path):
         raise InputError(f"{option} {path}: there is no such file")
     try:
         with bf.BlobFile(path, "rb") as f:
-            return read_npz(f, *names)
+            return read_npz(f, *names, check=check, limit=limit)
+    except InputError:
+        raise
     except Exception as e:  # a damaged zip archive raises anything
         what = "images and labels (arr_0, arr_1; class_cond needs both)" if "arr_1" in names else "images (arr_0)"
         raise InputError(f"{option} {path}: not an npz file of {what}: {first_line(e)}") from None

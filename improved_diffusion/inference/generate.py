@@ -1,5 +1,6 @@
 """Draw samples in batches, over all ranks."""
 
+import collections
 from collections.abc import Callable, Iterable
 
 import numpy as np
@@ -11,6 +12,7 @@ from ..script_util import configure_compute
 from ..utils.errors import InputError
 from ..utils.progress import Progress, count_calls
 from .arrays import to_uint8
+from .parts import Parts
 
 
 class SampleNoise:
@@ -77,8 +79,9 @@ def pad_batches(model: Callable, batch_size: int) -> Callable:
 
 @th.inference_mode()
 def generate(
-    diffusion, model, *, shape, num_samples, batch_size, conditions, sampler="ancestral", clip_denoised=True, seed=None
-):
+    diffusion, model, *, shape, num_samples, batch_size, conditions, sampler="ancestral", clip_denoised=True, seed=None,
+    parts: Parts | None = None, model_path="the model", use_fp16=False,
+):  # fmt: skip
     """
     Draw samples in batches over all ranks. A collective, in inference mode: for guidance by gradients call the
     samplers directly.
@@ -90,11 +93,15 @@ def generate(
     :param sampler: a key of SAMPLERS.
     :param seed: makes a sample depend on its index alone, not on batch_size or ranks. None uses torch's global
                  generator, batch by batch.
-    :return: on rank 0 (uint8 [num_samples, H, W, C], labels, int64 [num_samples], or None), else (None, None).
+    :param parts: where to keep samples batch by batch, and continue; None for memory.
+    :param model_path, use_fp16: of the network, for messages.
+    :return: on rank 0 (uint8 [num_samples, H, W, C], labels, int64 [num_samples], or None), else (None, None). With
+             parts they are mapped from its files.
+    :raises InputError: if samples are not finite.
     """
-    images, labels = [], []
+    kept = collections.defaultdict(list)
     rank, world, device = dist_util.rank(), dist_util.world_size(), dist_util.dev()
-    rounds = range(0, num_samples, batch_size * world)
+    rounds = range(parts.done if parts else 0, num_samples, batch_size * world)
     with Progress("sampling", len(rounds) * diffusion.num_timesteps, "steps", logger.log, show=rank == 0) as progress:
         model = count_calls(model, progress)
         for first in rounds:
@@ -108,18 +115,31 @@ def generate(
                 x_T = (noise_fn or th.randn_like)(x)
                 options = dict(model_kwargs=kwargs, noise_fn=noise_fn, clip_denoised=clip_denoised)
                 x = SAMPLERS[sampler](diffusion, model, x_T, **options)
-            gathered, gathered_labels = dist_util.all_gather(to_uint8(x)), None
+            if dist_util.any_rank(not x.isfinite().all()):
+                raise not_finite(model_path, use_fp16)
+            gathered = {"images": dist_util.all_gather(to_uint8(x))}
             if dist_util.any_rank("y" in kwargs):  # a rank without samples may have no labels
                 y = kwargs["y"] if "y" in kwargs else th.zeros(0, dtype=th.long, device=device)
-                gathered_labels = dist_util.all_gather(y)
-            if rank == 0:
-                images.append(gathered.cpu().numpy())
-                if gathered_labels is not None:
-                    labels.append(gathered_labels.cpu().numpy())
-            logger.log(f"created {min(first + batch_size * world, num_samples)} samples")
+                gathered["labels"] = dist_util.all_gather(y)
+            rows = {name: values.cpu().numpy() for name, values in gathered.items()} if rank == 0 else {}
+            done = min(first + batch_size * world, num_samples)
+            if parts is not None:
+                parts.save(done, rows)
+            else:
+                for name, values in rows.items():
+                    kept[name].append(values)
+            logger.log(f"created {done} samples")
     if rank > 0:
         return None, None
-    return np.concatenate(images), np.concatenate(labels) if labels else None
+    if parts is not None:
+        return parts.rows("images"), parts.rows("labels")
+    return np.concatenate(kept["images"]), np.concatenate(kept["labels"]) if "labels" in kept else None
+
+
+def not_finite(model_path: str, use_fp16: bool) -> InputError:
+    """The error for a network whose output is NaN or infinite."""
+    advice = "; float16 overflows above 65504: give use_bf16 True instead of use_fp16 True" if use_fp16 else ""
+    return InputError(f"{model_path}: the network's output is not finite{advice}")
 
 
 def draw_labels(num_classes: int, count: int, noise_fn: SampleNoise | None = None) -> th.Tensor:

@@ -24,7 +24,7 @@ def grid(images: np.ndarray, labels: np.ndarray | None = None) -> np.ndarray:
     """
     images = np.asarray(images)
     if labels is not None and 1 < len(np.unique(labels)) <= ROWS:
-        rows = [images[labels == label][:COLUMNS] for label in np.unique(labels)]
+        rows = [images[np.flatnonzero(labels == label)[:COLUMNS]] for label in np.unique(labels)]
     else:
         columns = min(COLUMNS, math.ceil(math.sqrt(len(images))))
         rows = [images[i : i + columns] for i in range(0, min(len(images), columns * ROWS), columns)]

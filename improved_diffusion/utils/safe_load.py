@@ -49,14 +49,21 @@ def decode(path: str, data: bytes, **kwargs) -> Any:
         kwargs.setdefault("map_location", "cpu")
     f = io.BytesIO(data)
     try:
-        if zipfile.is_zipfile(f) and zipfile.ZipFile(f).testzip():
-            raise ValueError("checksum mismatch")  # torch does not verify it
+        if zipfile.is_zipfile(f):
+            archive = zipfile.ZipFile(f)
+            size = sum(member.file_size for member in archive.infolist())
+            if size > len(data):
+                raise InputError(
+                    f"{path}: unpacks to {size / 1e6:,.0f} MB from {len(data) / 1e6:,.0f}; torch.save does not compress"
+                )
+            if archive.testzip():
+                raise ValueError("checksum mismatch")  # torch does not verify it
         f.seek(0)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of pickles before it refuses them
             return th.load(f, **{"weights_only": True, **kwargs})
-    except (th.OutOfMemoryError, MemoryError):
-        raise  # the file may be intact
+    except (th.OutOfMemoryError, MemoryError, InputError):
+        raise  # out of memory: the file may be intact
     except Exception as e:  # the readers raise anything for a truncated file or another format
         device = kwargs.get("map_location")
         if str(device) != "cpu":

@@ -60,6 +60,9 @@ def test_what_is_saved_is_read(tmp_path):
         '{"flags": {}, "class_names": [1, 2]}',
         '{"flags": {"num_classes": 1}, "class_names": ["a", "b"]}',
         '{"flags": {"num_classes": "1"}, "class_names": ["a"]}',
+        '{"flags": {}, "class_names": []}',
+        pytest.param("[" * 10**5 + "]" * 10**5, id="deep"),
+        pytest.param('{"flags": {"lr": ' + "9" * 10**5 + '}, "class_names": null}', id="long"),
     ],
 )
 def test_a_damaged_file_is_refused_in_one_line(tmp_path, text):
@@ -77,6 +80,19 @@ def test_values_that_cannot_be_are_refused_by_name(tmp_path, name, value):
     save(tmp_path, **{name: value})
     with pytest.raises(InputError, match=rf"config\.json: {name} .*{value!r}"):
         settle(tmp_path / "ema_0.9_000050.pt")
+
+
+@pytest.mark.parametrize(("name", "value"), [("num_res_blocks", 1000), ("num_channels", 2**16), ("num_classes", 2**24)])
+def test_a_network_of_another_size_than_the_weights_is_refused_before_it_is_built(run, name, value):
+    config = json.loads((run / "config.json").read_text())
+    config["flags"].update({"num_classes": 2, name: value})
+    (run / "config.json").write_text(json.dumps(config))
+    model, _ = build(**{**TINY, "image_size": 8, "class_cond": True, "num_classes": 2})
+    with pytest.raises(InputError, match=rf"config\.json: {name} is {value}") as refusal:
+        settle(run / "ema_0.9_000050.pt", model.state_dict())
+    assert "\n" not in str(refusal.value)
+    values, _ = settle(run / "ema_0.9_000050.pt", model.state_dict(), **{name: {**TINY, "num_classes": 2}[name]})
+    assert values["num_classes"] == 2
 
 
 def test_a_folder_of_that_name(tmp_path):

@@ -1,6 +1,9 @@
 """Samples from several batches and ranks come out in order, with their labels, in files that can be read back."""
 
+import os
 import re
+import tracemalloc
+import zipfile
 
 import numpy as np
 import pytest
@@ -104,6 +107,28 @@ def test_order_and_labels_are_kept_over_ranks(on_ranks, world_size, num_samples)
     assert images[:, 0, 0, 0].tolist() == list(range(num_samples))
     assert labels.tolist() == [100 + i for i in range(num_samples)]
     assert others == [(None, None)] * (world_size - 1)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("use_fp16", [False, True])
+def test_samples_that_are_not_finite_end_all_ranks(on_ranks, value, use_fp16):
+    """Though one rank alone has one."""
+
+    class Broken(StubDiffusion):
+        def p_sample_loop_progressive(self, model, shape, *, model_kwargs, **kwargs):
+            x = th.zeros(shape)
+            x[model_kwargs["number"] == 4, 0, 0, 0] = value
+            return [{"sample": x, "pred_xstart": x}] * self.num_timesteps
+
+    refused = []
+
+    def work(rank):
+        with pytest.raises(InputError, match=r"^a\.pt: ") as refusal:
+            draw(Broken(), model_path="a.pt", use_fp16=use_fp16)
+        refused.append(str(refusal.value))
+
+    on_ranks(2, work)
+    assert len(refused) == 2 and all(("use_bf16" in line) == use_fp16 and "\n" not in line for line in refused)
 
 
 # ---------------------------------------------------------------- random numbers of a sample's own
@@ -359,7 +384,14 @@ LABELS = np.zeros(6, np.int64)
         (dict(arr_0=np.float32(3), arr_1=LABELS), ["float32", "uint8"]),
         (dict(arr_0=IMAGES), ["holds no arr_1", "class_cond"]),
         (dict(arr_0=IMAGES, arr_1=np.zeros(5, int)), ["arr_1", "class_cond"]),
-        (dict(arr_0=IMAGES, arr_1=np.zeros(6)), ["base_samples", "arr_1"]),
+        (dict(arr_0=IMAGES, arr_1=np.zeros(6)), ["arr_1 is float64 of shape (6,)"]),
+        (dict(arr_0=IMAGES, arr_1=np.array([0, 1, 1.7, np.nan, 0, 0])), ["arr_1 is float64"]),
+        (dict(arr_0=IMAGES, arr_1=np.zeros(6, complex)), ["arr_1 is complex128"]),
+        (dict(arr_0=IMAGES, arr_1=np.zeros(6, bool)), ["arr_1 is bool"]),
+        (dict(arr_0=IMAGES, arr_1=np.array(list("aabbcc"))), ["arr_1 is <U1"]),
+        (dict(arr_0=IMAGES, arr_1=np.array(["2020-01-01"] * 6, "M8[D]")), ["arr_1 is datetime64[D]"]),
+        (dict(arr_0=IMAGES, arr_1=np.array([0, 1, 2, 0, 1, 2**64 - 1], "u8")), [f"labels from 0 to {2**64 - 1}"]),
+        (dict(arr_0=IMAGES, arr_1=np.zeros((6, 1), int)), ["arr_1 is int64 of shape (6, 1)"]),
         (dict(arr_0=IMAGES, arr_1=np.arange(6)), ["labels from 0 to 5", "num_classes 3 allows 0 to 2"]),
         (dict(arr_0=IMAGES, arr_1=np.arange(6) % 4), ["labels from 0 to 3", "num_classes 3 allows 0 to 2"]),
         (dict(arr_0=IMAGES, arr_1=np.arange(6) - 4), ["labels from -4 to 1", "num_classes 3 allows 0 to 2"]),
@@ -373,6 +405,60 @@ def test_base_samples_that_cannot_work(npz, arrays, parts):
     assert str(refusal.value).startswith(f"base_samples {path}")
     assert [part for part in parts if part not in str(refusal.value)] == []
     assert "\n" not in str(refusal.value)
+
+
+def test_the_samples_wanted_alone_are_kept(npz):
+    labels = np.array([2, 0, 1, 1, 0, 9])
+    for images in (IMAGES, np.asfortranarray(IMAGES)):
+        path = npz(arr_0=images, arr_1=labels)
+        for wanted, found in ((1, 1), (4, 4), (9, 6)):
+            first, theirs = load_base_samples(path, size=4, channels=3, num_classes=10, num_samples=wanted)
+            np.testing.assert_array_equal(first, IMAGES[:found])
+            assert theirs.tolist() == labels[:found].tolist()
+
+
+def peak_of(function):
+    """Bytes that a call holds at its peak."""
+    tracemalloc.start()
+    try:
+        function()
+    finally:
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    return peak
+
+
+def test_a_small_file_that_unpacks_to_a_large_one(tmp_path):
+    """Neither other arrays nor samples beyond those wanted are in memory."""
+    path, large = str(tmp_path / "small.npz"), np.zeros((10**6, 4, 4, 3), np.uint8)
+    np.savez_compressed(path, large, np.zeros(10**6, int), other=np.zeros(10**7))
+    assert os.path.getsize(path) < 10**6
+    images = []
+
+    def load():
+        images.append(load_base_samples(path, size=4, channels=3, num_classes=3, num_samples=5)[0])
+
+    assert peak_of(load) < 2e7 and images[0].shape == (5, 4, 4, 3)
+
+
+def test_another_shape_is_refused_before_it_is_read(npz):
+    path = npz(arr_0=np.zeros((10**6, 4, 4, 3), np.uint8), arr_1=np.zeros((10**6, 3), int))
+
+    def load(size):
+        with pytest.raises(InputError, match="arr_"):
+            load_base_samples(path, size=size, channels=3, num_classes=3)
+
+    assert peak_of(lambda: load(8)) < 2e7 and peak_of(lambda: load(4)) < 2e7  # blobfile buffers 8 MB
+
+
+@pytest.mark.parametrize("count", [3, 10**12])
+def test_a_header_that_promises_more_than_there_is(tmp_path, count):
+    path = str(tmp_path / "lie.npz")
+    with zipfile.ZipFile(path, "w") as archive, archive.open("arr_0.npy", "w") as f:
+        np.lib.format.write_array_header_1_0(f, {"descr": "|u1", "fortran_order": False, "shape": (count, 4, 4, 3)})
+        f.write(bytes(2 * 48))
+    with pytest.raises(InputError, match="header"):
+        load_base_samples(path, size=4, channels=3)
 
 
 @pytest.mark.parametrize(

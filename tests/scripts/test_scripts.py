@@ -2,7 +2,9 @@
 
 import collections
 import csv
+import itertools
 import re
+import signal
 import sys
 
 import numpy as np
@@ -15,6 +17,7 @@ from training import assert_same
 from improved_diffusion.cli import parser
 from improved_diffusion.gaussian_diffusion import GaussianDiffusion
 from improved_diffusion.image_datasets import load_data_once
+from improved_diffusion.inference import arrays, generate
 from improved_diffusion.inference.generate import SampleNoise
 from improved_diffusion.script_util import (
     create_model_and_diffusion,
@@ -344,6 +347,75 @@ def test_seeds_of_samples(tmp_path):
     again = sample(tmp_path / "again", weights, seed=1)[1]["arr_0"]
     np.testing.assert_array_equal(drawn[1], again)
     assert (drawn[1] != drawn[2]).any()
+
+
+@pytest.mark.parametrize("precision", ["use_fp16", "use_bf16"])
+@pytest.mark.parametrize("script", ["image_sample", "super_res_sample", "image_nll"])
+def test_a_network_that_overflows_ends_in_one_line(tmp_path, capfd, images, script, precision):
+    weights = save_weights(tmp_path / "model.pt", script == "super_res_sample", fill=1e35)
+    words = {**SAMPLE, "model_path": weights, precision: True}
+    if script == "super_res_sample":
+        np.savez(tmp_path / "base.npz", np.zeros((5, 4, 4, 3), np.uint8))
+        del words["image_size"]
+        words.update(large_size=8, small_size=4, base_samples=tmp_path / "base.npz")
+    if script == "image_nll":
+        words.update(data_dir=images, num_workers=0)
+    assert run_script(script, flags(**words), tmp_path / "log") == 2
+    err = capfd.readouterr().err
+    assert err.startswith(f"{script}.py: error: --model_path {weights}: ") and err.count("\n") == 1
+    assert ("use_bf16 True" in err) == (precision == "use_fp16")
+    assert {path.name for path in (tmp_path / "log").iterdir()} <= {"log.txt", "progress.csv"}
+
+
+@pytest.mark.parametrize("save_images", [False, True])
+@pytest.mark.parametrize("stage", ["sampling", "pictures"])
+@pytest.mark.parametrize("script", ["image_sample", "super_res_sample"])
+def test_interrupted_samples_continue(tmp_path, capfd, script, stage, save_images):
+    words = dict(seed=3, save_images=save_images)
+    if script == "super_res_sample":
+        base = np.random.default_rng(0).integers(0, 256, (5, 4, 4, 3)).astype(np.uint8)
+        np.savez(tmp_path / "base.npz", base)
+        words.update(image_size=None, large_size=8, small_size=4, base_samples=tmp_path / "base.npz")
+    weights = save_weights(tmp_path / "model.pt", script == "super_res_sample", fill=0.02)
+    sample(tmp_path / "whole", weights, script, **words)
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_after(
+            patch, *((generate, "to_uint8", 1) if stage == "sampling" else (arrays, "write_pngs", 2 * save_images))
+        )
+        given = {k: v for k, v in {**SAMPLE, "model_path": weights, **words}.items() if v is not None}
+        assert run_script(script, flags(**given), tmp_path / "parts") == 128 + signal.SIGINT
+    out, err = capfd.readouterr()
+    assert err == f"{script}.py: error: interrupted\n"
+    assert f"the same command with log_dir {tmp_path / 'parts'} continues" in out
+    sample(tmp_path / "parts", weights, script, **words)
+    kept = [{k: v for k, v in snapshot(tmp_path / run).items() if k != "log.txt"} for run in ("whole", "parts")]
+    assert kept[0] == kept[1] and "parts-" not in str(kept[1].keys())
+
+
+def interrupt_after(patch, module, name, count):
+    """Ctrl-C at a later call of a function than the first `count`."""
+    function, calls = getattr(module, name), itertools.count()
+
+    def interrupted(*args, **kwargs):
+        if next(calls) == count:
+            raise KeyboardInterrupt
+        return function(*args, **kwargs)
+
+    patch.setattr(module, name, interrupted)
+
+
+def test_interrupted_likelihood_continues(tmp_path, capfd, images):
+    weights = save_weights(tmp_path / "model.pt", channel_mult="1", fill=0.02)
+    words = dict(channel_mult="1", timestep_respacing=6, seed=3)
+    whole = measure(capfd, tmp_path / "whole", images, weights, **words)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(AssertionError):
+        interrupt_after(patch, GaussianDiffusion, "calc_bpd_loop", 2)
+        measure(capfd, tmp_path / "parts", images, weights, **words)
+    parts = measure(capfd, tmp_path / "parts", images, weights, **words)
+    assert parts[:2] == whole[:2]
+    assert snapshot(tmp_path / "parts").keys() == snapshot(tmp_path / "whole").keys()
+    for name, values in whole[2].items():
+        np.testing.assert_array_equal(parts[2][name], values)
 
 
 @pytest.mark.parametrize("name", ["model000002.pt", "ema_0.9_000002.pt"])

@@ -6,13 +6,14 @@ Each scenario runs once for each of its operations on files, and dies in the mid
 
 import contextlib
 import errno
-import io
 import itertools
 import os
+import zipfile
 
 import blobfile as bf
 import pytest
 import torch as th
+from dying_disk import DyingDisk, Killed
 from training import load, on_one_cpu
 
 from improved_diffusion import dist_util, logger
@@ -29,61 +30,12 @@ from improved_diffusion.utils import files
 from improved_diffusion.utils.errors import FileAccessError, InputError
 
 
-class Killed(BaseException):
-    pass
-
-
 @pytest.fixture(autouse=True)
 def one_cpu(monkeypatch, tmp_path_factory):
     on_one_cpu(monkeypatch)
     monkeypatch.setattr(os, "fsync", lambda fd: None)  # the operations' order counts here, and not the disk
     with logger.scoped_configure(dir=str(tmp_path_factory.mktemp("log")), format_strs=[]):
         yield
-
-
-class DyingDisk:
-    """
-    Within `with DyingDisk(k):`, what reaches the disk ends in the middle of the k-th operation: half of a file is
-    written, or a name is not changed. No clean-up after that changes anything, as after SIGKILL.
-    """
-
-    def __init__(self, k=None):
-        self.k, self.count = k, 0
-
-    def _operate(self, act, half=lambda: None):
-        self.count += 1
-        if self.k is not None and self.count > self.k:
-            if self.count == self.k + 1:
-                half()
-            raise Killed
-        return act()
-
-    def __enter__(self):
-        disk, save = self, th.save
-
-        class DyingFile(io.FileIO):
-            def write(self, data):
-                return disk._operate(lambda: super(DyingFile, self).write(data), lambda: self._write_half(data))
-
-            def _write_half(self, data):
-                super().write(data[: len(data) // 2])
-
-        def dying_save(value, f):
-            """One operation, not the many that torch makes of it."""
-            written = io.BytesIO()
-            save(value, written)
-            f.write(written.getbuffer())
-
-        self._patch = pytest.MonkeyPatch()
-        self._patch.setattr(th, "save", dying_save)
-        self._patch.setattr(files, "open", lambda *args: disk._operate(lambda: DyingFile(*args)), raising=False)
-        for name in ("replace", "remove", "fsync"):
-            function = getattr(os, name)
-            self._patch.setattr(os, name, lambda *args, act=function: disk._operate(lambda: act(*args)))
-        return self
-
-    def __exit__(self, *_):
-        self._patch.undo()
 
 
 KINDS = (model_filename, lambda step: ema_filename(0.9, step), optimizer_filename, state_filename)
@@ -300,6 +252,19 @@ def test_a_set_with_a_damaged_temporary_file_is_not_completed(tmp_path, damaged,
     before = sorted(os.listdir(tmp_path))
     assert found(tmp_path) == (4, 1)
     assert sorted(os.listdir(tmp_path)) == before
+
+
+def test_a_set_with_a_small_file_that_unpacks_to_a_large_one_is_left_out(tmp_path):
+    write(tmp_path, 4, 1)
+    write(tmp_path, 8, 2)
+    path = tmp_path / model_filename(8)
+    th.save({"version": th.zeros(10**6)}, path)
+    with zipfile.ZipFile(path) as archive:
+        members = {member.filename: archive.read(member) for member in archive.infolist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+    assert newest(str(tmp_path)) == str(tmp_path / model_filename(4))
 
 
 @pytest.mark.parametrize("names", [["../opt000008.pt"], ["model000004.pt"], "model000008.pt", None, [["x"]]])
