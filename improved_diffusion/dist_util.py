@@ -160,7 +160,7 @@ def end(status: int | str) -> NoReturn:
     if alone:
         sys.exit(status)
     if isinstance(status, str):
-        print(status, file=sys.stderr)
+        streams.show(status, error=True)
         status = 1
     exit_at_once(status)
 

@@ -195,6 +195,6 @@ def _one_line_errors(loader):
         yield from batches
         return
     except InputError as e:
-        message = str(e).strip().splitlines()[-1].split("InputError: ")[-1]
+        message = e.args[0].strip().splitlines()[-1].split("InputError: ")[-1]  # torch adds the traceback
         traceback.clear_frames(e.__traceback__)  # a reference cycle with the iterator would keep the workers alive
     raise InputError(message)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from harness import FULL, on_a_full_disk, snapshot
+from harness import fill_disk, on_a_full_disk, snapshot
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -192,9 +192,8 @@ def test_a_place_that_cannot_be_written_to_is_refused_before_the_first_image(mon
 
 
 @on_a_full_disk
-def test_a_full_disk_is_one_line(tmp_path):
-    (tmp_path / "a.packed.tmp").mkdir()
-    (tmp_path / "a.packed.tmp" / "images.npy.tmp").symlink_to(FULL)
+def test_a_full_disk_is_one_line(monkeypatch, tmp_path):
+    fill_disk(monkeypatch, "images.npy")
     with pytest.raises(InputError, match=r"images\.npy: cannot be written \(No space left on device\)"):
         write(tmp_path / "a.packed", pixels(2000))
     assert list(tmp_path.iterdir()) == []
