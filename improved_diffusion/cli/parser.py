@@ -220,7 +220,8 @@ def run(main: Callable[[], object]) -> None:
         if status is None:
             raise
         streams.show(f"{os.path.basename(sys.argv[0])}: error: {streams.printable(_with_flag(message))}", error=True)
-        if dist_util.is_lost_rank_error(e):
+        # after a reached limit, destructors of half-made workers fail too
+        if dist_util.is_lost_rank_error(e) or errors.exhausted_limit(e):
             dist_util.exit_at_once(status)
         dist_util.end(status)
     finally:
