@@ -251,7 +251,8 @@ def _explain(error):
         advice = "give a smaller --batch_size, or for training --microbatch or --use_checkpoint True"
         return 1, f"out of memory ({line}); {advice}. --dry_run True estimates the memory"
     if errors.is_compiler_error(error):
-        return 1, f"torch.compile fails ({line}); leave out --compile"
+        problem = " ".join(str(error).splitlines()[:2]).strip()  # "backend='inductor' raised:", and what
+        return 1, f"torch.compile fails ({problem}); leave out --compile"
     if dist_util.is_lost_rank_error(error):
         return 1, f"rank {dist_util.rank()}: another rank, or the connection to it, is gone: {line}"
     return None, ""

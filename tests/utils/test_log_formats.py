@@ -392,3 +392,12 @@ def test_no_stdout_at_all(tmp_path, monkeypatch):
     """Python has none if its descriptor was closed before it began."""
     monkeypatch.setattr(sys, "stdout", None)
     make_output_format("stdout", str(tmp_path)).writeseq(["text"])
+
+
+def test_control_characters_do_not_reach_the_terminal():
+    out = io.StringIO()
+    HumanOutputFormat(out).writeseq(["a\x1b[2Jb\rc\x9b", "two\n\tlines"])
+    assert out.getvalue() == "a\\x1b[2Jb\\rc\\x9b two\n\tlines\n"
+    out = io.StringIO()
+    HumanOutputFormat(out).writekvs({"a\nb": "c\rd"})
+    assert "| a\\nb | c\\rd |" in out.getvalue().splitlines()
