@@ -65,7 +65,8 @@ def whole_number(name: str, default: int | None = None) -> int:
     try:
         return int(os.environ.get(name, default))  # type: ignore[arg-type]
     except (ValueError, TypeError):
-        raise InputError(f"the environment variable {name} is {os.environ.get(name)!r}, not a whole number") from None
+        problem = f"is {os.environ[name]!r}, not a whole number" if name in os.environ else "is not set"
+        raise InputError(f"the environment variable {name} {problem}") from None
 
 
 def _has_address():

@@ -199,6 +199,15 @@ def test_a_full_disk_is_one_line(monkeypatch, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_link_under_the_temporary_name_is_not_followed(tmp_path):
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "images.npy").write_text("precious")
+    (tmp_path / "a.packed.tmp").symlink_to("precious")
+    write(tmp_path / "a.packed", pixels())
+    assert (tmp_path / "precious" / "images.npy").read_text() == "precious"
+    assert not (tmp_path / "a.packed").is_symlink() and not (tmp_path / "a.packed.tmp").is_symlink()
+
+
 def test_what_comes_into_the_way_meanwhile_is_not_overwritten(tmp_path):
     def batches():
         (tmp_path / "a.packed").mkdir()

@@ -412,3 +412,11 @@ def test_a_world_without_ranks_is_refused(monkeypatch, names, size):
         monkeypatch.setenv(name, value)
     with pytest.raises(InputError, match=f"{names[1]} is {size}: give 1 or more"):
         launchers_.find_world()
+
+
+def test_variables_of_srun_without_its_job_are_named(monkeypatch):
+    started_by(monkeypatch, SLURM, 0, 2, 0)
+    for name in SLURM_STEP:
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(InputError, match="SLURM_JOB_ID is not set"):
+        launchers_.shared_store(launchers_.find_world())
