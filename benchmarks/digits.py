@@ -18,6 +18,7 @@ from sklearn.svm import SVC
 from improved_diffusion.cli.parser import FlagParser, run
 from improved_diffusion.inference.arrays import load_labelled_samples
 from improved_diffusion.utils.errors import InputError
+from improved_diffusion.utils.streams import show
 
 
 def main():
@@ -32,13 +33,13 @@ def main():
     samples = features(images)
 
     train, test, train_labels, test_labels = train_test_split(real, real_labels, test_size=0.3, random_state=0)
-    print(f"held-out real digits: {fit(train, train_labels).score(test, test_labels):.1%} of {len(test)}")
+    show(f"held-out real digits: {fit(train, train_labels).score(test, test_labels):.1%} of {len(test)}")
 
     predicted = fit(real, real_labels).predict(samples)
     for digit in range(10):
         mask = labels == digit
-        print(f"  {digit}: {np.mean(predicted[mask] == digit):.1%} of {mask.sum()}")
-    print(f"samples classified as their label: {np.mean(predicted == labels):.1%} of {len(labels)}")
+        show(f"  {digit}: {np.mean(predicted[mask] == digit):.1%} of {mask.sum()}")
+    show(f"samples classified as their label: {np.mean(predicted == labels):.1%} of {len(labels)}")
 
 
 def features(images):

@@ -9,6 +9,8 @@ import sys
 
 import torch as th
 
+from improved_diffusion.utils.streams import show
+
 
 def markdown(rows):
     """A table of rows: dicts with the same keys, the headings."""
@@ -30,8 +32,8 @@ def _cell(value):
 def publish(name, rows, args, notes=()):
     """Print the rows as a table and write them, with machine and settings, to OUT/NAME.json."""
     machine = describe_machine(args.device)
-    print(f"## {name}\n\n{machine['date']}, {machine['hardware']}, torch {machine['torch']}: `{machine['command']}`\n")
-    print("\n".join([markdown(rows), *(f"\n{note}" for note in notes)]), end="\n\n", flush=True)
+    show(f"## {name}\n\n{machine['date']}, {machine['hardware']}, torch {machine['torch']}: `{machine['command']}`\n")
+    show("\n".join([markdown(rows), *(f"\n{note}" for note in notes)]) + "\n")
     os.makedirs(args.out, exist_ok=True)
     # args has values that JSON has not, such as a torch.device
     settings = {key: v for key, v in vars(args).items() if isinstance(v, int | float | str | list | bool | None)}

@@ -26,6 +26,7 @@ from improved_diffusion.nn import timestep_embedding
 from improved_diffusion.script_util import whole_number
 from improved_diffusion.train_util import TrainLoop
 from improved_diffusion.utils.errors import InputError
+from improved_diffusion.utils.streams import show
 
 POINTS = 10_000
 TIMESTEPS = 100
@@ -66,7 +67,7 @@ def main():
     of_samples = np.mean([energy_distance(reverse[-1], data) for data in fresh[:-1]])
     of_data = np.mean([energy_distance(a, b) for a, b in itertools.pairwise(fresh)])
     ratio = of_samples / of_data
-    print(f"energy distance to fresh data: {of_samples:.2e} of samples, {of_data:.2e} of data, ratio {ratio:.2f}")
+    show(f"energy distance to fresh data: {of_samples:.2e} of samples, {of_data:.2e} of data, ratio {ratio:.2f}")
 
 
 def s_curve(seed):
@@ -168,7 +169,7 @@ def draw(clouds, titles, out_dir, name):
         figure.savefig(path)
     except OSError as e:
         raise InputError(f"{path}: cannot be written ({e.strerror})") from None
-    print(path)
+    show(path)
 
 
 def create_argparser():

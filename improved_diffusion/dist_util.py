@@ -102,7 +102,24 @@ def _join(backend, world):
         dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=GROUP_TIMEOUT)
         if backend == "nccl":
             _cpu_group()  # now: ranks that cannot connect over gloo fail here
+            _check_gpus(world)
     _attendance = attendance.Attendance(store, world.rank, world.size)
+
+
+def _check_gpus(world):
+    """
+    A collective. :raises InputError: on all ranks if two have the same GPU, with which NCCL fails.
+
+    Compares identities, not numbers: Slurm may show each rank only its own GPU, as number 0.
+    """
+    here = f"local rank {world.local_rank} of {platform.node()}, which has {th.cuda.device_count()}"
+    found: dict[str, int] = {}
+    gpus = all_gather_object((str(th.cuda.get_device_properties(dev()).uuid), here))
+    for rank, (gpu, place) in enumerate(gpus):
+        if gpu in found:
+            problem = f"ranks {found[gpu]} and {rank} have the same GPU (rank {rank} is {place})"
+            raise InputError(f"{problem}; start one rank per GPU")
+        found[gpu] = rank
 
 
 def _exit_with_launcher(world):
@@ -160,7 +177,7 @@ def end(status: int | str) -> NoReturn:
     if alone:
         sys.exit(status)
     if isinstance(status, str):
-        print(status, file=sys.stderr)
+        streams.show(status, error=True)
         status = 1
     exit_at_once(status)
 

@@ -75,9 +75,15 @@ class Valid:
         return f"{text}, or several separated by commas" if self.several else text
 
 
-def option(default, help, **valid) -> Any:
+def option(default, help, path=False, **valid) -> Any:
     """A row: a dataclass field with help and Valid values."""
-    return dataclasses.field(default=default, metadata={"help": help, "valid": Valid(**valid) if valid else None})
+    metadata = {"help": help, "path": path, "valid": Valid(**valid) if valid else None}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def path_option(help, **valid) -> Any:
+    """A row of a local path or URL. The default is ""."""
+    return option("", help, path=True, **valid)
 
 
 @dataclass(frozen=True)
@@ -89,6 +95,7 @@ class Option:
     default: Any
     group: str
     help: str
+    path: bool
     valid: Valid | None
 
 
@@ -127,7 +134,7 @@ def rows(group: Any) -> tuple[Option, ...]:
 @dataclass(frozen=True)
 class DataOptions(Group):
     title = "data"
-    data_dir: str = option("", "folder of images, searched recursively, or packed", required="a folder of images")
+    data_dir: str = path_option("folder of images, searched recursively, or packed", required="a folder of images")
     num_workers: int = option(-1, "processes that decode; 0 = the main process; -1 = 1, or 0 if packed", minimum=-1)
     pin_memory: bool = option(True, "with a GPU: load batches into page-locked memory, for faster copies")
 
@@ -192,7 +199,7 @@ class TrainingOptions(Group):
     ema_rate: str = option("0.9999", "decay of the average of the weights", several=True, minimum=0, below=1)
     schedule_sampler: str = option("uniform", "distribution of timesteps", choices=("uniform", "loss-second-moment"))
     random_flip: bool = option(False, "mirror each image with probability 1/2")
-    resume_checkpoint: str = option("", "model file to resume from, or auto: the newest complete one of log_dir")
+    resume_checkpoint: str = path_option("model file to resume from, or auto: the newest complete one of log_dir")
     fp16_scale_growth: float = option(1e-3, "growth of log2 of the float16 loss scale per step", minimum=0, maximum=1)
 
     def __post_init__(self):
@@ -204,7 +211,7 @@ class TrainingOptions(Group):
 @dataclass(frozen=True)
 class WeightsOptions(Group):
     title = "sampling"
-    model_path: str = option("", "weights, beside their config.json", required="a file such as ema_0.9999_200000.pt")
+    model_path: str = path_option("weights, beside their config.json", required="a file such as ema_0.9999_200000.pt")
     batch_size: int = option(1, "images per batch on each rank", minimum=1, maximum=2**24)
     clip_denoised: bool = option(True, "clamp the predicted x_start to [-1, 1]")
 
@@ -233,7 +240,7 @@ class ClassSamplingOptions(SamplingOptions):
 
 @dataclass(frozen=True)
 class SuperResSamplingOptions(SamplingOptions):
-    base_samples: str = option("", "small images, written by image_sample.py", required="an npz file of images")
+    base_samples: str = path_option("small images, written by image_sample.py", required="an npz file of images")
 
 
 @dataclass(frozen=True)

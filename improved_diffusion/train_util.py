@@ -40,6 +40,7 @@ from .training.statistics import StepStatistics, log_loss_dict  # noqa: F401 (th
 from .training.stopping import stop_run, try_next
 from .training.weights import copy_with, load_weights
 from .utils.errors import is_out_of_memory
+from .utils.files import checkpoint_url
 from .utils.progress import Progress
 
 # In float16 the loss is multiplied by 2^lg_loss_scale, lest small gradients vanish. The scale grows
@@ -478,7 +479,7 @@ class TrainLoop:
 
 def get_blob_logdir():
     """Where checkpoints go: DIFFUSION_BLOB_LOGDIR, else the log directory."""
-    return os.environ.get("DIFFUSION_BLOB_LOGDIR") or logger.get_dir()
+    return checkpoint_url() or logger.get_dir()
 
 
 def find_resume_checkpoint():

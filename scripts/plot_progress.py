@@ -10,9 +10,10 @@ import csv
 import math
 import os
 
-from improved_diffusion.cli.parser import FlagParser, run
+from improved_diffusion.cli.parser import FlagParser, path_argument, run
 from improved_diffusion.utils.errors import InputError
 from improved_diffusion.utils.log_formats import number
+from improved_diffusion.utils.streams import show
 
 PANELS = [  # title, {column: its label}, logarithmic
     ("loss", {"loss": ""}, True),
@@ -39,7 +40,7 @@ def main():
         draw(Figure, runs).savefig(out)
     except OSError as e:
         raise InputError(f"out {out}: cannot be written ({e.strerror})") from None
-    print(os.path.abspath(out))
+    show(os.path.abspath(out))
 
 
 def read_progress(logdir: str) -> dict[float, dict[str, float]]:
@@ -105,8 +106,9 @@ def literal(name):
 
 def create_argparser():
     parser = FlagParser(description=__doc__)
-    parser.add_argument("LOGDIR", nargs="+", help="log directory of a training run")
-    parser.add_argument("--out", default="", help="PNG file to write; default progress.png in the first LOGDIR")
+    parser.add_argument("LOGDIR", nargs="+", type=path_argument, help="log directory of a training run")
+    out_help = "PNG file to write; default progress.png in the first LOGDIR"
+    parser.add_argument("--out", default="", type=path_argument, help=out_help)
     return parser
 
 

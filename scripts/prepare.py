@@ -9,7 +9,7 @@ Repeat the command to continue an interrupted folder. Packed images are whole or
 
 import inspect
 
-from improved_diffusion.cli.parser import FlagParser, add_flag, run
+from improved_diffusion.cli.parser import FlagParser, add_flag, path_argument, run
 from improved_diffusion.data.prepare import write
 from improved_diffusion.data.sources import SOURCES
 from improved_diffusion.options import PrepareOptions, check, rows
@@ -34,8 +34,9 @@ def create_argparser():
         command = commands.add_parser(name, help=description.partition("\n")[0], description=description)
         parameters = inspect.signature(source).parameters
         if "src" in parameters:
-            command.add_argument("src", metavar="SRC", help="data set to read")
-        command.add_argument("out", metavar="OUT", help="folder to write; packed images if its name ends in .packed")
+            command.add_argument("src", metavar="SRC", type=path_argument, help="data set to read")
+        out_help = "folder to write; packed images if its name ends in .packed"
+        command.add_argument("out", metavar="OUT", type=path_argument, help=out_help)
         for parameter in parameters.values():
             if parameter.name in ROWS:
                 add_flag(command, ROWS[parameter.name], parameter.default)

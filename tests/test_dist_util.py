@@ -4,10 +4,13 @@ import contextlib
 import io
 import os
 import pickle
+import platform
 import random
 import signal
 import subprocess
 import sys
+import threading
+import types
 from datetime import timedelta
 from unittest.mock import Mock
 
@@ -24,6 +27,7 @@ from training import assert_same
 
 from improved_diffusion import dist_util
 from improved_diffusion.utils.errors import InputError
+from improved_diffusion.utils.launchers import World
 
 
 @pytest.fixture(autouse=True)
@@ -576,3 +580,31 @@ def test_a_launcher_killed_before_its_rank_has_imported_torch():
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.kill(rank, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("gpus", [["a", "b", "a"], ["a", "a", "a"]])
+def test_ranks_that_share_a_gpu_are_refused(monkeypatch, on_ranks, gpus):
+    """As if each rank saw its own only; NCCL would fail obscurely."""
+    here = threading.local()
+    monkeypatch.setattr(th.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(th.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(th.cuda, "get_device_properties", lambda _: types.SimpleNamespace(uuid=here.gpu))
+    world = {rank: World("torchrun", rank, len(gpus), rank) for rank in range(len(gpus))}
+    monkeypatch.setattr(dist_util, "find_world", lambda: world[0])
+
+    def check(rank):
+        here.gpu = gpus[rank]
+        with pytest.raises(InputError) as info:
+            dist_util._check_gpus(world[rank])
+        return str(info.value)
+
+    (line,) = set(on_ranks(len(gpus), check))  # on all ranks
+    second = gpus.index("a", 1)
+    assert f"ranks 0 and {second} have the same GPU" in line and f"local rank {second} of {platform.node()}" in line
+    gpus[:] = ["a", "b", "c"]
+
+    def check_distinct(rank):
+        here.gpu = gpus[rank]
+        dist_util._check_gpus(world[rank])
+
+    on_ranks(len(gpus), check_distinct)

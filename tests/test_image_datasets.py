@@ -655,14 +655,14 @@ def test_of_a_large_folder_images_from_all_over_it_are_checked(monkeypatch, grey
 @pytest.mark.parametrize("load", [load_data, load_data_once])
 def test_an_image_found_unreadable_later_is_named_in_one_line(monkeypatch, tmp_path, load, num_workers):
     write_images(tmp_path, count=6)
-    bad = tmp_path / "b_003.png"
+    bad = (tmp_path / "b_003.png").rename(tmp_path / "b_003\n\x1b.png")
     corrupt(bad)
     monkeypatch.setattr(image_files, "CHECKED_IMAGES", 2)  # the first and the fourth
     before = {process.pid for process in multiprocessing.active_children()}
     data = iter(load(data_dir=str(tmp_path), batch_size=6, image_size=8, num_workers=num_workers))
     with pytest.raises(InputError) as refusal:
         next(data)
-    assert str(refusal.value).startswith(f"{bad}: cannot be read as an image")
+    assert str(refusal.value).startswith(rf"{tmp_path}/b_003\n\x1b.png: cannot be read as an image")
     assert "\n" not in str(refusal.value) and " at 0x" not in str(refusal.value)
     del data, refusal  # and with them the workers; were they the garbage collector's, it would wait 5 s for each
     assert {process.pid for process in multiprocessing.active_children()} <= before

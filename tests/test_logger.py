@@ -4,6 +4,7 @@ import io
 import math
 import os
 import re
+import resource
 import subprocess
 import sys
 import tempfile
@@ -594,20 +595,32 @@ from improved_diffusion.cli import parser
 
 def main():
     logger.configure(sys.argv[1])
-    logger.logkv("a", 1)
-    logger.dumpkvs()
+    for i in range(1, 9):
+        logger.logkv("a", i)
+        logger.dumpkvs()
 
 parser.run(main)
 """
 
 
 @on_a_full_disk
-@pytest.mark.parametrize("name, full", [("log.txt", "log.txt"), ("progress.csv", "progress.csv.tmp")])
-def test_a_whole_process_on_a_full_disk_says_one_line(tmp_path, name, full):
+@pytest.mark.parametrize(
+    "format, name, limit", [("log", "log.txt", None), ("csv", "progress.csv", 1), ("tensorboard", "tb", 100)]
+)
+def test_a_whole_process_on_a_full_disk_says_one_line(tmp_path, format, name, limit):
     """The interpreter's end, which closes files, adds nothing."""
-    os.symlink(FULL, tmp_path / full)
+    if format == "tensorboard":
+        pytest.importorskip("tensorboard")
+    if limit is None:
+        os.symlink(FULL, tmp_path / name)
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, tmp_path], env=environment(), capture_output=True, text=True, timeout=100
+        [sys.executable, "-c", PROGRAM, tmp_path],
+        env=environment(OPENAI_LOG_FORMAT=format),
+        capture_output=True,
+        text=True,
+        timeout=100,
+        preexec_fn=limit and (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))),
     )
     assert done.returncode == 2
-    assert done.stderr == f"-c: error: {tmp_path / name}: cannot be written (No space left on device)\n"
+    reason = "File too large" if limit else "No space left on device"
+    assert done.stderr == f"-c: error: {tmp_path / name}: cannot be written ({reason})\n"

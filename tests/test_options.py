@@ -34,7 +34,7 @@ def test_help_has_a_line_for_each_option_with_its_group_and_default(monkeypatch,
         section = " ".join(sections[row.group].split())
         shown = f" [{row.default}]" if row.default not in ("", None) else ""
         found = re.search(rf"--{row.name} (\S+) {re.escape(row.help + shown)}(?= --|$)", section)
-        assert found and found[1] == metavars[row.type], row.name
+        assert found and found[1] == ("PATH" if row.path else metavars[row.type]), row.name
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .. import dist_util
 from ..options import ScriptOptions, TrainingOptions
+from ..utils.streams import show
 from .run_config import Run
 
 
@@ -25,21 +26,21 @@ def print_dry_run(run: Run, create: Callable) -> None:
     if dist_util.rank() != 0:
         return
     for note in run.notes:
-        print(note)
+        show(note)
     for field in dataclasses.fields(options):
         group = getattr(options, field.name)
-        print(f"{group.title}:")
+        show(f"{group.title}:")
         for name, value in dataclasses.asdict(group).items():
-            print(f"  --{name} {value!r}" if value in ("", None) else f"  --{name} {value}")
-    print(f"parameters: {sum(p.numel() for p in model.parameters()):,}")
+            show(f"  --{name} {value!r}" if value in ("", None) else f"  --{name} {value}")
+    show(f"parameters: {sum(p.numel() for p in model.parameters()):,}")
     held, peak = (f"{size / 2**20:,.0f} MiB" for size in estimate_memory(model, options))
     training = hasattr(options, "training")
     parts, step = ("weights, moments and averages", "training step") if training else ("the weights", "step")
     needed = f"{held} for {parts}, {peak} more at the peak of a {step}, libraries not counted"
-    print(f"memory of a rank, estimated: {needed}")
+    show(f"memory of a rank, estimated: {needed}")
     steps = diffusion.timestep_map
     shown = steps if len(steps) <= 12 else [*steps[:6], "...", *steps[-3:]]
-    print(f"timesteps: {len(steps)} of {diffusion.original_num_steps}: {', '.join(map(str, shown))}")
+    show(f"timesteps: {len(steps)} of {diffusion.original_num_steps}: {', '.join(map(str, shown))}")
 
 
 def estimate_memory(model: Any, options: ScriptOptions) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 from .. import options
 from ..options import Option, ScriptOptions, rows
+from ..utils.streams import show
 
 SCRIPTS: dict[str, type[ScriptOptions]] = {
     "image_train": options.TrainOptions,
@@ -35,4 +36,4 @@ def flag_table() -> str:
 
 
 if __name__ == "__main__":
-    print(flag_table(), end="")
+    show(flag_table().rstrip("\n"))

@@ -18,10 +18,19 @@ from ..options import Option, ScriptOptions, check, rows
 from ..script_util import str2bool, whole_number
 from ..utils import errors, streams
 from ..utils.errors import InputError, TrainingError, first_line
-from ..utils.files import FolderLock, is_remote
+from ..utils.files import FolderLock, checkpoint_url, is_remote, user_path
 from .presets import PRESETS
 
 Opts = TypeVar("Opts", bound=ScriptOptions)
+
+
+def path_argument(text: str) -> str:
+    """Parse a path. :raises argparse.ArgumentTypeError: for a URL that cannot be opened."""
+    try:
+        return user_path(text)
+    except InputError as e:
+        raise argparse.ArgumentTypeError(str(e)) from None
+
 
 READERS = {bool: (str2bool, "True|False"), int: (whole_number, "N"), float: (float, "X"), str: (str, "TEXT")}
 
@@ -65,7 +74,7 @@ def create_parser(options: ScriptOptions, description: str | None) -> FlagParser
 
 def add_flag(parser, row: Option, default: Any) -> None:
     """Add an option's flag to a parser or argument group."""
-    read, metavar = READERS[row.type]
+    read, metavar = (path_argument, "PATH") if row.path else READERS[row.type]
     shown = f" [{default}]" if default not in ("", None) else ""
     parser.add_argument(f"--{row.name}", default=default, type=read, metavar=metavar, help=row.help + shown)
 
@@ -95,9 +104,14 @@ def parse_flags(parser: FlagParser, options: Opts) -> Flags[Opts]:
         for row in rows(type(options)):
             check(row, args[row.name])
         options = options.replace(**args)
-        log_directory(options.general.log_dir)
     except InputError as e:
         parser.error(f"--{e}")
+    try:
+        log_directory(options.general.log_dir)
+        if hasattr(options, "training"):
+            checkpoint_url()
+    except InputError as e:
+        parser.error(_with_flag(str(e)))
     for row in rows(type(options)):
         needed = row.name == "model_path" or not options.general.dry_run
         if needed and row.valid is not None and not row.valid.accepts(args[row.name]):
@@ -143,7 +157,7 @@ def logging_to(log_dir: str, notes=(), checkpoints: bool = False):
     log_dir = log_directory(log_dir)
     # a collective: also ranks whose environment names a folder call it
     directory = dist_util.broadcast_from_rank_0(lambda: log_dir or _new_directory())
-    blob_dir = os.environ.get("DIFFUSION_BLOB_LOGDIR", "") if checkpoints else ""
+    blob_dir = checkpoint_url() if checkpoints else ""
     lock = FolderLock(blob_dir or log_dir or directory)
     if checkpoints:
         dist_util.broadcast_from_rank_0(lock.acquire)
@@ -163,7 +177,8 @@ def log_directory(log_dir: str) -> str:
     """The log directory given by flag or environment, or "". :raises InputError: for a URL."""
     directory = os.path.expanduser(log_dir or os.environ.get("OPENAI_LOGDIR", ""))
     if is_remote(directory):
-        raise InputError(f"log_dir {directory}: give a local folder; only DIFFUSION_BLOB_LOGDIR may be a URL")
+        name = "log_dir" if log_dir else "OPENAI_LOGDIR"
+        raise InputError(f"{name} {directory}: give a local folder; only DIFFUSION_BLOB_LOGDIR may be a URL")
     return directory
 
 
@@ -192,6 +207,7 @@ def run(main: Callable[[], object]) -> None:
     Run a script's main(). Errors for the user, an interruption and a lost rank become one line and an exit status;
     other exceptions keep their traceback.
     """
+    streams.reserve()
     try:
         try:
             main()
@@ -203,9 +219,9 @@ def run(main: Callable[[], object]) -> None:
         status, message = _explain(e)
         if status is None:
             raise
-        with contextlib.suppress(OSError, ValueError):  # a closed stderr
-            print(f"{os.path.basename(sys.argv[0])}: error: {_with_flag(message)}", file=sys.stderr)
-        if dist_util.is_lost_rank_error(e):
+        streams.show(f"{os.path.basename(sys.argv[0])}: error: {streams.printable(_with_flag(message))}", error=True)
+        # after a reached limit, destructors of half-made workers fail too
+        if dist_util.is_lost_rank_error(e) or errors.exhausted_limit(e):
             dist_util.exit_at_once(status)
         dist_util.end(status)
     finally:
@@ -224,12 +240,19 @@ def _explain(error):
     if errors.is_dead_worker_error(error):
         if errors.is_dead_worker_error(error.__cause__):
             line = first_line(error.__cause__).strip()
-        return 1, f"a process that reads images ended ({line}); is there too little memory?"
+        advice = "is there too little memory? --num_workers 0 needs least, and no shared memory"
+        return 1, f"a process that reads images ended ({line}); {advice}"
     if shm := errors.shared_memory_error(error):
-        return 1, f"shared memory is full ({shm}); make /dev/shm larger, or give a smaller --num_workers"
+        advice = "make /dev/shm larger (docker run --shm-size 8g), or give --num_workers 0"
+        return 1, f"shared memory is full ({shm}); {advice}"
+    if limit := errors.exhausted_limit(error):
+        return 1, f"a limit of the system is reached ({limit}); raise it by ulimit -n or -u, or give --num_workers 0"
     if errors.is_out_of_memory(error):
         advice = "give a smaller --batch_size, or for training --microbatch or --use_checkpoint True"
         return 1, f"out of memory ({line}); {advice}. --dry_run True estimates the memory"
+    if errors.is_compiler_error(error):
+        problem = " ".join(str(error).splitlines()[:2]).strip()  # "backend='inductor' raised:", and what
+        return 1, f"torch.compile fails ({problem}); leave out --compile"
     if dist_util.is_lost_rank_error(error):
         return 1, f"rank {dist_util.rank()}: another rank, or the connection to it, is gone: {line}"
     return None, ""
@@ -241,5 +264,6 @@ def _with_flag(message):
     flags = [(flag, value) for flag, value in itertools.pairwise(words) if flag.startswith("--")]
     if any(message.startswith(f"{flag[2:]} ") for flag, _ in flags):
         return f"--{message}"
-    matches = [flag for flag, value in flags if message.startswith((f"{value}:", f"{value}/"))]
+    values = [(flag, streams.printable(os.path.expanduser(value))) for flag, value in flags]
+    matches = [flag for flag, value in values if message.startswith((f"{value}:", f"{value}/"))]
     return f"{matches[0]} {message}" if len(matches) == 1 else message

@@ -9,7 +9,6 @@ For weights without config.json, such as the original's, the shapes of the tenso
 import dataclasses
 import json
 import math
-import os
 import re
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -22,7 +21,7 @@ from ..script_util import CHANNEL_MULT
 from ..training.checkpoints import has_checkpoint, is_of_a_run
 from ..training.weights import infer_architecture
 from ..utils.errors import InputError
-from ..utils.files import write_files
+from ..utils.files import checkpoint_url, write_files
 from .parser import Flags, log_directory
 from .presets import PRESETS
 
@@ -90,7 +89,7 @@ def resumed(flags: Flags[Opts]) -> Run[Opts]:
         return Run(flags.options)
     directory = bf.dirname(checkpoint)
     if checkpoint == "auto":
-        directory = os.environ.get("DIFFUSION_BLOB_LOGDIR") or log_directory(flags.options.general.log_dir)
+        directory = checkpoint_url() or log_directory(flags.options.general.log_dir)
         if not directory:
             raise InputError("resume_checkpoint auto: give log_dir, the folder of the run")
         if not dist_util.broadcast_from_rank_0(has_checkpoint, directory):  # config.json is of a run that saved nothing

@@ -157,8 +157,9 @@ def _ignore_signals(worker):
 
     A terminal or scheduler signals all processes of a run, but training needs batches until it has saved.
     """
-    for number in (signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "SIGHUP"):  # not on Windows
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
     if not hasattr(signal, "sigtimedwait"):
         return
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
@@ -202,6 +203,8 @@ def _one_line_errors(loader):
         yield from batches
         return
     except InputError as e:
-        message = str(e).strip().splitlines()[-1].split("InputError: ")[-1]
+        message = e.args[0]
+        if message.startswith("Caught "):  # torch adds the traceback of a worker, whose last line is the error
+            message = message.strip().splitlines()[-1].partition("Error: ")[2]
         traceback.clear_frames(e.__traceback__)  # a reference cycle with the iterator would keep the workers alive
     raise InputError(message)

@@ -79,6 +79,8 @@ def write_packed(
 
     temporary = path.rstrip("/") + TEMPORARY
     try:
+        if os.path.islink(temporary):
+            os.remove(temporary)  # its target is not ours to overwrite
         write_files(temporary, {IMAGES: write_images, LABELS: write_labels})
         os.rename(temporary, path)
     except OSError as e:

@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 from ..utils.errors import InputError, first_line
 from ..utils.files import is_remote, write_files
 from ..utils.progress import Progress
+from ..utils.streams import show
 from .images import to_image
 from .loader import BatchesInOrder
 from .packed import ENDING, OLD_ENDING, check_new, write_packed
@@ -45,7 +46,7 @@ def write(source: Source | Mapping[str, Source], out: str) -> None:
 
 def _pack(path, source):
     def batches():
-        with Progress("packing", len(source), "images", print) as progress:
+        with Progress("packing", len(source), "images", show) as progress:
             for batch in BatchesInOrder(source, 64, source.num_workers, collate_fn=np.stack):
                 yield batch
                 progress.update(len(batch))
@@ -54,7 +55,7 @@ def _pack(path, source):
     size, _, channels = source.shape
     megabytes = len(source) * size * size * channels / 1e6
     form = f"{size}x{size} with {channels} channels, {megabytes:.1f} MB"
-    print(f"wrote {len(source)} images of {_classes(len(source.classes))}, {form}: {path}")
+    show(f"wrote {len(source)} images of {_classes(len(source.classes))}, {form}: {path}")
 
 
 def _classes(count):
@@ -81,12 +82,12 @@ def _check_folder(path, source):
 
 def _write_folder(path, source):
     kept = 0
-    with Progress(path, len(source), "images", print) as progress:
+    with Progress(path, len(source), "images", show) as progress:
         for existed in BatchesInOrder(_Files(path, source), 64, source.num_workers, collate_fn=list):
             kept += sum(existed)
             progress.update(len(existed))
     classes = _classes(len(np.unique(source.labels)))
-    print(f"wrote {len(source)} images of {classes} to {path}{f' ({kept} existed before)' * (kept > 0)}")
+    show(f"wrote {len(source)} images of {classes} to {path}{f' ({kept} existed before)' * (kept > 0)}")
 
 
 class _Files(Dataset):

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from .. import dist_util, logger
+from ..utils.streams import printable
 
 
 def log_start(loop, dataset) -> None:
@@ -40,5 +41,5 @@ def describe_classes(names: Sequence[str], only=None) -> str:
 
     :param only: the numbers of those to name.
     """
-    shown = [f"{i} {name}" for i, name in enumerate(names) if only is None or i in only]
+    shown = [f"{i} {printable(name)}" for i, name in enumerate(names) if only is None or i in only]
     return ", ".join(shown if len(shown) <= 20 else [*shown[:10], "...", shown[-1]])

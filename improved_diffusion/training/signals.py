@@ -6,7 +6,8 @@ import signal
 import threading
 import time
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+NAMES = ("SIGTERM", "SIGINT", "SIGHUP")
+SIGNALS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))  # Windows has no SIGHUP
 # Seconds in which a second signal counts as the first: launchers forward signals that the process may also receive
 SAME_WISH = 1.0
 END = b"\0"  # to the thread that reads the numbers of signals
@@ -32,7 +33,8 @@ class StopSignals:
         # What Python notes of a signal at the moment it comes goes through a pipe to a thread, since the
         # main thread, and a handler with it, may be waiting in C for a rank that is gone.
         self._pipe = os.pipe()
-        os.set_blocking(self._pipe[1], False)
+        if hasattr(os, "set_blocking"):  # not on Windows, where the wakeup descriptor may block
+            os.set_blocking(self._pipe[1], False)
         self._thread = threading.Thread(target=self._listen, daemon=True)
         self._thread.start()
         self._wakeup_fd = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
@@ -74,8 +76,9 @@ class StopSignals:
             self._hold_back_children()
 
     def _hold_back_children(self):
-        # by now torch may have a handler: it installs one when the first worker starts
-        self._child_handler = signal.signal(signal.SIGCHLD, self._note_child)
+        if hasattr(signal, "SIGCHLD"):  # not on Windows
+            # by now torch may have a handler: it installs one when the first worker starts
+            self._child_handler = signal.signal(signal.SIGCHLD, self._note_child)
 
     def _release_children(self):
         if self._child_handler is not None:  # not one that was installed in C

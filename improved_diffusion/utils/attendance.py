@@ -1,7 +1,6 @@
 """Name the ranks that others wait for: while they connect, and later at each collective."""
 
 import platform
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -9,6 +8,7 @@ from collections.abc import Callable, Iterable
 from torch.distributed import Store
 
 from .errors import InputError
+from .streams import show
 
 MEETING_LIMIT = 600.0  # seconds for all ranks to arrive, torchrun's limit for its nodes
 MEETING_NOTICE = 10.0  # seconds until a line names the missing ranks, while they connect
@@ -80,9 +80,9 @@ class Meeting:
     def _watch(self):
         if self._over.wait(MEETING_NOTICE):
             return
-        print(f"{self._line()}\n", end="", file=sys.stderr, flush=True)
+        show(self._line(), error=True)
         if not self._over.wait(MEETING_LIMIT - MEETING_NOTICE + PERIOD):  # later than wait_for_all() raises
-            print(f"error: {self._line()}\n", end="", file=sys.stderr, flush=True)
+            show(f"error: {self._line()}", error=True)
             self.end(2)
 
 
@@ -141,4 +141,4 @@ class Attendance:
         if self._rank == min(set(range(self._size)) - set(missing)):
             hosts = ", ".join(dict.fromkeys(self._store.get(_host_key(rank)).decode() for rank in missing[:8]))
             waited = f"rank {self._rank} has waited {time.monotonic() - since:.0f} s"
-            print(f"{waited} for {_format_ranks(missing)} on {hosts}\n", end="", file=sys.stderr, flush=True)
+            show(f"{waited} for {_format_ranks(missing)} on {hosts}", error=True)

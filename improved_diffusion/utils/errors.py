@@ -1,11 +1,16 @@
 """Exceptions for the user, and the meaning of other libraries' exceptions."""
 
+from .streams import printable
+
 
 class InputError(ValueError):
     """
     An option, file or value of the user's is invalid. str() is one line that names it and what is valid; scripts print
-    it and exit with status 2 (cli.parser.run).
+    it and exit with status 2 (cli.parser.run). Control characters, as in file names, are escaped.
     """
+
+    def __str__(self):
+        return printable(super().__str__())
 
 
 class FileAccessError(InputError):
@@ -32,6 +37,17 @@ def first_line(error: BaseException) -> str:
 def shared_memory_error(error: BaseException) -> str:
     """The line in which torch reports full shared memory, as a data worker does; "" for other errors."""
     return next((line.strip() for line in str(error).splitlines() if "</torch_" in line), "")
+
+
+def exhausted_limit(error: BaseException) -> str:
+    """The line that reports too many open files, or processes and threads; "" for other errors."""
+    texts = ("Too many open files", "can't start new thread", "Resource temporarily unavailable")
+    return next((line.strip() for line in str(error).splitlines() if any(text in line for text in texts)), "")
+
+
+def is_compiler_error(error: BaseException) -> bool:
+    """Whether torch.compile failed."""
+    return type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))
 
 
 def is_out_of_memory(error: BaseException) -> bool:

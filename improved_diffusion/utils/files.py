@@ -12,6 +12,7 @@ from typing import Any
 import blobfile as bf
 
 from .errors import InputError, first_line, is_dead_worker_error
+from .streams import show
 
 try:
     import fcntl
@@ -24,6 +25,30 @@ TEMPORARY = ".tmp"  # suffix of a file until it is whole
 def is_remote(path: str) -> bool:
     """Whether a path is a URL, such as gs://bucket/folder."""
     return "://" in path
+
+
+def user_path(path: str) -> str:
+    """
+    A path that a user gives, with ~ expanded.
+
+    :raises InputError: for a URL that blobfile cannot open.
+    """
+    if not is_remote(path):
+        return os.path.expanduser(path)
+    try:
+        bf.join(bf.dirname(path), "")  # parses it
+    except bf.Error:
+        supported = "gs://BUCKET/..., az://ACCOUNT/CONTAINER/... or https://ACCOUNT.blob.core.windows.net/CONTAINER/..."
+        raise InputError(f"{path}: not a URL that can be read; give a local path, {supported}") from None
+    return path
+
+
+def checkpoint_url() -> str:
+    """The folder for checkpoints in DIFFUSION_BLOB_LOGDIR, or "". :raises InputError: as user_path()."""
+    try:
+        return user_path(os.environ.get("DIFFUSION_BLOB_LOGDIR", ""))
+    except InputError as e:
+        raise InputError(f"DIFFUSION_BLOB_LOGDIR {e}") from None
 
 
 def list_folder(directory: str) -> Iterable[str]:
@@ -48,7 +73,7 @@ def write_files(directory: str, writers: dict[str, Callable[[Any], object]], flu
     path = bf.join(directory, list(writers)[-1])
     try:
         if len(writers) > 1 and not is_remote(directory) and os.path.lexists(path + TEMPORARY):
-            open(path + TEMPORARY, "wb").close()  # one left by a crash must not mark this set
+            _create(path + TEMPORARY).close()  # one left by a crash must not mark this set
         for name, write in writers.items():
             path = bf.join(directory, name)
             if is_remote(path):
@@ -57,7 +82,7 @@ def write_files(directory: str, writers: dict[str, Callable[[Any], object]], flu
                 continue
             os.makedirs(directory, exist_ok=True)
             staged[path] = path + TEMPORARY
-            with open(staged[path], "wb") as f:
+            with _create(staged[path]) as f:
                 write(f)
                 f.flush()
                 if flush:
@@ -88,6 +113,13 @@ def write_files(directory: str, writers: dict[str, Callable[[Any], object]], flu
         rename_files(directory, list(writers), flush)
 
 
+def _create(path):
+    """Open a new file, in place of an old one. A link is replaced, not followed."""
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(path)
+    return open(path, "xb")
+
+
 def rename_files(directory: str, names: list[str], flush: bool = True) -> None:
     """
     Rename the temporary files of a local folder to their final names, in order. Names without one are skipped.
@@ -115,7 +147,9 @@ def _cannot_be_written(path, error):
 
 
 def _flush_directory(directory):
-    """Make renames in a folder survive a power cut."""
+    """Make renames in a folder survive a power cut. Windows cannot open folders."""
+    if not hasattr(os, "O_DIRECTORY"):
+        return
     fd = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -154,8 +188,7 @@ class FolderLock:
             if time.monotonic() >= end:
                 raise InputError(f"{problem}: stop it, or give another folder")
             if not waiting:
-                with contextlib.suppress(OSError):  # stdout may be closed
-                    print(f"{problem}: waiting for its end", flush=True)
+                show(f"{problem}: waiting for its end")
             waiting = True
             time.sleep(0.1)
 
@@ -163,9 +196,11 @@ class FolderLock:
         """:return: the holder of the lock; None if this process has it now, or nothing can be locked."""
         try:
             os.makedirs(self.directory, exist_ok=True)
-            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
-        except OSError:  # the run's first file fails too, and its message is clearer
-            return None
+            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        except OSError as e:
+            if e.errno == errno.ELOOP:
+                raise InputError(f"{self._path}: is a link, whose target would be overwritten; remove it") from None
+            return None  # the run's first file fails too, and its message is clearer
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock()'s, not inherited by child processes
         except OSError as e:

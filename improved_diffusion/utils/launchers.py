@@ -53,6 +53,8 @@ def find_world() -> World:
     as_srun = found[0][1] == "PMI_RANK" and found[-1][0] == "srun" and first == last
     launcher, rank_var, size_var, local_var = found[-1 if as_srun else 0]
     rank, size = (whole_number(name) for name in (rank_var, size_var))
+    if size < 1:
+        raise InputError(f"the environment variable {size_var} is {size}: give 1 or more, or unset it")
     if not 0 <= rank < size:
         raise InputError(f"the environment variable {rank_var} is {rank}: give 0 to {size - 1}, below {size_var}")
     return World(launcher, rank, size, whole_number(local_var) if local_var in os.environ else rank)
@@ -63,7 +65,8 @@ def whole_number(name: str, default: int | None = None) -> int:
     try:
         return int(os.environ.get(name, default))  # type: ignore[arg-type]
     except (ValueError, TypeError):
-        raise InputError(f"the environment variable {name} is {os.environ.get(name)!r}, not a whole number") from None
+        problem = f"is {os.environ[name]!r}, not a whole number" if name in os.environ else "is not set"
+        raise InputError(f"the environment variable {name} {problem}") from None
 
 
 def _has_address():

@@ -13,12 +13,13 @@ import json
 import math
 import os
 import sys
+import threading
 from collections.abc import Callable
 from typing import Any
 
 from .errors import InputError, first_line
 from .files import write_files
-from .streams import silence
+from .streams import printable, silence
 
 
 class StreamEnded(InputError):
@@ -52,7 +53,7 @@ class SeqWriter:
 
 class HumanOutputFormat(KVWriter, SeqWriter):
     """
-    Boxed tables and lines of text.
+    Boxed tables and lines of text, with control characters escaped.
 
     :param filename_or_file: a path to append to, or an open text file, which close() leaves open.
     :raises StreamEnded: from writes, if the open file fails; InputError if the file at the path does.
@@ -66,7 +67,7 @@ class HumanOutputFormat(KVWriter, SeqWriter):
         rows = []
         for key, val in sorted(plain(kvs).items(), key=lambda item: item[0].lower()):
             shown = f"{val:<8.3g}" if isinstance(val, float) else str(val)
-            rows.append((_shorten(key), _shorten(shown)))
+            rows.append((_shorten(printable(key)), _shorten(printable(shown))))
         key_width = max((len(key) for key, _ in rows), default=0)
         val_width = max((len(val) for _, val in rows), default=0)
         rule = "-" * (key_width + val_width + 7)
@@ -76,7 +77,7 @@ class HumanOutputFormat(KVWriter, SeqWriter):
     def writeseq(self, seq):
         encoding = getattr(self.file, "encoding", None) or "utf-8"
         # file names may hold bytes that are not text
-        text = (" ".join(seq) + "\n").encode(encoding, "backslashreplace").decode(encoding)
+        text = (printable(" ".join(seq), lines=True) + "\n").encode(encoding, "backslashreplace").decode(encoding)
         try:
             tqdm = None if self.own_file else sys.modules.get("tqdm")  # clears its bar around text on the same stream
             with tqdm.tqdm.external_write_mode(self.file) if tqdm else contextlib.nullcontext():
@@ -170,7 +171,7 @@ class TensorBoardOutputFormat(KVWriter):
     """
     Scalars in an event file in dir; other values are skipped. A row's step is its "step", else the previous one + 1.
 
-    :raises InputError: if TensorBoard is not installed.
+    :raises InputError: if TensorBoard is not installed; from writes, if the event file cannot be written.
     """
 
     def __init__(self, dir):
@@ -179,23 +180,49 @@ class TensorBoardOutputFormat(KVWriter):
         except ImportError as e:
             install = "pip install improved-diffusion[tensorboard]"
             raise InputError(f"OPENAI_LOG_FORMAT tensorboard needs TensorBoard: {install}") from e
+        _silence_writer_threads()
+        self.dir = dir
         self.writer = SummaryWriter(dir)
         self.step = 0
 
     def writekvs(self, kvs):
         kvs = plain(kvs)
         self.step = int(kvs.get("step", self.step + 1))
-        for key, val in kvs.items():
-            if isinstance(val, (int, float)):
-                self.writer.add_scalar(key, val, self.step)
-        self.writer.flush()
+        with self._written():
+            for key, val in kvs.items():
+                if isinstance(val, (int, float)):
+                    self.writer.add_scalar(key, val, self.step)
+            self.writer.flush()
 
     def writeimage(self, key, pixels, step):
-        self.writer.add_image(key, pixels, step, dataformats="HWC")
-        self.writer.flush()
+        with self._written():
+            self.writer.add_image(key, pixels, step, dataformats="HWC")
+            self.writer.flush()
 
     def close(self):
-        self.writer.close()
+        with self._written():
+            self.writer.close()
+
+    @contextlib.contextmanager
+    def _written(self):
+        try:
+            yield
+        except OSError as e:
+            raise InputError(f"{self.dir}: cannot be written ({e.strerror})") from None
+
+
+def _silence_writer_threads():
+    """No traceback on stderr from TensorBoard's threads: their error is raised again by the next flush."""
+    hook = threading.excepthook
+    if getattr(hook, "silences_tensorboard", False):
+        return
+
+    def quiet(args):
+        if not type(args.thread).__module__.startswith("tensorboard"):
+            hook(args)
+
+    quiet.silences_tensorboard = True  # type: ignore[attr-defined]
+    threading.excepthook = quiet
 
 
 FILE_FORMATS: dict[str, tuple[Callable[[str], Any], str]] = {  # name: (writer, file name with the suffix)

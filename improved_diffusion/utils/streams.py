@@ -1,8 +1,43 @@
-"""stdout and stderr that close before the program ends: `| head`, a closed terminal, /dev/full."""
+"""Text for a terminal; stdout and stderr that close before the program ends: `| head`, a closed terminal, /dev/full."""
 
 import contextlib
 import os
+import re
 import sys
+
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+CONTROL_IN_LINES = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029]")  # without tab and newline
+
+
+def printable(text: str, lines: bool = False) -> str:
+    """
+    Escape control characters, as in names of files: they could end a line or change the terminal.
+
+    :param lines: the text has several lines; newlines and tabs stay.
+    """
+    return (CONTROL_IN_LINES if lines else CONTROL).sub(lambda m: m[0].encode("unicode_escape").decode(), text)
+
+
+def show(text: str, error: bool = False) -> None:
+    """Print a line, or several, to stdout or stderr. Nothing happens if that is closed."""
+    stream = sys.stderr if error else sys.stdout
+    if stream is None:  # closed before Python started
+        return
+    try:
+        stream.write(f"{text}\n")  # one write: other ranks write to the same terminal
+        stream.flush()
+    except (OSError, ValueError):
+        silence(stream)
+
+
+def reserve() -> None:
+    """
+    Open /dev/null as stdin, stdout and stderr where they are closed. Otherwise the next file gets their number, and
+    with it what libraries write to stderr.
+    """
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(fd)
 
 
 def silence(stream) -> None:

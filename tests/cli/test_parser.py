@@ -8,7 +8,14 @@ import torch as th
 
 from improved_diffusion import dist_util
 from improved_diffusion.cli.parser import create_parser, parse_flags, run
-from improved_diffusion.options import SampleOptions, SuperResTrainOptions, TrainOptions
+from improved_diffusion.options import (
+    LikelihoodScriptOptions,
+    SampleOptions,
+    SuperResSampleOptions,
+    SuperResTrainOptions,
+    TrainOptions,
+    rows,
+)
 from improved_diffusion.utils.errors import InputError, TrainingError
 
 
@@ -286,3 +293,73 @@ def test_run_of_a_stopped_run_whose_other_ranks_are_gone(monkeypatch, capfd):
         run(lambda: raise_(SystemExit(0)))
     assert exit_.value.code == 1
     assert capfd.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("flag", ["data_dir", "resume_checkpoint"])
+@pytest.mark.parametrize("url", ["s3://b/x", "https://huggingface.co/x"])
+def test_urls_that_cannot_be_opened_are_bad_flags(monkeypatch, capfd, flag, url):
+    err = refused(monkeypatch, capfd, [f"--{flag}", url])
+    assert f"--{flag}" in err and url in err and "gs://" in err
+
+
+def test_urls_in_the_environment_are_named_by_their_variable(monkeypatch, capfd):
+    monkeypatch.setenv("DIFFUSION_BLOB_LOGDIR", "s3://b/x")
+    assert "error: DIFFUSION_BLOB_LOGDIR s3://b/x: " in refused(monkeypatch, capfd, [])
+    sampling = SampleOptions().replace(model_path="ema.pt")
+    parse(monkeypatch, [], sampling)  # writes no checkpoints
+    monkeypatch.setenv("OPENAI_LOGDIR", "gs://b/x")
+    assert "error: OPENAI_LOGDIR gs://b/x: " in refused(monkeypatch, capfd, [], sampling)
+    assert "error: --log_dir gs://b/y: " in refused(monkeypatch, capfd, ["--log_dir", "gs://b/y"], sampling)
+
+
+def test_a_tilde_is_expanded_in_every_path(monkeypatch, capfd):
+    monkeypatch.setenv("HOME", "/home/me")
+    for options in (TrainOptions(), SampleOptions(), SuperResSampleOptions(), LikelihoodScriptOptions()):
+        paths = [row.name for row in rows(type(options)) if row.path]
+        words = [word for name in paths for word in (f"--{name}", f"~/{name}")]
+        got = values(monkeypatch, words, options)
+        assert paths and {name: got[name] for name in paths} == {name: f"/home/me/{name}" for name in paths}
+    monkeypatch.setattr(sys, "argv", ["here/script.py", "--data_dir", "~/photos"])
+    with pytest.raises(SystemExit):
+        run(lambda: raise_(InputError("/home/me/photos: there is no such folder")))
+    assert capfd.readouterr().err.startswith("script.py: error: --data_dir /home/me/photos: there is")
+
+
+def test_control_characters_in_an_error_are_escaped(monkeypatch, capfd):
+    monkeypatch.setattr(sys, "argv", ["here/script.py", "--data_dir", "a\nb"])
+    for error in (InputError("a\nb/c\x1b[2J.png: not an image"), TrainingError("a\nb/c\x1b[2J.png: not an image")):
+        with pytest.raises(SystemExit):
+            run(lambda error=error: raise_(error))
+        err = capfd.readouterr().err
+        assert err.count("\n") == 1 and r"a\nb/c\x1b[2J.png: not an image" in err
+        assert "--data_dir" in err or isinstance(error, TrainingError)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(24, "Too many open files"),
+        RuntimeError("Too many open files. Communication with the workers is no longer possible."),
+        RuntimeError("can't start new thread"),
+        RuntimeError("Resource temporarily unavailable"),
+        BlockingIOError(11, "Resource temporarily unavailable"),
+    ],
+    ids=repr,
+)
+def test_a_reached_limit_of_the_system_is_a_line(capfd, left, error):
+    with pytest.raises(SystemExit) as exit_:
+        run(lambda: raise_(error))
+    assert exit_.value.code == 1
+    err = capfd.readouterr().err
+    assert err.count("\n") == 1 and "--num_workers 0" in err and "ulimit" in err and str(error)[-20:] in err
+
+
+def test_a_compiler_that_fails_is_a_line(monkeypatch, capfd, left):
+    def backend(graph, inputs):
+        raise RuntimeError("no compiler")
+
+    with pytest.raises(SystemExit) as exit_:
+        run(lambda: th.compile(lambda x: x + 1, backend=backend)(th.zeros(1)))
+    assert exit_.value.code == 1
+    err = capfd.readouterr().err
+    assert err.count("\n") == 1 and "no compiler" in err and "leave out --compile" in err

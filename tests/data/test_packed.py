@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from harness import FULL, on_a_full_disk, snapshot
+from harness import fill_disk, on_a_full_disk, snapshot
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -192,12 +192,20 @@ def test_a_place_that_cannot_be_written_to_is_refused_before_the_first_image(mon
 
 
 @on_a_full_disk
-def test_a_full_disk_is_one_line(tmp_path):
-    (tmp_path / "a.packed.tmp").mkdir()
-    (tmp_path / "a.packed.tmp" / "images.npy.tmp").symlink_to(FULL)
+def test_a_full_disk_is_one_line(monkeypatch, tmp_path):
+    fill_disk(monkeypatch, "images.npy")
     with pytest.raises(InputError, match=r"images\.npy: cannot be written \(No space left on device\)"):
         write(tmp_path / "a.packed", pixels(2000))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_link_under_the_temporary_name_is_not_followed(tmp_path):
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "images.npy").write_text("precious")
+    (tmp_path / "a.packed.tmp").symlink_to("precious")
+    write(tmp_path / "a.packed", pixels())
+    assert (tmp_path / "precious" / "images.npy").read_text() == "precious"
+    assert not (tmp_path / "a.packed").is_symlink() and not (tmp_path / "a.packed.tmp").is_symlink()
 
 
 def test_what_comes_into_the_way_meanwhile_is_not_overwritten(tmp_path):

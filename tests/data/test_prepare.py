@@ -10,8 +10,8 @@ import sys
 import numpy as np
 import pytest
 from harness import (
-    FULL,
     TINY,
+    fill_disk,
     flags,
     on_a_full_disk,
     on_a_terminal,
@@ -202,10 +202,8 @@ def test_a_file_that_cannot_be_written(tmp_path):
 
 @on_a_full_disk
 @pytest.mark.parametrize(("out", "file"), [("out", "b_001.png"), ("a.packed", "labels.npz")])
-def test_a_full_disk(tmp_path, out, file):
-    folder = tmp_path / (out if out == "out" else "a.packed.tmp")
-    folder.mkdir()
-    (folder / f"{file}.tmp").symlink_to(FULL)
+def test_a_full_disk(monkeypatch, tmp_path, out, file):
+    fill_disk(monkeypatch, file)
     with pytest.raises(InputError, match=rf"{re.escape(file)}: cannot be written \(No space left on device\)"):
         write(Images(), str(tmp_path / out))
     assert [path.name for path in tmp_path.iterdir()] == (["out"] if out == "out" else [])

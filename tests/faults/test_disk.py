@@ -116,20 +116,6 @@ def test_file_of_a_checkpoint_may_not_grow(server, images, begun, tmp_path, kind
     assert files_of(tmp_path) == before
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_file_of_a_checkpoint_without_any_room(server, images, begun, tmp_path, kind):
-    """/dev/full in the place of the file that is being written, which needs no root."""
-    folder = tmp_path / "run"
-    copy_set(begun(), folder)
-    before = files_of(folder)
-    (folder / f"{kind}000004.pt.tmp").symlink_to("/dev/full")
-    variables = {"DIFFUSION_BLOB_LOGDIR": folder}
-    flags = dict(max_steps=9, resume_checkpoint="auto")
-    line = error_line(start(server, images, tmp_path / "log", variables=variables, **flags))
-    assert_not_written(line, folder / f"{kind}000004.pt")
-    assert files_of(folder) == before
-
-
 # ---------------------------------------------------------------- the log
 
 

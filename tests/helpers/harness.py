@@ -20,6 +20,7 @@ from PIL import Image
 from improved_diffusion import script_util
 from improved_diffusion.cli import parser
 from improved_diffusion.logger import Logger
+from improved_diffusion.utils import files
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 HELPERS = ROOT / "tests" / "helpers"  # scripts that tests start, too
@@ -64,6 +65,16 @@ TRAIN = dict(
     num_workers=0,
     preview_samples=0,
 )
+
+
+def fill_disk(monkeypatch, name):
+    """The disk is full from now on for a file of this name, while it is temporary."""
+    create = files._create
+
+    def create_on_full_disk(path):
+        return create(path) if not path.endswith(f"{name}{files.TEMPORARY}") else open(FULL, "wb")
+
+    monkeypatch.setattr(files, "_create", create_on_full_disk)
 
 
 def leave_outside():

@@ -118,6 +118,11 @@ CASES = [  # scripts, flags that differ from those that work, what the line must
     ),
     (LOADING, dict(model_path="{other}.pt"), ["input_blocks.0.0.weight", "super-resolution"]),
     (TRAINING, dict(resume_checkpoint="gone.pt"), ["gone.pt", "no such file"]),
+    # URLs that blobfile does not know
+    (READING, dict(data_dir="s3://b/images"), ["--data_dir", "s3://b/images", "gs://"]),
+    (LOADING, dict(model_path="https://huggingface.co/a.pt"), ["--model_path", "https://huggingface.co/a.pt", "gs://"]),
+    (TRAINING, dict(resume_checkpoint="file:///a.pt"), ["--resume_checkpoint", "file:///a.pt", "gs://"]),
+    (["super_res_sample"], dict(base_samples="http://a/b.npz"), ["--base_samples", "http://a/b.npz", "gs://"]),
     (TRAINING, dict(resume_checkpoint="images/a_000.png"), ["images/a_000.png", "not a checkpoint"]),
     (
         TRAINING,

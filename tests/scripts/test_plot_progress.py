@@ -175,3 +175,23 @@ def test_the_columns_are_those_that_training_logs(tmp_path):
         column for row in load_script("plot_progress").read_progress(tmp_path / "run").values() for column in row
     }
     assert {column for _, names, _ in load_script("plot_progress").PANELS for column in names} <= columns
+
+
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [
+        ("plot_progress", ["~/a", "b", "--out", "~/c.png"]),
+        ("prepare", ["images", "~/a", "~/b.packed"]),
+    ],
+)
+def test_paths_begin_at_home_and_no_other_url_is_one(monkeypatch, capfd, script, words):
+    monkeypatch.setenv("HOME", "/home/me")
+    parser = load_script(script).create_argparser()
+    args = vars(parser.parse_args(words))
+    paths = [args["src"], args["out"]] if script == "prepare" else [*args["LOGDIR"], args["out"]]
+    assert paths == [word.replace("~", "/home/me") for word in words if word[:1] in "~b"]
+    for i in (i for i, word in enumerate(words) if word.startswith("~")):
+        with pytest.raises(SystemExit) as left:
+            parser.parse_args([*words[:i], "s3://b/x", *words[i + 1 :]])
+        err = capfd.readouterr().err
+        assert left.value.code == 2 and err.count("\n") == 1 and "s3://b/x" in err and "gs://" in err

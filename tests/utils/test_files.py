@@ -13,7 +13,7 @@ from harness import snapshot
 
 from improved_diffusion.utils import files
 from improved_diffusion.utils.errors import InputError
-from improved_diffusion.utils.files import FolderLock, is_remote, list_folder, write_files
+from improved_diffusion.utils.files import FolderLock, checkpoint_url, is_remote, list_folder, user_path, write_files
 
 
 def writer(content):
@@ -341,3 +341,54 @@ def test_a_system_without_locks(tmp_path, monkeypatch):
     for _ in range(2):
         FolderLock(str(tmp_path), patience=0).acquire()
     assert contents(tmp_path) == {}
+
+
+@pytest.mark.parametrize(
+    "path", ["gs://bucket", "gs://bucket/a/b.pt", "az://account/container/a", "https://me.blob.core.windows.net/c/a"]
+)
+def test_urls_that_blobfile_opens_stay(path):
+    assert user_path(path) == path
+
+
+@pytest.mark.parametrize(
+    "path", ["s3://b/x", "file:///tmp/x", "http://h/x", "https://huggingface.co/x", "hf://a/b", "gs://", "GS://b/x"]
+)
+def test_other_urls_are_refused_in_one_line(path):
+    with pytest.raises(InputError) as info:
+        user_path(path)
+    assert [part for part in (path, "gs://", "az://", ".blob.core.windows.net") if part not in str(info.value)] == []
+
+
+def test_a_tilde_is_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert [user_path(path) for path in ("~", "~/a", "a~", "", "auto")] == ["/home/me", "/home/me/a", "a~", "", "auto"]
+
+
+def test_the_url_for_checkpoints(monkeypatch):
+    assert checkpoint_url() == ""
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("DIFFUSION_BLOB_LOGDIR", "~/a")
+    assert checkpoint_url() == "/home/me/a"
+    monkeypatch.setenv("DIFFUSION_BLOB_LOGDIR", "s3://b/x")
+    with pytest.raises(InputError, match=r"^DIFFUSION_BLOB_LOGDIR s3://b/x: "):
+        checkpoint_url()
+
+
+@pytest.mark.parametrize("link", [os.symlink, os.link], ids=["symbolic", "hard"])
+@pytest.mark.parametrize("name", ["a", "b"])
+def test_a_link_under_a_temporary_name_is_not_followed(tmp_path, link, name):
+    (tmp_path / "precious").write_text("precious")
+    (tmp_path / "run").mkdir()
+    link(tmp_path / "precious", tmp_path / "run" / f"{name}.tmp")
+    write_files(str(tmp_path / "run"), {"a": writer(b"1"), "b": writer(b"2")})
+    assert (tmp_path / "precious").read_text() == "precious"
+    assert contents(tmp_path / "run") == {"a": "1", "b": "2"}
+    assert not (tmp_path / "run" / name).is_symlink()
+
+
+def test_a_link_in_place_of_the_lock_is_refused(tmp_path):
+    (tmp_path / "precious").write_text("precious")
+    (tmp_path / ".lock").symlink_to("precious")
+    with pytest.raises(InputError, match=rf"^{tmp_path}/\.lock: "):
+        FolderLock(str(tmp_path)).acquire()
+    assert (tmp_path / "precious").read_text() == "precious"

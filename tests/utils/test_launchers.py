@@ -172,6 +172,7 @@ def test_group_of_torchrun(monkeypatch, group, gpus, backend):
     monkeypatch.setitem(sys.modules, "mpi4py", None)  # an import would fail
     monkeypatch.setattr(th.cuda, "is_available", lambda: gpus > 0)
     monkeypatch.setattr(th.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(dist_util, "_check_gpus", lambda world: None)
     started_by(monkeypatch, TORCHRUN, 6, 8, 2)
     dist_util.setup_dist()
     dist_util.setup_dist()
@@ -402,3 +403,20 @@ def test_one_process_alone():
     command = [sys.executable, "-W", "error", "-c", ALONE]
     done = subprocess.run(command, env=environment(CUDA_VISIBLE_DEVICES=""), capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "done\nleft\n", "")
+
+
+@pytest.mark.parametrize("names", [TORCHRUN, OPEN_MPI, MPICH, SLURM], ids=lambda names: names[1])
+@pytest.mark.parametrize("size", ["0", "-1"])
+def test_a_world_without_ranks_is_refused(monkeypatch, names, size):
+    for name, value in zip(names, ("0", size, "0"), strict=True):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match=f"{names[1]} is {size}: give 1 or more"):
+        launchers_.find_world()
+
+
+def test_variables_of_srun_without_its_job_are_named(monkeypatch):
+    started_by(monkeypatch, SLURM, 0, 2, 0)
+    for name in SLURM_STEP:
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(InputError, match="SLURM_JOB_ID is not set"):
+        launchers_.shared_store(launchers_.find_world())

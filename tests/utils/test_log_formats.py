@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 import torch as th
-from harness import FULL, on_a_full_disk
+from harness import FULL, fill_disk, on_a_full_disk
 from PIL import Image
 
 from improved_diffusion.utils.errors import InputError
@@ -332,7 +332,7 @@ def one_line(path, write):
 
 
 @on_a_full_disk
-def test_a_row_on_a_full_disk_is_one_line(path):
+def test_a_row_on_a_full_disk_is_one_line(monkeypatch, path):
     for output in (CSVOutputFormat, JSONOutputFormat):
         out = output(path)
         out.writekvs({"step": 0})
@@ -344,8 +344,9 @@ def test_a_row_on_a_full_disk_is_one_line(path):
         os.remove(path)
         os.rename(f"{path}.aside", path)
         assert path.read_bytes() == before
-        os.symlink(FULL, f"{path}.tmp")  # where a file is written anew
-        one_line(path, lambda out=out: out.drop_from("step", 1))
+        with monkeypatch.context() as patch:
+            fill_disk(patch, path.name)
+            one_line(path, lambda out=out: out.drop_from("step", 1))
         assert not os.path.lexists(f"{path}.tmp")
         assert path.read_bytes() == before
         out.writekvs({"step": 3})  # there is room again
@@ -354,10 +355,10 @@ def test_a_row_on_a_full_disk_is_one_line(path):
 
 
 @on_a_full_disk
-def test_a_new_column_on_a_full_disk_is_one_line(path):
+def test_a_new_column_on_a_full_disk_is_one_line(monkeypatch, path):
     out = CSVOutputFormat(path)
     out.writekvs({"step": 1})
-    os.symlink(FULL, f"{path}.tmp")
+    fill_disk(monkeypatch, path.name)
     one_line(path, lambda: out.writekvs({"step": 2, "new": 1}))
     assert path.read_text() == "step\n1\n"
 
@@ -391,3 +392,12 @@ def test_no_stdout_at_all(tmp_path, monkeypatch):
     """Python has none if its descriptor was closed before it began."""
     monkeypatch.setattr(sys, "stdout", None)
     make_output_format("stdout", str(tmp_path)).writeseq(["text"])
+
+
+def test_control_characters_do_not_reach_the_terminal():
+    out = io.StringIO()
+    HumanOutputFormat(out).writeseq(["a\x1b[2Jb\rc\x9b", "two\n\tlines"])
+    assert out.getvalue() == "a\\x1b[2Jb\\rc\\x9b two\n\tlines\n"
+    out = io.StringIO()
+    HumanOutputFormat(out).writekvs({"a\nb": "c\rd"})
+    assert "| a\\nb | c\\rd |" in out.getvalue().splitlines()

@@ -1,0 +1,64 @@
+"""Text for the terminal, and a stdout or stderr that is closed."""
+
+import subprocess
+import sys
+
+import pytest
+from harness import FULL, environment, on_a_full_disk
+
+from improved_diffusion.utils import streams
+from improved_diffusion.utils.errors import InputError
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("caf\u00e9 \u6587 \U0001f600 ~", "caf\u00e9 \u6587 \U0001f600 ~"),
+        ("a\nb\r\tc\x00", r"a\nb\r\tc\x00"),
+        ("\x1b[31m\x7f\x9b\u2028", r"\x1b[31m\x7f\x9b\u2028"),
+    ],
+)
+def test_control_characters_are_escaped(text, shown):
+    assert streams.printable(text) == shown == str(InputError(text))
+    assert InputError(text).args == (text,)
+
+
+def test_lines_stay():
+    assert streams.printable("a\n\tb\rc", lines=True) == "a\n\tb\\rc"
+
+
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+def test_show_is_one_write(monkeypatch, capfd, name):
+    streams.show("a\nb", error=name == "stderr")
+    assert getattr(capfd.readouterr(), name[3:]) == "a\nb\n"
+    monkeypatch.setattr(sys, name, None)  # closed before Python started
+    streams.show("a", error=name == "stderr")
+    assert capfd.readouterr() == ("", "")
+
+
+# without importing torch, which takes seconds
+PROGRAM = """
+import os, sys
+from improved_diffusion.utils import streams
+streams.reserve()
+for i in range(3):
+    streams.show("text")
+    streams.show("text", error=True)
+streams.flush()
+assert os.open("file", os.O_CREAT | os.O_RDWR) > 2
+os.write(1, b"never in a file")
+os.write(2, b"never in a file")
+"""
+
+
+@pytest.mark.parametrize("redirection", [">&-", "2>&-", ">&- 2>&- <&-", "| true", f">{FULL} 2>{FULL}"])
+@on_a_full_disk
+def test_closed_streams_change_no_exit_status_and_no_file(tmp_path, redirection):
+    command = f'set -o pipefail; "{sys.executable}" -c "$PROGRAM" {redirection}'
+    if FULL in redirection:
+        command = command.replace("$PROGRAM", "${PROGRAM%%os.write*}")  # these would rightly fail
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=tmp_path, env=environment(PROGRAM=PROGRAM), capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "Traceback" not in done.stderr
+    assert (tmp_path / "file").read_bytes() == b""
