@@ -348,8 +348,11 @@ def test_averages(tmp_path, modest_scale, use_fp16):
         assert th.equal(th.cat([v.flatten() for v in stored.values()]), got)
 
 
-@pytest.mark.parametrize("ema_rate, rates", [(0.99, [0.99]), ("0.99", [0.99]), ("0.9,0.9999", [0.9, 0.9999])])
-def test_rates_as_number_or_text(ema_rate, rates):
+@pytest.mark.parametrize(
+    "ema_rate, rates",
+    [(0.99, [0.99]), ("0.99", [0.99]), ("0.9,0.9999", [0.9, 0.9999]), ([0.9, 0.9999], [0.9, 0.9999]), ([0.5], [0.5])],
+)
+def test_rates_as_number_text_or_list(ema_rate, rates):
     assert make_loop(ema_rate=ema_rate).ema_rate == rates
 
 
