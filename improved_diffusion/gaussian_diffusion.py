@@ -230,10 +230,11 @@ class GaussianDiffusion:
 
     def _call_model(self, model, x_t, t, model_kwargs):
         output = model(x_t, self._scale_timesteps(t), **(model_kwargs or {}))
-        if not isinstance(output, th.Tensor):
-            raise TypeError(f"the model must return a tensor, not {type(output).__name__}: wrap it in a function")
         n, channels, *rest = x_t.shape
-        _check_shape("the model's output", output, (n, channels * (2 if self._learns_variance() else 1), *rest))
+        shape = (n, channels * (2 if self._learns_variance() else 1), *rest)
+        if not isinstance(output, th.Tensor):
+            raise TypeError(f"the model must return a tensor of shape {shape}, not {type(output).__name__}")
+        _check_shape("the model's output", output, shape)
         return output
 
     def _learns_variance(self):

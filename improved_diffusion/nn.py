@@ -8,6 +8,7 @@ import torch as th
 import torch.nn as nn
 import torch.nn.functional as F
 import torch.utils.checkpoint
+from torch.autograd import forward_ad
 
 
 class SiLU(nn.Module):
@@ -18,12 +19,23 @@ class SiLU(nn.Module):
 
 
 class GroupNorm32(nn.GroupNorm):
-    """Group normalisation, computed in float32; the output has the input's dtype."""
+    """Group normalisation, computed in float32 or the input's dtype if wider; the output has the input's dtype."""
 
     def forward(self, x: th.Tensor) -> th.Tensor:
         if x.device.type == "cpu" and x.dtype in (th.bfloat16, th.float16):
             return super().forward(x)  # the CPU kernel accumulates in float32 by itself
-        return super().forward(x.float()).type(x.dtype)
+        dtype = th.promote_types(x.dtype, th.float32)
+        weight, bias = (p if p is None else p.to(dtype) for p in (self.weight, self.bias))
+        if has_tangent(x, weight, bias):
+            x = x.contiguous()  # torch differentiates no other layout in forward mode
+        return F.group_norm(x.to(dtype), self.num_groups, weight, bias, self.eps).type(x.dtype)
+
+
+def has_tangent(*tensors: th.Tensor | None) -> bool:
+    """Whether one of the tensors is differentiated in forward mode, as by torch.func.jvp(), outside torch.compile()."""
+    if th.compiler.is_compiling():
+        return False
+    return any(v is not None and forward_ad.unpack_dual(v).tangent is not None for v in tensors)
 
 
 def conv_nd(dims: int, *args, **kwargs) -> nn.Module:

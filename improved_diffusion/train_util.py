@@ -15,8 +15,8 @@ import math
 import os
 import traceback
 
-import blobfile as bf  # noqa: F401 (star imports of the original's module give it, as np and dist)
-import numpy as np  # noqa: F401
+import blobfile as bf  # noqa: F401 (star imports of the original's module give it, as dist)
+import numpy as np
 import torch as th
 import torch.distributed as dist  # noqa: F401
 from torch.nn.parallel.distributed import DistributedDataParallel as DDP
@@ -59,7 +59,7 @@ class TrainLoop:
     :param batch_size: samples a step, on each rank.
     :param microbatch: samples that go through the network at once; -1 for all. Changes memory only.
     :param lr: learning rate of AdamW; it falls to 0 over lr_anneal_steps, if set.
-    :param ema_rate: one rate, or a string of several with commas.
+    :param ema_rate: one rate, a list of them, or a string of them with commas.
     :param log_interval: steps between rows of the log.
     :param save_interval: steps between checkpoints.
     :param resume_checkpoint: a model file (or an opened Checkpoint) to continue from, or "". With the state file beside
@@ -116,7 +116,8 @@ class TrainLoop:
         self.batch_size = batch_size
         self.microbatch = microbatch if microbatch > 0 else batch_size
         self.lr, self.weight_decay, self.lr_anneal_steps = lr, weight_decay, lr_anneal_steps
-        self.ema_rate = [float(rate) for rate in str(ema_rate).split(",")]
+        rates = ema_rate.split(",") if isinstance(ema_rate, str) else np.atleast_1d(ema_rate)
+        self.ema_rate = [float(rate) for rate in rates]
         self.log_interval, self.save_interval = log_interval, save_interval
         self.resume_checkpoint = resume_checkpoint
         self.use_fp16, self.fp16_scale_growth = use_fp16, fp16_scale_growth

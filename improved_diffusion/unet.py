@@ -16,7 +16,17 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from .fp16_util import convert_module_to_f16, convert_module_to_f32
-from .nn import SiLU, avg_pool_nd, checkpoint, conv_nd, linear, normalization, timestep_embedding, zero_module
+from .nn import (
+    SiLU,
+    avg_pool_nd,
+    checkpoint,
+    conv_nd,
+    has_tangent,
+    linear,
+    normalization,
+    timestep_embedding,
+    zero_module,
+)
 
 
 class TimestepBlock(nn.Module):
@@ -174,14 +184,11 @@ class AttentionBlock(nn.Module):
 
     # fmt: off
     def _forward(self, x):
-        # the 1x1 convolutions as matrix products over channels, so that the heads are views
-        h = self.norm(x).flatten(2).transpose(1, 2)                               # (N, L, C)
-        qkv = F.linear(h, self.qkv.weight.squeeze(-1), self.qkv.bias)             # (N, L, 3C), head by head
-        qkv = qkv.unflatten(2, (self.num_heads, -1)).permute(0, 2, 3, 1)          # (N, heads, 3C / heads, L)
-        h = self.attention(qkv)                                                   # (N, heads, C / heads, L)
-        h = h.permute(0, 3, 1, 2).flatten(2)                                      # (N, L, C)
-        h = F.linear(h, self.proj_out.weight.squeeze(-1), self.proj_out.bias)     # (N, L, C)
-        return x + h.transpose(1, 2).unflatten(2, x.shape[2:])                    # (N, C, ...)
+        n, c = x.shape[:2]
+        qkv = self.qkv(self.norm(x).flatten(2))                                   # (N, 3C, L), head by head
+        h = self.attention(qkv.reshape(n * self.num_heads, -1, qkv.shape[-1]))    # (N * heads, C / heads, L)
+        h = self.proj_out(h.reshape(n, c, -1))                                    # (N, C, L)
+        return x + h.unflatten(2, x.shape[2:])                                    # (N, C, ...)
     # fmt: on
 
 
@@ -189,9 +196,18 @@ class QKVAttention(nn.Module):
     """softmax(q^T k / sqrt(C)) v (Vaswani et al. 2017, arXiv 1706.03762, equation 1)."""
 
     def forward(self, qkv: th.Tensor) -> th.Tensor:
-        """[N, ..., 3C, L], queries, keys and values -> [N, ..., C, L]."""
-        q, k, v = qkv.transpose(-2, -1).chunk(3, dim=-1)  # (N, ..., L, C) each
-        return F.scaled_dot_product_attention(q, k, v).transpose(-2, -1)
+        """[N, 3C, L], queries, keys and values -> [N, C, L]."""
+        q, k, v = qkv.transpose(1, 2).contiguous().chunk(3, dim=2)  # (N, L, C) each
+        # Fused kernels have no forward-mode and no second derivatives. In training on a CPU they are no faster up to
+        # 16x16 pixels.
+        training = qkv.device.type == "cpu" and qkv.requires_grad
+        if training or has_tangent(qkv) or th.jit.is_tracing():
+            scale = q.shape[2] ** -0.25  # of both factors: float16 overflows later
+            scores = (q * scale) @ (k * scale).transpose(1, 2)  # (N, L, L)
+            weights = th.softmax(scores, dim=2, dtype=th.promote_types(scores.dtype, th.float32)).type(v.dtype)
+            return (weights @ v).transpose(1, 2)
+        q, k, v = q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1)  # (N, 1, L, C): fused for 4 axes only
+        return F.scaled_dot_product_attention(q, k, v).squeeze(1).transpose(1, 2)
 
     @staticmethod
     def count_flops(model, _x, y: th.Tensor) -> None:
@@ -328,10 +344,11 @@ class UNetModel(nn.Module):
         :param x: [N, in_channels, ...], each size a multiple of 2^(levels - 1).
         :param timesteps: [N], may be fractional.
         :param y: [N] labels, exactly if the model is class-conditional.
-        :return: [N, out_channels, ...].
+        :return: [N, out_channels, ...] of x's dtype, whatever the weights' is.
         :raises ValueError: if y is missing, unexpected or of another shape.
         """
-        return self.out(self._hidden(x, timesteps, y).type(x.dtype)).contiguous()
+        h = self._hidden(x, timesteps, y)
+        return self.out(h.type(_dtype(self.out, x.dtype))).type(x.dtype).contiguous()
 
     def get_feature_vectors(self, x: th.Tensor, timesteps: th.Tensor, y: th.Tensor | None = None) -> dict:
         """
@@ -348,14 +365,15 @@ class UNetModel(nn.Module):
         """The input of the output layer. Calls record() with the output of each block."""
         if (y is not None) != (self.num_classes is not None):
             raise ValueError("give labels y to a class-conditional model, and only to one")
-        emb = self.time_embed(timestep_embedding(timesteps, self.model_channels))  # (N, 4 * model_channels)
+        emb = timestep_embedding(timesteps, self.model_channels)                   # (N, model_channels)
+        emb = self.time_embed(emb.type(_dtype(self.time_embed, emb.dtype)))        # (N, 4 * model_channels)
         if y is not None:
             if y.shape != x.shape[:1]:
                 raise ValueError(f"y must have shape {tuple(x.shape[:1])}, one label per sample, not {tuple(y.shape)}")
             emb = emb + self.label_emb(y)                                          # (N, 4 * model_channels)
 
         h = x.type(self.inner_dtype)                                               # (N, in_channels, ...)
-        if h.device.type == "cpu" and h.dim() == 4 and not th.is_grad_enabled():
+        if h.device.type == "cpu" and h.dim() == 4 and not th.is_grad_enabled() and not th.jit.is_tracing():
             # faster CPU convolutions; in training the backward pass of GroupNorm is slower by as much
             h = h.contiguous(memory_format=th.channels_last)
         skips = []
@@ -371,6 +389,11 @@ class UNetModel(nn.Module):
                 record("up", h)
         return h                                                                   # (N, width of level 0, ...)
     # fmt: on
+
+
+def _dtype(module, default):
+    """The dtype of a module's weights, `default` if it has no floating-point ones, as after quantisation."""
+    return next((p.dtype for p in module.parameters() if p.is_floating_point()), default)
 
 
 class SuperResModel(UNetModel):

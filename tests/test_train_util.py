@@ -382,8 +382,11 @@ def test_a_tied_parameter_has_its_average_under_each_of_its_names(tmp_path, mode
     assert_same([p.detach() for p in resumed.ema_params[0]], [p.detach() for p in loop.ema_params[0]])
 
 
-@pytest.mark.parametrize("ema_rate, rates", [(0.99, [0.99]), ("0.99", [0.99]), ("0.9,0.9999", [0.9, 0.9999])])
-def test_rates_as_number_or_text(ema_rate, rates):
+@pytest.mark.parametrize(
+    "ema_rate, rates",
+    [(0.99, [0.99]), ("0.99", [0.99]), ("0.9,0.9999", [0.9, 0.9999]), ([0.9, 0.9999], [0.9, 0.9999]), ([0.5], [0.5])],
+)
+def test_rates_as_number_text_or_list(ema_rate, rates):
     assert make_loop(ema_rate=ema_rate).ema_rate == rates
 
 

@@ -115,9 +115,14 @@ class JSONOutputFormat(KVWriter):
         _replace(self.filename, b"".join(line + b"\n" for line in kept))
 
 
+# Unknown to the original, whose clients may count columns from the left.
+LAST_COLUMNS = {"images/s"}
+
+
 class CSVOutputFormat(KVWriter):
     """
-    A header, then a row per dump. An existing file keeps its columns; new keys are appended as columns.
+    A header, then a row per dump. An existing file keeps its columns; new keys are appended as columns, before those
+    of LAST_COLUMNS.
 
     The file is open only during a write, so os.replace() leaves no stale handle. Damaged lines of an existing file are
     dropped, after a copy of the file.
@@ -133,7 +138,8 @@ class CSVOutputFormat(KVWriter):
         newcomers = sorted(kvs.keys() - set(self.keys))
         if newcomers:
             _, rows = self._read()
-            self._rewrite(self.keys + newcomers, [*rows, kvs])
+            rows = [dict(zip(self.keys, row, strict=False)) for row in rows]  # a row may be shorter
+            self._rewrite(sorted(self.keys + newcomers, key=LAST_COLUMNS.__contains__), [*rows, kvs])
         else:
             _append(self.filename, _csv_line(kvs, self.keys))
 

@@ -123,6 +123,14 @@ UNETS = [
 ]
 
 
+def recorded_network():
+    """A network with attention, and its input: assert_recorded("unet/0/out", model(x, t), rtol=2e-4)."""
+    from improved_diffusion.unet import UNetModel
+
+    _, kwargs, shape, t = UNETS[0]
+    return fill_parameters(UNetModel(**kwargs)).eval(), tensor("unet_x0", *shape), th.tensor(t)
+
+
 def assert_recorded(key, *got, rtol=2e-5, exact=False):
     """What the library computes agrees with entry `key`, relative to the largest entry of each answer."""
     want = GOLDEN[key]

@@ -262,33 +262,6 @@ def test_the_signature_is_that_of_the_constructor():
 # ---------------------------------------------------------------- what forks do with them
 
 
-class FineTuned(TrainLoop):
-    """Loads what fits, and starts a new run."""
-
-    def _load_and_sync_parameters(self):
-        weights = dist_util.load_state_dict(self.resume_checkpoint, map_location="cpu")
-        self.model.load_state_dict(weights, strict=False)
-        dist_util.sync_params(self.model.parameters())
-
-
-class LargerNet(TinyNet):
-    def __init__(self):
-        super().__init__()
-        self.scale = th.nn.Parameter(th.ones(1))
-
-
-def test_fine_tuning_of_what_fits(tmp_path):
-    train(tmp_path, max_steps=4)
-    with logger.scoped_configure(dir=str(tmp_path / "new"), format_strs=[]):
-        loop = make_loop(FineTuned, model=LargerNet(), resume_checkpoint=latest(tmp_path))
-        assert (loop.step, loop.resume_step, loop.opt.state_dict()["state"]) == (0, 0, {})
-        weights = load(tmp_path / "model000004.pt")
-        assert_same(loop.model.conv.weight.detach(), weights["conv.weight"])
-        assert_same([p.detach() for p in loop.ema_params[0]], [p.detach() for p in loop.model_params])
-        loop.run_loop()
-    assert set(load(tmp_path / "new" / "model000003.pt")) == {"scale", *weights}
-
-
 def test_what_is_saved_goes_through_the_hook(tmp_path):
     class Prefixed(TrainLoop):
         def _master_params_to_state_dict(self, master_params):
@@ -298,24 +271,6 @@ def test_what_is_saved_goes_through_the_hook(tmp_path):
     train(tmp_path, Prefixed)
     for name in ("model000003.pt", "ema_0.9_000003.pt"):
         assert list(load(tmp_path / name)) == ["net.conv.weight", "net.conv.bias"]
-
-
-@pytest.mark.parametrize("use_fp16", [False, True])
-def test_a_client_keeps_its_best_checkpoint(tmp_path, use_fp16):
-    """By the loss of every step, whatever log_interval is."""
-
-    class KeepsBest(TrainLoop):
-        losses = ()
-
-        def run_step(self, batch, cond):
-            super().run_step(batch, cond)
-            self.losses = (*self.losses, float(logger.getkvs()["loss"]))
-            if self.losses[-1] == min(self.losses):
-                th.save(self._master_params_to_state_dict(self.ema_params[0]), tmp_path / "best.pt")
-
-    loop = train(tmp_path, KeepsBest, use_fp16=use_fp16, log_interval=100, max_steps=5)
-    assert len(loop.losses) == 5 and all(np.isfinite(loop.losses))
-    TinyNet().load_state_dict(load(tmp_path / "best.pt"))
 
 
 def test_losses_between_two_rows_of_the_log(tmp_path):
