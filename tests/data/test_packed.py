@@ -81,7 +81,7 @@ def test_what_others_wrote(tmp_path, name, make):
 @pytest.mark.parametrize("large", [False, True])
 def test_a_large_file_of_version_1_is_worth_a_warning(monkeypatch, tmp_path, large):
     warnings = []
-    monkeypatch.setattr(packed.logger, "warn", warnings.append)
+    monkeypatch.setattr(packed.logger, "note", warnings.append)
     monkeypatch.setattr(packed, "LARGE", pixels().nbytes - large)
     old_file(tmp_path / "a.npz")
     read_packed(str(tmp_path / "a.npz"), with_labels=False)
