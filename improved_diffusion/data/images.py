@@ -73,7 +73,8 @@ def decode_image(content: bytes, name: str) -> Image.Image:
     """
     try:
         image: Image.Image = Image.open(io.BytesIO(content), formats=FORMATS)
-        _check_size(image)
+        if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
+            raise Image.DecompressionBombError
         image.load()
         if image.mode in ("RGB", "L"):
             return image
@@ -91,16 +92,12 @@ def decode_image(content: bytes, name: str) -> Image.Image:
     except MemoryError:
         raise  # the file may be intact
     except Exception as e:  # decoders raise anything from SyntaxError to struct.error
-        formats = f"not one of {', '.join(FORMATS)}"
-        problem = formats if isinstance(e, UnidentifiedImageError) else first_line(e)  # its text names the buffer
+        problem = first_line(e)
+        if isinstance(e, UnidentifiedImageError):  # its text names the buffer
+            problem = f"not one of {', '.join(FORMATS)}"
+        elif isinstance(e, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
+            problem = f"more than {Image.MAX_IMAGE_PIXELS:,} pixels; scale it down, or crop it"
         raise InputError(f"{name}: cannot be read as an image ({problem})") from e
-
-
-def _check_size(image):
-    width, height = image.size
-    if Image.MAX_IMAGE_PIXELS is not None and width * height > Image.MAX_IMAGE_PIXELS:
-        limit = f"more than {Image.MAX_IMAGE_PIXELS:,} pixels; scale it down, or crop it"
-        raise ValueError(f"{width}x{height}, {limit}")
 
 
 def _to_uint8(values):
