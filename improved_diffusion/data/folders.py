@@ -7,11 +7,12 @@ from typing import Any
 
 import blobfile as bf
 import numpy as np
+from PIL import Image
 
 from ..options import LABELS
 from ..utils.errors import InputError, first_line
 from ..utils.files import is_remote
-from .images import read_image
+from .images import FORMATS
 
 ENDINGS = ("jpg", "jpeg", "png", "gif")  # the original's
 FURTHER_ENDINGS = ("webp", "bmp", "tif", "tiff", "jfif")  # read where a folder has none of the original's
@@ -113,12 +114,12 @@ class _Files:
 
     def _walk(self, folder, real, above):
         """:param above: the real paths of the folders that lead here."""
-        for name, path, kind in sorted(_entries(folder)):
-            is_folder = kind != "file"
+        for name, path, kind in sorted(entry for entry in _entries(folder) if entry[2]):
+            is_folder = kind in ("folder", "link")
             if name in HIDDEN_FOLDERS if is_folder else name.startswith(HIDDEN_PREFIX):
                 self.hidden.append(path)
             elif not is_folder:
-                (self.images if _ending(name) in ENDINGS else self.others).append(path)
+                (self.images if kind == "image" else self.others).append(path)
             else:
                 target = os.path.realpath(path) if kind == "link" else os.path.join(real, name)
                 if not self._once and target in above:
@@ -151,44 +152,44 @@ class _Files:
 
 
 def _is_readable(path):
-    try:
-        read_image(path, retry=False)
-    except InputError:
+    if is_remote(path) or not os.path.isfile(path):
         return False
-    return True
+    try:
+        with Image.open(path, formats=FORMATS):  # the header
+            return True
+    except Exception:  # decoders raise anything from SyntaxError to struct.error
+        return False
 
 
 def _entries(folder):
-    """(name, path, kind) of each file that may be an image, of each folder and each link to one."""
+    """(name, path, kind) of each file and folder; the kind is image, other, folder or link (to a folder)."""
     if is_remote(folder):
         for name in bf.listdir(folder):
             path = bf.join(folder, name)
-            if _ending(name) in ENDINGS or not bf.isdir(path):
-                if _may_be_image(name):
-                    yield name, path, "file"
-            else:
-                yield name.rstrip("/"), path, "folder"
+            if (kind := _kind(name)) != "image" and bf.isdir(path):
+                kind = "folder"
+            yield name.rstrip("/"), path, kind
         return
     with os.scandir(folder) as entries:
         for entry in entries:
             # scandir() knows the type of all but links; a stat() per file would take minutes for millions
-            if _ending(entry.name) in ENDINGS:
-                yield entry.name, entry.path, "file"
-            elif entry.is_dir(follow_symlinks=False):
-                yield entry.name, entry.path, "folder"
-            elif entry.is_symlink() and os.path.isdir(entry.path):
-                yield entry.name, entry.path, "link"
-            elif _may_be_image(entry.name):
-                yield entry.name, entry.path, "file"
+            if (kind := _kind(entry.name)) != "image":
+                if entry.is_dir(follow_symlinks=False):
+                    kind = "folder"
+                elif entry.is_symlink() and os.path.isdir(entry.path):
+                    kind = "link"
+            yield entry.name, entry.path, kind
 
 
-def _ending(name):
-    """The ending of a file name or path, in lower case; "" without one."""
-    return name.rpartition("/")[2].rpartition(".")[2].lower() if "." in name.rpartition("/")[2] else ""
+def _kind(name):
+    ending = _ending(name)
+    return "image" if ending in ENDINGS else "other" if ending in ("", *FURTHER_ENDINGS, *UNREAD_ENDINGS) else None
 
 
-def _may_be_image(name):
-    return _ending(name) in ("", *ENDINGS, *FURTHER_ENDINGS, *UNREAD_ENDINGS)
+def _ending(path):
+    """The ending of a file name, in lower case; "" without one."""
+    name = path.rpartition("/")[2]
+    return name.rpartition(".")[2].lower() if "." in name else ""
 
 
 # ---------------------------------------------------------------- classes
@@ -211,21 +212,22 @@ def label_images(
     """
     if by not in LABELS:
         raise InputError(f"labels {by}: give {' or '.join(LABELS)}")
-    start = len(folder.rstrip("/")) + 1
+    start = len(folder.rstrip("/"))
     names = [path.rpartition("/")[2] for path in paths]
     prefixes = [name.split("_")[0] for name in names]
     if by == "prefix":
         return (*_numbered(prefixes), "")
-    outside = next((path for path in paths if "/" not in path[start:]), None)
+    below = [path[start:].lstrip("/") for path in paths]
+    outside = next((path for path in below if "/" not in path), None)
     if outside is not None:
         if by == "folder":
-            raise InputError(f"{outside}: lies in no subfolder of {folder}, so labels=folder gives it no class")
+            raise InputError(f"{folder}: {outside} lies in no subfolder, so labels folder gives it no class")
         return (*_numbered(prefixes), "")
-    folders = [path[start:].split("/", 1)[0] for path in paths]
+    folders = [path.split("/", 1)[0] for path in below]
     if by == "folder":
         return (*_numbered(folders), "")
 
-    nested = any(path.count("/", start) > 1 for path in paths)
+    nested = any(path.count("/") > 1 for path in below)
     known = set(class_names) if class_names is not None else None
     if not _is_folder_the_class(folder, names, prefixes, folders, nested, known):
         return (*_numbered(prefixes), "")
