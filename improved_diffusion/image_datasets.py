@@ -1,5 +1,6 @@
 """Batches of images, from a folder or packed."""
 
+import contextlib
 import functools
 from collections.abc import Callable
 
@@ -10,10 +11,11 @@ import torch.nn.functional as F
 from PIL import Image  # noqa: F401 (part of this module, as in the original)
 from torch.utils.data import DataLoader, Dataset, default_collate  # noqa: F401 (as above)
 
-from . import dist_util
-from .data.images import check_images, find_images, label_by_name, list_images, read_image, scale_and_crop
+from . import dist_util, logger
+from .data.folders import Paths, find_images, label_images, list_images
+from .data.images import check_images, read_image, scale_and_crop
 from .data.loader import BatchesInOrder, BatchStream
-from .data.packed import is_packed, read_packed
+from .data.packed import Mapped, is_packed, read_packed
 from .utils.errors import InputError
 
 _list_image_files_recursively = list_images  # the original's name
@@ -33,6 +35,7 @@ def load_data(
     class_names: list[str] | None = None,
     random_flip: bool = False,
     pin_memory: bool = True,
+    labels: str = "auto",
 ) -> BatchStream:
     """
     Endless batches of this rank's share of the images.
@@ -40,7 +43,7 @@ def load_data(
     :param data_dir: folder or URL for blobfile, searched recursively; or packed images (data/packed.py).
     :param batch_size: images per batch on this rank.
     :param image_size: scale and centre-crop to this square size, in pixels.
-    :param class_cond: return labels too: the label of "dog_17.png" is the index of "dog" in the sorted prefixes.
+    :param class_cond: return labels too: the label of "dog_17.png" is the index of "dog" in the sorted class names.
     :param deterministic: in sorted order instead of shuffled.
     :param image_channels: 3 for RGB, 1 for greyscale.
     :param num_classes: the allowed number of classes, if limited.
@@ -49,12 +52,13 @@ def load_data(
     :param class_names: sorted names of all classes, such as those of a resumed run; default: those of the images.
     :param random_flip: mirror each image horizontally with probability 1/2. Order and other random numbers stay.
     :param pin_memory: with a GPU, batches in page-locked memory, for faster copies.
+    :param labels: what the class of an image is: the prefix of its file name, its folder, or auto (label_images()).
     :return: an iterator of (float32 [N, C, H, W] in [-1, 1], {"y": int64 [N]} or {}) with state_dict() and
              load_state_dict(). Its dataset has num_images (of all ranks) and class_names.
     :raises InputError: at once, if the folder is missing or has unreadable images, too many classes or fewer images
                         than a batch; if packed images are damaged or of another size.
     """
-    dataset = _open_dataset(data_dir, image_size, class_cond, image_channels, num_classes, class_names)
+    dataset = _open_dataset(data_dir, image_size, class_cond, image_channels, num_classes, class_names, labels)
     if len(dataset) < batch_size:
         share = f" for this one of {dist_util.world_size()} ranks" if dist_util.world_size() > 1 else ""
         problem = f"{data_dir}: {len(dataset)} images{share} are fewer than a batch"
@@ -91,6 +95,7 @@ def load_data_once(
     limit: int | None = None,
     class_names: list[str] | None = None,
     pin_memory: bool = True,
+    labels: str = "auto",
 ) -> BatchesInOrder:
     """
     One epoch of load_data(deterministic=True); the last batch may be smaller.
@@ -98,7 +103,7 @@ def load_data_once(
     :param limit: use only the first `limit` images.
     :raises InputError: as load_data(), except for fewer images than a batch.
     """
-    dataset = _open_dataset(data_dir, image_size, class_cond, image_channels, num_classes, class_names, limit)
+    dataset = _open_dataset(data_dir, image_size, class_cond, image_channels, num_classes, class_names, labels, limit)
     return BatchesInOrder(dataset, batch_size, _workers(num_workers, dataset), _collate, pin_memory)
 
 
@@ -106,7 +111,7 @@ def _workers(num_workers, dataset):
     return dataset.default_workers if num_workers < 0 else num_workers
 
 
-def _open_dataset(data_dir, image_size, class_cond, image_channels, num_classes, class_names, limit=None):
+def _open_dataset(data_dir, image_size, class_cond, image_channels, num_classes, class_names, labels_by, limit=None):
     if not data_dir:
         raise InputError("no data_dir: give a folder of images, or packed images")
     share = slice(dist_util.rank(), limit, dist_util.world_size())
@@ -119,15 +124,17 @@ def _open_dataset(data_dir, image_size, class_cond, image_channels, num_classes,
             advice = "scale the source with scripts/prepare.py images"
             raise InputError(f"{data_dir}: {found} with {image_channels}; {advice}")
     else:
-        images = find_images(data_dir)
+        images, notes = find_images(data_dir)
         if class_cond:
-            labels, names = label_by_name(images)
+            labels, names, note = label_images(data_dir, images, labels_by, class_names)
+            notes += [note] if note else []
+        for note in notes:
+            logger.note(note)
     if class_cond:
         if num_classes is not None and len(names) > num_classes:
-            origin = "" if packed else ", by its file names up to the first underscore"
+            origin = "" if packed else ", by its file names or folders"
             found = f"{len(names)} classes ({', '.join(names[:3])}, ...){origin}"
             raise InputError(f"{data_dir}: has {found}, but num_classes is {num_classes}")
-        labels = np.asarray(labels)
         if class_names is not None:  # labels become indices into class_names
             if unknown := set(names) - set(class_names):
                 known = f"{', '.join(class_names[:5])}{', ...' if len(class_names) > 5 else ''}"
@@ -195,7 +202,9 @@ class ImageDataset(_Samples):
     default_workers = 1
 
     def __init__(self, resolution, image_paths, classes=None, shard=0, num_shards=1, image_channels=3):
-        super().__init__(image_paths[shard:][::num_shards], None if classes is None else classes[shard:][::num_shards])
+        super().__init__(
+            Paths(image_paths[shard:][::num_shards]), None if classes is None else classes[shard:][::num_shards]
+        )
         self.resolution = resolution
         self.image_channels = image_channels
 
@@ -212,6 +221,17 @@ class PackedDataset(_Samples):
     """
 
     default_workers = 0
+
+    def __getstate__(self):
+        """For workers that are not forked: where mapped images lie, instead of all pixels."""
+        state = self.__dict__.copy()
+        with contextlib.suppress(ValueError):
+            state["local_images"] = Mapped(self.local_images)
+        return state
+
+    def __setstate__(self, state):
+        images = state["local_images"]
+        self.__dict__.update(state, local_images=images.read() if isinstance(images, Mapped) else images)
 
     def pixels(self, idx):
         return self.local_images[idx]

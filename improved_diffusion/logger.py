@@ -53,6 +53,7 @@ class Logger:
 
     DEFAULT: "Logger | None" = None  # after reset(); created by the first use before configure()
     CURRENT: "Logger | None" = None  # used by the module's functions
+    EARLY: list[str] = []  # lines of note() before the first logger
 
     def __init__(self, dir, output_formats, comm=None):
         self.name2val = defaultdict(float)
@@ -202,6 +203,8 @@ def configure(dir: str | None = None, format_strs: list[str] | None = None, comm
     Logger.CURRENT = Logger(dir, outputs, comm)
     log(f"Logging to {dir}")
     Logger.CURRENT.warn_of_damage()
+    while Logger.EARLY:
+        log(Logger.EARLY.pop(0))
 
 
 @contextlib.contextmanager
@@ -262,6 +265,14 @@ def getkvs() -> dict[str, Any]:
 def log(*args, level: int = INFO) -> None:
     """Write the arguments, joined by spaces, as a line of text if the logger's level is at most `level`."""
     get_current().log(*args, level=level)
+
+
+def note(line: str) -> None:
+    """log() a line, or keep it for the first logger: data are opened before a run has a directory."""
+    if Logger.CURRENT is not None:
+        log(line)
+    elif line not in Logger.EARLY:
+        Logger.EARLY.append(line)
 
 
 debug = functools.partial(log, level=DEBUG)

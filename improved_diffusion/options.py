@@ -131,11 +131,16 @@ def rows(group: Any) -> tuple[Option, ...]:
 # ---------------------------------------------------------------- groups
 
 
+LABELS = ("auto", "prefix", "folder")
+LABELS_HELP = "what the class of an image is: the prefix of its file name, its folder, or auto"
+
+
 @dataclass(frozen=True)
 class DataOptions(Group):
     title = "data"
     data_dir: str = path_option("folder of images, searched recursively, or packed", required="a folder of images")
     num_workers: int = option(-1, "processes that decode; 0 = the main process; -1 = 1, or 0 if packed", minimum=-1)
+    labels: str = option("auto", LABELS_HELP, choices=LABELS)
     pin_memory: bool = option(True, "with a GPU: load batches into page-locked memory, for faster copies")
 
 
@@ -148,7 +153,7 @@ class NetworkOptions(Group):
     num_heads_upsample: int = option(-1, "attention heads in the decoder; -1 = num_heads")
     attention_resolutions: str = option("16,8", "image sizes with attention, in pixels, separated by commas")
     dropout: float = option(0.0, "dropout probability in training", minimum=0, below=1)
-    class_cond: bool = option(False, "class-conditional; a file's class is its name up to the first underscore")
+    class_cond: bool = option(False, "class-conditional; the class of an image is given by its file name or folder")
     use_checkpoint: bool = option(False, "recompute activations in the backward pass: less memory, more time")
     use_scale_shift_norm: bool = option(True, "embeddings scale and shift normalized features, instead of adding")
     num_classes: int = option(1000, "number of classes of a class-conditional model", minimum=1, maximum=2**24)
@@ -291,6 +296,7 @@ class PrepareOptions(Group):
     image_size: int = option(64, "height and width to scale and crop to, in pixels", minimum=1, maximum=MAX_PIXELS)
     image_channels: int = option(3, "3 for RGB, 1 for greyscale", choices=(1, 3))
     num_workers: int = option(-1, "processes that decode images; 0 = the main process; -1 = one per core", minimum=-1)
+    labels: str = option("auto", LABELS_HELP, choices=LABELS)
     max_images: int = option(0, "number of images; 0 = all", minimum=0)
     class_name: str = option("", "class in file names; default: the name of SRC up to its first _")
     split: str = option("", "train or val; default: train if SRC has it", choices=("", "train", "val"))

@@ -120,12 +120,16 @@ def test_the_listing_looks_at_no_file(monkeypatch, tmp_path):
     write_images(tmp_path / "deep" / "er", count=3)
     (tmp_path / "deep" / "notes.txt").touch()
 
-    def look(*_, **__):
-        pytest.fail("a file was looked at")
+    stat = os.stat
+
+    def look(path, *args, **kwargs):
+        if Path(path).suffix:
+            pytest.fail("a file was looked at")
+        return stat(path, *args, **kwargs)
 
     with monkeypatch.context() as patch:
         for name in ("stat", "lstat"):
-            patch.setattr(os, name, look)
+            patch.setattr(os, name, look)  # at the folder itself they look
         assert len(image_datasets._list_image_files_recursively(str(tmp_path))) == 3
 
 
@@ -226,11 +230,26 @@ def palette_with_transparency(path):
     image.save(path, transparency=bytes([0, 128, 255, 3]))
     with Image.open(path) as written:
         assert isinstance(written.info["transparency"], bytes)
-    return palette_colours(image)
+    alpha = np.full(256, 255)
+    alpha[:4] = 0, 128, 255, 3
+    return on_white(palette_colours(image), alpha[np.asarray(image)])
+
+
+def on_white(colours, alpha):
+    """Rounded as Pillow does."""
+    colours, alpha = colours.astype(int), alpha[..., None].astype(int)
+    return np.round((colours * alpha + 255 * (255 - alpha)) / 255).astype(np.uint8)
 
 
 def rgba(path):
     pixels = noise(3, 20, 24, 4)
+    Image.fromarray(pixels).save(path)
+    return on_white(pixels[..., :3], pixels[..., 3])
+
+
+def rgba_opaque(path):
+    pixels = noise(3, 20, 24, 4)
+    pixels[..., 3] = 255
     Image.fromarray(pixels).save(path)
     return pixels[..., :3]
 
@@ -245,7 +264,7 @@ def grey_with_alpha(path):
     pixels = noise(5, 20, 24, 2)
     image = Image.merge("LA", [Image.fromarray(pixels[..., 0]), Image.fromarray(pixels[..., 1])])
     image.save(path)
-    return pixels[..., :1].repeat(3, axis=2)
+    return on_white(pixels[..., :1].repeat(3, axis=2), pixels[..., 1])
 
 
 def one_bit(path):
@@ -264,6 +283,7 @@ CONVERTED = [
     palette,
     palette_with_transparency,
     rgba,
+    rgba_opaque,
     rgb_with_transparent_colour,
     grey_with_alpha,
     one_bit,

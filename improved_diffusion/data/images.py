@@ -1,78 +1,29 @@
-"""Image files: find, label, read, decode, scale, crop."""
+"""Image files: read, decode, scale, crop."""
 
 import io
 import os
+import stat
 import time
 
 import blobfile as bf
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from ..utils.errors import InputError, first_line
 from ..utils.files import is_remote
 
-EXTENSIONS = ("jpg", "jpeg", "png", "gif")
+# given to Pillow, whose others include EPS, which runs Ghostscript
+FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF")
+MAX_PIXELS = 2**28  # of an image file: 16,384 x 16,384, 0.8 GB when decoded
 CHECKED_IMAGES = 2000  # check_images() decodes at most this many images
 CHECK_SECONDS = 10  # for at most this long
+LONG = 64  # sides longer than this many times the shorter one are cropped before scaling
 RETRY_PAUSES = (0.1, 1, 3)  # seconds before a failed read is retried, such as while a file server restarts
 
-
-def find_images(folder: str) -> list[str]:
-    """
-    list_images() of a folder or a URL for blobfile.
-
-    :raises InputError: if the folder is missing, cannot be listed or has no image.
-    """
-    try:
-        if not bf.isdir(folder):
-            raise InputError(f"{folder}: there is no such folder")
-        paths = list_images(folder)
-    except OSError as e:
-        raise InputError(f"{folder}: cannot be listed ({e.filename}: {first_line(e)})") from None
-    if not paths:
-        raise InputError(f"{folder}: holds no images ({', '.join(EXTENSIONS)})")
-    return paths
-
-
-def list_images(folder: str) -> list[str]:
-    """Paths of all images below a folder, depth first, each folder in sorted order."""
-    paths: list[str] = []
-    for _, path, is_folder in sorted(_entries(folder)):
-        paths += list_images(path) if is_folder else [path]
-    return paths
-
-
-def _entries(folder):
-    """(name, path, is_folder) of each image and each subfolder of a folder."""
-    if is_remote(folder):
-        for name in bf.listdir(folder):
-            path = bf.join(folder, name)
-            if _is_image(name) or bf.isdir(path):
-                yield name, path, not _is_image(name)
-        return
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            # scandir() knows the type of all but links; a stat() per file would take minutes for millions
-            if _is_image(entry.name):
-                yield entry.name, entry.path, False
-            elif entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and os.path.isdir(entry.path)):
-                yield entry.name, entry.path, True
-
-
-def _is_image(name):
-    return "." in name and name.rsplit(".", 1)[1].lower() in EXTENSIONS
-
-
-def label_by_name(paths: list[str]) -> tuple[list[int], list[str]]:
-    """
-    Label images by the part of their file name before the first underscore.
-
-    :return: (labels, sorted class names that they index).
-    """
-    prefixes = [path.rpartition("/")[2].split("_")[0] for path in paths]
-    names = sorted(set(prefixes))
-    index = {name: i for i, name in enumerate(names)}
-    return [index[prefix] for prefix in prefixes], names
+# Pillow's limits are for uploads by strangers: scans and panoramas exceed them
+if Image.MAX_IMAGE_PIXELS is not None:
+    Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, MAX_PIXELS)
+PngImagePlugin.MAX_TEXT_CHUNK = max(PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY)
 
 
 def check_images(paths: list[str]) -> None:
@@ -97,11 +48,13 @@ def read_image(path: str, retry: bool = True) -> Image.Image:
     """
     for pause in (*(RETRY_PAUSES if retry else ()), None):
         try:
+            if not is_remote(path) and not stat.S_ISREG(os.stat(path).st_mode):  # reading a pipe would wait
+                raise InputError(f"{path}: cannot be read as an image (not a regular file)")
             # for local files blobfile would add a tenth of the decoding time
             with bf.BlobFile(path, "rb") if is_remote(path) else open(path, "rb") as f:
                 content = f.read()
             break
-        except MemoryError:
+        except (MemoryError, InputError):
             raise
         except Exception as e:  # cloud storage raises errors of all kinds
             if pause is None:
@@ -116,23 +69,58 @@ def decode_image(content: bytes, name: str) -> Image.Image:
 
     :param name: for messages.
     :return: a PIL image in mode "RGB" or "L".
-    :raises InputError: if the file is not an image, or damaged.
+    :raises InputError: if the file is not an image of FORMATS, damaged, too large, or of unclear range.
     """
     try:
-        image: Image.Image = Image.open(io.BytesIO(content))
+        image: Image.Image = Image.open(io.BytesIO(content), formats=FORMATS)
+        if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
+            raise Image.DecompressionBombError
         image.load()
+        if image.mode in ("RGB", "L"):
+            return image
+        if image.mode.startswith("I;") or (image.mode == "I" and image.format == "PNG"):  # 16 bits
+            return Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+        if image.mode in ("I", "F"):
+            return Image.fromarray(_to_uint8(np.asarray(image)))
+        if (
+            image.mode in ("LA", "La", "PA", "RGBA", "RGBa")
+            or "transparency" in image.info
+            or _has_alpha_palette(image)
+        ):
+            return _on_white(image)
+        return image.convert("RGB")
     except MemoryError:
         raise  # the file may be intact
     except Exception as e:  # decoders raise anything from SyntaxError to struct.error
-        problem = "unknown format" if isinstance(e, UnidentifiedImageError) else e  # its text names the buffer
+        problem = first_line(e)
+        if isinstance(e, UnidentifiedImageError):  # its text names the buffer
+            problem = f"not one of {', '.join(FORMATS)}"
+        elif isinstance(e, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
+            problem = f"more than {Image.MAX_IMAGE_PIXELS:,} pixels; scale it down, or crop it"
         raise InputError(f"{name}: cannot be read as an image ({problem})") from e
-    if image.mode in ("RGB", "L"):
-        return image
-    if image.mode.startswith("I"):  # 16 bits; Pillow's conversion saturates above 255
-        return Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
-    if "transparency" in image.info:
-        image = image.convert("RGBA")
-    return image.convert("RGB")
+
+
+def _to_uint8(values):
+    """Greyscale values of 32 bits as uint8: 0 to 255, or floats from 0 to 1. :raises ValueError: for other values."""
+    low, high = values.min(), values.max()
+    if values.dtype.kind == "f" and low >= 0 and high <= 1:
+        return np.round(values * 255).astype(np.uint8)
+    if low >= 0 and high <= 255 and (values == np.round(values)).all():
+        return values.astype(np.uint8)
+    wanted = "0 to 255" if values.dtype.kind == "i" else "0 to 1, or whole numbers from 0 to 255"
+    raise ValueError(f"its values are {low:g} to {high:g}, not {wanted}; convert it to 8 bits")
+
+
+def _has_alpha_palette(image):
+    return image.mode == "P" and image.palette.mode.endswith("A")
+
+
+def _on_white(image):
+    """Composite an image with alpha, or with a transparent colour, on white."""
+    rgba = image.convert({"La": "LA"}.get(image.mode, "RGBA")).convert("RGBA")
+    opaque = Image.new("RGB", image.size, "white")
+    opaque.paste(rgba, mask=rgba)
+    return opaque
 
 
 def to_image(pixels: np.ndarray) -> Image.Image:
@@ -155,10 +143,21 @@ def scale_and_crop(image: Image.Image, size: int, image_channels: int = 3) -> np
         image = _halved(image)
     scale = size / min(image.size)
     width, height = (round(n * scale) for n in image.size)
-    image = image.resize((width, height), resample=Image.Resampling.BICUBIC)
+    if max(width, height) > LONG * size:
+        image = _scaled_centre(image, width, height, size)
+    else:
+        image = image.resize((width, height), resample=Image.Resampling.BICUBIC)
     pixels = np.asarray(image if image_channels == 1 else image.convert("RGB"))
     top, left = ((n - size) // 2 for n in pixels.shape[:2])
     return pixels[top : top + size, left : left + size].reshape(size, size, image_channels)
+
+
+def _scaled_centre(image, width, height, size):
+    """The central square of a long image scaled to (width, height), which as a whole would take gigabytes."""
+    left, top = (width - size) // 2, (height - size) // 2
+    x, y = image.width / width, image.height / height
+    box = (left * x, top * y, (left + size) * x, (top + size) * y)
+    return image.resize((size, size), resample=Image.Resampling.BICUBIC, box=box)
 
 
 def _halved(image):

@@ -13,6 +13,7 @@ from typing import Any
 import torch as th
 from torch.utils.data import DataLoader, default_collate
 
+from .. import dist_util
 from ..utils.errors import InputError
 
 
@@ -52,6 +53,7 @@ class BatchStream:
             if self._given == 0:
                 self._order.reseed()
             self._order.skip = self._given
+            self._loader.generator.manual_seed(dist_util.mixed_seed(self._order.seed, self._given, dist_util.rank()))
             self._epoch = _one_line_errors(self._loader)
         try:
             batch, cond = next(self._epoch)
@@ -140,13 +142,15 @@ class BatchesInOrder:
 
 
 def _loader(dataset, num_workers, collate_fn, pin_memory, **kwargs):
+    generator = th.Generator()  # of the workers' seeds; keeps their draws out of the global generator
+    generator.manual_seed(dist_util.mixed_seed(th.initial_seed(), dist_util.rank()))
     return DataLoader(
         dataset,
         num_workers=num_workers,
         collate_fn=collate_fn,
         worker_init_fn=_ignore_signals,
         pin_memory=pin_memory and th.cuda.is_available(),
-        generator=th.Generator(),  # keeps the loader's draws out of the global generator
+        generator=generator,
         **kwargs,
     )
 

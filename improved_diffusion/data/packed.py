@@ -16,6 +16,7 @@ import os
 import shutil
 import zipfile
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -124,8 +125,29 @@ def read_packed(path: str, with_labels: bool) -> tuple[np.ndarray, np.ndarray | 
         raise InputError(f"{path}: not packed images, or damaged ({first_line(e)}); prepare.py writes them") from None
     if not os.path.isdir(path) and images.nbytes > LARGE:
         advice = "a folder written by scripts/prepare.py images is mapped instead"
-        logger.warn(f"{path}: each rank reads {images.nbytes / 1e9:.1f} GB; {advice}")
+        logger.note(f"{path}: each rank reads {images.nbytes / 1e9:.1f} GB; {advice}")
     return found
+
+
+class Mapped:
+    """
+    Where a view of a memory-mapped uint8 array lies, to map it in another process instead of copying it.
+
+    :raises ValueError: if the array is not mapped from a file that exists.
+    """
+
+    def __init__(self, array: np.ndarray):
+        base: Any = array
+        while isinstance(base, np.ndarray) and not isinstance(base, np.memmap):
+            base = base.base
+        if not isinstance(base, np.memmap) or not base.filename or not os.path.isfile(base.filename):
+            raise ValueError("not mapped from a file")
+        self.file, self.shape, self.strides = str(base.filename), array.shape, array.strides
+        self.offset = base.offset + array.ctypes.data - base.ctypes.data
+
+    def read(self) -> np.ndarray:
+        """Map the view again, read-only."""
+        return np.ndarray(self.shape, np.uint8, np.memmap(self.file, np.uint8, "r"), self.offset, self.strides)
 
 
 def read_npz(file, *names: str, check: Callable | None = None, limit: int | None = None) -> list[np.ndarray]:

@@ -40,6 +40,8 @@ def write(source: Source | Mapping[str, Source], out: str) -> None:
             check_new(path)
         else:
             _check_folder(path, part)
+        for note in part.notes:
+            print(note)
     for path, part in parts.items():
         (_pack if packed else _write_folder)(path, part)
 
@@ -67,7 +69,9 @@ def _check_folder(path, source):
         raise InputError(f"{path}: give a local folder")
     for name in sorted({source.classes[label] for label in np.unique(source.labels)}):
         if not re.fullmatch(r"(?!\.)[^_/\\\0-\x1f]+", name):
-            raise InputError(f"class {name!r}: cannot start file names; give a name without _, / and leading dot")
+            raise InputError(
+                f"class {name!r}: cannot start file names; give a name without _, / and leading dot, or pack the images"
+            )
     if source.folder and not is_remote(source.folder):
         inside = os.path.realpath(source.folder)
         if os.path.commonpath([inside, os.path.realpath(path)]) == inside:

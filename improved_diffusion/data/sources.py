@@ -14,7 +14,7 @@ import os
 import pickle
 import re
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,8 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from ..utils.errors import InputError, first_line
-from .images import decode_image, find_images, label_by_name, read_image, scale_and_crop, to_image
+from .folders import Paths, find_images, label_images
+from .images import decode_image, read_image, scale_and_crop, to_image
 from .packed import is_packed, read_npz, read_packed
 
 
@@ -36,6 +37,7 @@ class Source(Dataset):
     compress_level = 3  # of PNG files; the usual 6 takes twice the time for files a tenth smaller
     num_workers = 0  # processes that decode images
     folder: str | None = None  # of the source's image files
+    notes: Sequence[str] = ()  # lines for the user
 
     def __len__(self):
         return len(self.labels)
@@ -248,18 +250,19 @@ class Images(Source):
     Any images, scaled and cropped to a square.
 
     src is a folder, searched recursively, a URL for blobfile, or packed images. The class of an image is its file name
-    up to the first underscore. Packed images keep the pixels, labels and order of the folder.
+    up to the first underscore, or its folder. Packed images keep the pixels, labels and order of the folder.
     """
 
-    def __init__(self, src: str, *, image_size=64, image_channels=3, num_workers=-1):
+    def __init__(self, src: str, *, image_size=64, image_channels=3, num_workers=-1, labels="auto"):
         self.shape, self.num_workers = (image_size, image_size, image_channels), processes(num_workers)
         if is_packed(src):
             self._images, self.labels, self.classes = read_packed(src, with_labels=True)  # type: ignore[assignment]
             self._open: Callable = to_image
         else:
-            paths = find_images(src)
-            self._images, self.folder, self._open = paths, src, read_image  # type: ignore[assignment]
-            self.labels, self.classes = label_by_name(paths)
+            paths, notes = find_images(src)
+            self.labels, self.classes, note = label_images(src, paths, labels)
+            self._images, self.folder, self._open = Paths(paths), src, read_image  # type: ignore[assignment]
+            self.notes = [*notes, note] if note else notes
 
     def __getitem__(self, i):
         return scale_and_crop(self._open(self._images[i]), self.shape[0], self.shape[2])

@@ -3,12 +3,14 @@
 import io
 import multiprocessing
 import os
+import random
 import signal
 import subprocess
 import sys
 import threading
 import time
 
+import numpy as np
 import pytest
 import torch as th
 from harness import ROOT
@@ -273,3 +275,45 @@ def test_memory_is_pinned_where_there_is_a_gpu_and_it_is_wanted(monkeypatch, cls
         else BatchesInOrder(data, 2, 0, pin_memory=wanted)
     )
     assert stream._loader.pin_memory == (gpu and wanted)
+
+
+# ---------------------------------------------------------------- random numbers in the workers
+
+
+class Zeros(Dataset):
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, i):
+        return 0, {}
+
+
+def draw(samples):
+    """Collate to what the worker's generators draw."""
+    return th.tensor([th.randint(2**40, ()), np.random.randint(2**31), random.getrandbits(40)]), {}
+
+
+def drawn(monkeypatch, seed, rank=0, given=0):
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    th.manual_seed(seed)
+    stream = BatchStream(Zeros(), 2, True, num_workers=1, collate_fn=draw)
+    if given:
+        stream.load_state_dict({**stream.state_dict(), "seed": seed, "given": given})
+    return next(stream)[0].tolist(), th.get_rng_state().tolist()
+
+
+def test_workers_draw_other_numbers_in_each_run_rank_and_place_and_the_same_again(monkeypatch):
+    cases = [dict(seed=1), dict(seed=2), dict(seed=1, rank=1), dict(seed=1, given=1)]
+    numbers = [drawn(monkeypatch, **case)[0] for case in cases]
+    assert all(len(set(kind)) == len(cases) for kind in zip(*numbers, strict=True))
+    assert [drawn(monkeypatch, **case)[0] for case in cases] == numbers
+
+
+def test_the_seeds_of_workers_cost_no_draw(monkeypatch):
+    """One epoch draws twice, as the original's new DataLoader does."""
+    _, after = drawn(monkeypatch, 1)
+    th.manual_seed(1)
+    for _ in range(2):
+        th.empty((), dtype=th.int64).random_()
+    assert th.get_rng_state().tolist() == after

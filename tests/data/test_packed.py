@@ -1,19 +1,23 @@
 """Packed images: what is written, who can read it, and what is refused."""
 
 import io
+import pickle
 import random
+import shutil
 import time
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch as th
 from harness import fill_disk, on_a_full_disk, snapshot
 from hypothesis import given
 from hypothesis import strategies as st
 
 from improved_diffusion.data import packed
 from improved_diffusion.data.packed import is_packed, read_packed, write_packed
+from improved_diffusion.image_datasets import PackedDataset, load_data_once
 from improved_diffusion.utils.errors import InputError
 
 LABELS, CLASSES = [0, 2, 1, 0, 2], ["ant", "日本", "\udcff"]  # the last is a file name that is no text
@@ -81,7 +85,7 @@ def test_what_others_wrote(tmp_path, name, make):
 @pytest.mark.parametrize("large", [False, True])
 def test_a_large_file_of_version_1_is_worth_a_warning(monkeypatch, tmp_path, large):
     warnings = []
-    monkeypatch.setattr(packed.logger, "warn", warnings.append)
+    monkeypatch.setattr(packed.logger, "note", warnings.append)
     monkeypatch.setattr(packed, "LARGE", pixels().nbytes - large)
     old_file(tmp_path / "a.npz")
     read_packed(str(tmp_path / "a.npz"), with_labels=False)
@@ -382,3 +386,35 @@ def test_random_damage(damaged, seed):
             else:
                 del content[at : at + count]
         read(content)
+
+
+def test_another_process_maps_the_images_again(tmp_path):
+    """A data set travels to a worker that is not forked as the place of its images, not as their pixels."""
+    write(tmp_path / "a.packed", pixels(400, 16), labels=[0] * 400, classes=["a"])
+    images, labels, _ = read_packed(str(tmp_path / "a.packed"), with_labels=True)
+    for share in (slice(None), slice(1, None, 3), slice(5, 6)):
+        dataset = PackedDataset(images[share], labels[share])
+        sent = pickle.dumps(dataset)
+        received = pickle.loads(sent)
+        assert len(sent) < 10_000
+        np.testing.assert_array_equal(received.local_images, images[share])
+        assert not received.local_images.flags.writeable and list(received.local_classes) == [0] * len(dataset)
+
+
+@pytest.mark.parametrize("kind", ["in memory", "removed"])
+def test_images_that_cannot_be_mapped_again_are_copied(tmp_path, kind):
+    write(tmp_path / "a.packed")
+    images = read_packed(str(tmp_path / "a.packed"), with_labels=False)[0] if kind == "removed" else pixels()
+    shutil.rmtree(tmp_path / "a.packed")
+    received = pickle.loads(pickle.dumps(PackedDataset(images[::2], None)))
+    np.testing.assert_array_equal(received.local_images, pixels()[::2])
+
+
+def test_workers_that_are_spawned_read_the_same_packed_images(tmp_path):
+    write(tmp_path / "a.packed")
+    words = dict(data_dir=str(tmp_path / "a.packed"), batch_size=2, image_size=pixels().shape[1], class_cond=True)
+    expected = list(load_data_once(**words, num_workers=0))
+    data = load_data_once(**words, num_workers=1)
+    data._loader.multiprocessing_context = "spawn"
+    for (x, cond), (x0, cond0) in zip(data, expected, strict=True):
+        assert th.equal(x, x0) and th.equal(cond["y"], cond0["y"])

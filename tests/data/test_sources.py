@@ -289,6 +289,21 @@ def test_packed_imagenet_counts_its_classes_by_the_label(tmp_path):
     assert (cond["y"] + 1).tolist() == [*imagenet(1)["labels"], *imagenet(2)["labels"]]
 
 
+@pytest.mark.parametrize("ending", ["", ".packed"])
+def test_class_folders(tmp_path, capfd, ending):
+    for i, name in enumerate(["cat/0", "dog/0", "dog/1"]):
+        (tmp_path / "src" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8), i).save(tmp_path / "src" / f"{name}.png")
+    out = tmp_path / f"out{ending}"
+    assert prepare("images", tmp_path / "src", out, image_size=8, num_workers=0) == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert len(lines) == 2 and "cat, dog" in lines[0]
+    expected = [(name, np.full((8, 8, 3), i)) for i, name in enumerate(["cat", "dog", "dog"])]
+    (assert_packed if ending else assert_folder)(out, expected)
+    assert prepare("images", tmp_path / "src", tmp_path / "b.packed", image_size=8, labels="prefix") == 0
+    assert read_packed(str(tmp_path / "b.packed"), with_labels=True)[2] == ["0.png", "1.png"]
+
+
 @pytest.mark.parametrize("folder", ["church_outdoor_val_lmdb", "church"])
 def test_the_class_of_lsun_is_the_beginning_of_its_folders_name(tmp_path, folder):
     write_lsun(tmp_path / folder)
