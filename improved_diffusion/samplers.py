@@ -10,8 +10,8 @@ from x_t, whatever the model predicts.
     :param diffusion: a GaussianDiffusion.
     :param model: called as model(x_t, t, **model_kwargs), t [N] the timesteps it is trained on.
     :param x_T: standard normal noise, [N, C, ...].
-    :param timesteps: at which to call the model, of those it is trained on, strictly decreasing; None for all (solvers:
-                      for those of their keywords steps and spacing, see solvers.py).
+    :param timesteps: at which to call the model, of those it is trained on, strictly decreasing. None for all; a
+                      solver takes steps of them, another keyword (solvers.py).
     :param model_kwargs: keyword arguments for the model.
     :param noise_fn: returns standard normal noise of its argument's shape, dtype and device; th.randn_like if None.
     :param clip_denoised: clamp each predicted x_0 to [-1, 1].

@@ -24,6 +24,7 @@ from .utils.errors import InputError
 
 SPACINGS = ("lam", "karras", "time")
 LAM_MIN = -5.1  # signal below: a cosine schedule's last timesteps, where predictions of x_0 are noise
+STEPS = 20
 RHO = 7  # of Karras et al. 2022, arXiv 2206.00364, equation 5
 
 
@@ -44,7 +45,7 @@ def time_grid(lam: np.ndarray, steps: int, spacing: str = "lam") -> list[int]:
     :return: K + 1 strictly decreasing timesteps, the last one 0; the network is evaluated at all but that.
     :raises InputError: (a ValueError) if there are not as many timesteps, or there is no such spacing.
     """
-    first = int(np.flatnonzero(lam >= LAM_MIN)[-1])
+    first = _first(lam)
     if not 1 <= steps <= first:
         raise InputError(f"sampling_steps {steps}: give 1 to {first}, the timesteps between noise and data")
     if spacing not in SPACINGS:
@@ -65,44 +66,54 @@ def time_grid(lam: np.ndarray, steps: int, spacing: str = "lam") -> list[int]:
     return [min(t, first - i) for i, t in enumerate(times)]  # and from the noisy end
 
 
+def _first(lam):
+    """The noisiest timestep with signal."""
+    return int(np.flatnonzero(lam >= LAM_MIN)[-1])
+
+
 def solve(
-    diffusion: GaussianDiffusion, model: Model, x_T: th.Tensor, *, order: int, eta: float = 0.0, corrector: int = 0,
-    exact: bool = False, steps: int = 20, spacing: str = "lam", timesteps: Sequence[int] | None = None,
+    diffusion: GaussianDiffusion, model: Model, x_T: th.Tensor, *, timesteps: Sequence[int] | None = None,
     model_kwargs: dict | None = None, noise_fn: Fn | None = None, clip_denoised: bool = True,
     denoised_fn: Fn | None = None, callback: Callable[[dict], None] | None = None,
+    steps: int | None = None, spacing: str = "lam", order: int = 2, eta: float = 0.0, corrector: int = 0,
+    exact: bool = False,
 ) -> th.Tensor:  # fmt: skip
     """
     Integrate from noise to data. Parameters that are not here are those of samplers.py.
 
+    :param timesteps: at which to evaluate the network; the last step ends without noise. Default: of steps and spacing.
+    :param steps: evaluations of the network; default: 20, or as many as there are timesteps for.
+    :param spacing: see time_grid(). The last step ends at the noise of t = 0.
     :param order: 1 to 3, of the predictor. The first and the last steps have less.
     :param eta: noise, 0 to 1.
     :param corrector: the order of UniC, for eta = 0; 0 = none.
     :param exact: coefficients that integrate a polynomial in lam exactly. The usual ones are better at few steps.
-    :param steps: evaluations of the network.
-    :param spacing: see time_grid().
-    :param timesteps: at which to evaluate it, in place of steps and spacing.
     """
     lam = half_log_snr(diffusion)
-    times = time_grid(lam, steps, spacing) if timesteps is None else _checked(timesteps, len(lam))
-    lams = [float(lam[t]) if t >= 0 else math.inf for t in times]  # -1 is data, without noise
+    timestep_map = list(getattr(diffusion, "timestep_map", range(len(lam))))  # the model's timesteps
+    if timesteps is None:
+        times = time_grid(lam, min(STEPS, _first(lam)) if steps is None else steps, spacing)
+        lams = [float(lam[t]) for t in times]
+    else:
+        times = _indices(timesteps, timestep_map)
+        lams = [*(float(lam[t]) for t in times), math.inf]
     kwargs: dict = dict(clip_denoised=clip_denoised, denoised_fn=denoised_fn, model_kwargs=model_kwargs)
 
     def predict(x, t):
         ts = th.full((len(x),), t, dtype=th.long, device=x.device)
         return diffusion.p_mean_variance(model, x, ts, **kwargs)["pred_xstart"]
 
-    x, steps = x_T, len(times) - 1
+    x, steps = x_T, len(lams) - 1
     with th.no_grad():
         history = [predict(x, times[0])]  # the newest first
         for i in range(steps):
             history_lams = lams[i::-1]
             x_n = _step(x, history[: min(order, steps - i)], history_lams, lams[i + 1], eta, exact)
-            if eta and times[i + 1] >= 0:
-                h = lams[i + 1] - lams[i]
+            if eta and lams[i + 1] < math.inf:
                 z = (noise_fn or th.randn_like)(x)
-                x_n = x_n + _sigma(lams[i + 1]) * math.sqrt(-math.expm1(-2 * eta * h)) * z
+                x_n = x_n + _sigma(lams[i + 1]) * math.sqrt(-math.expm1(-2 * eta * (lams[i + 1] - lams[i]))) * z
             if callback is not None:
-                callback({"i": i, "t": times[i], "sample": x_n, "pred_xstart": history[0]})
+                callback({"i": i, "t": timestep_map[times[i]], "sample": x_n, "pred_xstart": history[0]})
             if i + 1 < steps:
                 new = predict(x_n, times[i + 1])
                 if corrector:
@@ -112,12 +123,12 @@ def solve(
     return x
 
 
-def _checked(timesteps, length):
-    """Timesteps and the destination: the level of t = 0, from there data."""
+def _indices(timesteps, timestep_map):
     times = [int(t) for t in timesteps]
-    if not times or times != sorted(set(times), reverse=True) or not 0 <= times[-1] <= times[0] < length:
-        raise ValueError(f"timesteps must decrease strictly from at most {length - 1} to at least 0, not {timesteps}")
-    return [*times, 0 if times[-1] > 0 else -1]
+    if not times or times != sorted(set(times) & set(timestep_map), reverse=True):
+        known = f"the diffusion's {len(timestep_map)}"
+        raise ValueError(f"timesteps must decrease strictly and be among {known}, not {timesteps}")
+    return [timestep_map.index(t) for t in times]
 
 
 def _alpha(lam):

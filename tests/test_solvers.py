@@ -70,7 +70,7 @@ def test_a_spacing_that_there_is_not():
         time_grid(half_log_snr(diffusion(10)), 2, "even")
 
 
-@pytest.mark.parametrize("timesteps", [[], [3, 3], [1, 2], [10], [2, -1]])
+@pytest.mark.parametrize("timesteps", [[], [3, 3], [1, 2], [10], [2, -1]], ids=str)
 def test_timesteps_that_do_not_fit(timesteps):
     with pytest.raises(ValueError, match="timesteps"):
         solve(diffusion(10), lambda x, t: x, th.zeros(1, 2), order=1, timesteps=timesteps)
