@@ -10,7 +10,8 @@ from x_t, whatever the model predicts.
     :param diffusion: a GaussianDiffusion.
     :param model: called as model(x_t, t, **model_kwargs), t [N] the timesteps it is trained on.
     :param x_T: standard normal noise, [N, C, ...].
-    :param timesteps: at which to call the model, of those it is trained on, strictly decreasing; None for all.
+    :param timesteps: at which to call the model, of those it is trained on, strictly decreasing. None for all; a
+                      solver takes steps of them, another keyword (solvers.py).
     :param model_kwargs: keyword arguments for the model.
     :param noise_fn: returns standard normal noise of its argument's shape, dtype and device; th.randn_like if None.
     :param clip_denoised: clamp each predicted x_0 to [-1, 1].
@@ -22,12 +23,14 @@ from x_t, whatever the model predicts.
     :raises TypeError: for timesteps of a plain GaussianDiffusion, which knows no longer process.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 
 import torch as th
 
 from .gaussian_diffusion import Fn, GaussianDiffusion, Model, if_given
 from .respace import visiting
+from .solvers import solve
 
 Callback = Callable[[dict], None]
 
@@ -69,4 +72,10 @@ def _run_loop(loop, diffusion, model, x_T, timesteps, noise_fn, callback, **kwar
     return out["sample"]
 
 
-SAMPLERS = {"ancestral": ancestral, "ddim": ddim}
+dpmpp_2m = functools.partial(solve, order=2)
+dpmpp_3m = functools.partial(solve, order=3)
+dpmpp_2m_sde = functools.partial(solve, order=2, eta=1.0)
+unipc = functools.partial(solve, order=2, corrector=2)
+
+SOLVERS = {"dpm++2m": dpmpp_2m, "dpm++3m": dpmpp_3m, "dpm++2m-sde": dpmpp_2m_sde, "unipc": unipc}
+SAMPLERS: dict[str, Callable[..., th.Tensor]] = {"ancestral": ancestral, "ddim": ddim, **SOLVERS}
