@@ -23,6 +23,7 @@ data            batches, packed images, preparation of data sets
 script_util     factories and the original's dictionaries of defaults
 options         every option: name, type, default, help, valid values
 samplers        one function per sampler
+solvers         good samples in 10 to 20 evaluations of the network
 respace         fewer timesteps of a longer process
 gaussian_diffusion   the processes q and p, losses, the bound
 resample        which timesteps to train on

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from .networks import NETWORKS
-from .samplers import SAMPLERS
+from .samplers import SAMPLERS, SOLVERS
+from .solvers import SPACINGS
 from .utils.errors import InputError
 
 T = TypeVar("T")
@@ -232,10 +233,32 @@ class SamplingOptions(WeightsOptions):
     num_samples: int = option(10000, "number of images to draw", minimum=1, maximum=2**31)
     sampler: str = option("ancestral", " or ".join(SAMPLERS), choices=tuple(SAMPLERS))
     use_ddim: bool = option(False, "same as sampler ddim")
+    sampling_steps: int = option(0, "evaluations of the model by a solver (all but ancestral, ddim); 0 = 20", minimum=0)
+    spacing: str = option("lam", "timesteps of a solver: " + " or ".join(SPACINGS), choices=SPACINGS)
+    eta: float | None = option(None, "noise of ddim and solvers; default: 1 for -sde, else 0", minimum=0, maximum=1)
+
+    def __post_init__(self):
+        super().__post_init__()
+        name = self.sampler_name
+        if self.sampling_steps and name not in SOLVERS:
+            raise InputError(f"sampling_steps {self.sampling_steps}: sampler {name} takes timestep_respacing instead")
+        if (self.eta is not None and name == "ancestral") or (self.eta and name == "unipc"):
+            raise InputError(f"eta {self.eta}: not for sampler {name}")
 
     @property
     def sampler_name(self) -> str:
         return "ddim" if self.use_ddim else self.sampler
+
+    @property
+    def sampler_options(self) -> dict[str, Any]:
+        """Keywords for the sampler."""
+        eta = {} if self.eta is None else {"eta": self.eta}
+        return {"steps": self.sampling_steps or None, "spacing": self.spacing, **eta} if self.solves else eta
+
+    @property
+    def solves(self) -> bool:
+        """Whether the sampler chooses its timesteps from the whole chain."""
+        return self.sampler_name in SOLVERS
 
 
 @dataclass(frozen=True)
@@ -359,6 +382,11 @@ class SampleOptions(ScriptOptions):
     sampling: ClassSamplingOptions = ClassSamplingOptions()
     output: SampleOutputOptions = SampleOutputOptions()
     compute: ComputeOptions = ComputeOptions()
+
+    def __post_init__(self):
+        if self.sampling.solves and self.diffusion.timestep_respacing:
+            problem = f"sampler {self.sampling.sampler_name} chooses among all timesteps"
+            raise InputError(f"timestep_respacing {self.diffusion.timestep_respacing}: {problem}; give sampling_steps")
 
 
 @dataclass(frozen=True)

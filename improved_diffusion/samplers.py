@@ -30,7 +30,7 @@ import torch as th
 
 from .gaussian_diffusion import Fn, GaussianDiffusion, Model, if_given
 from .respace import visiting
-from .solvers import solve
+from .solvers import default_steps, solve
 
 Callback = Callable[[dict], None]
 
@@ -79,3 +79,8 @@ unipc = functools.partial(solve, order=2, corrector=2)
 
 SOLVERS = {"dpm++2m": dpmpp_2m, "dpm++3m": dpmpp_3m, "dpm++2m-sde": dpmpp_2m_sde, "unipc": unipc}
 SAMPLERS: dict[str, Callable[..., th.Tensor]] = {"ancestral": ancestral, "ddim": ddim, **SOLVERS}
+
+
+def evaluations(sampler: str, diffusion: GaussianDiffusion, steps: int | None = None) -> int:
+    """How often a sampler, a key of SAMPLERS, calls the model."""
+    return (steps or default_steps(diffusion)) if sampler in SOLVERS else diffusion.num_timesteps

@@ -66,6 +66,11 @@ def time_grid(lam: np.ndarray, steps: int, spacing: str = "lam") -> list[int]:
     return [min(t, first - i) for i, t in enumerate(times)]  # and from the noisy end
 
 
+def default_steps(diffusion: GaussianDiffusion) -> int:
+    """20 evaluations, or as many as there are timesteps for."""
+    return min(STEPS, _first(half_log_snr(diffusion)))
+
+
 def _first(lam):
     """The noisiest timestep with signal."""
     return int(np.flatnonzero(lam >= LAM_MIN)[-1])
@@ -92,7 +97,7 @@ def solve(
     lam = half_log_snr(diffusion)
     timestep_map = list(getattr(diffusion, "timestep_map", range(len(lam))))  # the model's timesteps
     if timesteps is None:
-        times = time_grid(lam, min(STEPS, _first(lam)) if steps is None else steps, spacing)
+        times = time_grid(lam, steps or default_steps(diffusion), spacing)
         lams = [float(lam[t]) for t in times]
     else:
         times = _indices(timesteps, timestep_map)

@@ -58,6 +58,7 @@ def main():
             conditions=conditions,
             num_samples=num_samples,
             sampler=options.sampling.sampler_name,
+            sampler_options=options.sampling.sampler_options,
             parts=parts,
         )
         if dist_util.rank() == 0:

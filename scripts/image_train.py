@@ -14,7 +14,7 @@ from improved_diffusion.cli.dry_run import print_dry_run
 from improved_diffusion.cli.parser import create_parser, logging_to, parse_flags, run
 from improved_diffusion.cli.run_config import resumed, save_config
 from improved_diffusion.image_datasets import load_data
-from improved_diffusion.inference.preview import STEPS, Preview
+from improved_diffusion.inference.preview import Preview
 from improved_diffusion.options import TrainOptions
 from improved_diffusion.resample import create_named_schedule_sampler
 from improved_diffusion.script_util import configure_compute, create_diffusion, create_model_and_diffusion
@@ -59,8 +59,7 @@ def create_preview(options, class_names):
     count, size = options.output.preview_samples, options.model.image_size
     if not count or dist_util.rank() > 0:
         return None
-    steps = min(STEPS, options.diffusion.diffusion_steps)
-    diffusion = create_diffusion(options.diffusion, timestep_respacing=str(steps))
+    diffusion = create_diffusion(options.diffusion, timestep_respacing="")
     conditions = {"y": th.arange(count) % len(class_names)} if options.model.class_cond else {}
     return Preview(diffusion, (options.model.image_channels, size, size), count, conditions)
 

@@ -55,6 +55,7 @@ def main():
             shape=(options.model.image_channels, size, size),
             conditions=conditions,
             sampler=options.sampling.sampler_name,
+            sampler_options=options.sampling.sampler_options,
             parts=parts,
         )
         if dist_util.rank() == 0:

@@ -9,7 +9,7 @@ from improved_diffusion.cli.dry_run import print_dry_run
 from improved_diffusion.cli.parser import create_parser, logging_to, parse_flags, run
 from improved_diffusion.cli.run_config import resumed, save_config
 from improved_diffusion.image_datasets import load_data, load_superres_data
-from improved_diffusion.inference.preview import STEPS, Preview
+from improved_diffusion.inference.preview import Preview
 from improved_diffusion.options import SuperResTrainOptions
 from improved_diffusion.resample import create_named_schedule_sampler
 from improved_diffusion.script_util import configure_compute, create_diffusion, sr_create_model_and_diffusion
@@ -61,8 +61,7 @@ def create_preview(options, data):
     if not options.output.preview_samples or dist_util.rank() > 0:
         return None
     _, conditions = data.first(options.output.preview_samples)
-    steps = min(STEPS, options.diffusion.diffusion_steps)
-    diffusion = create_diffusion(options.diffusion, timestep_respacing=str(steps))
+    diffusion = create_diffusion(options.diffusion, timestep_respacing="")
     return Preview(diffusion, (options.model.image_channels, size, size), len(conditions["low_res"]), conditions)
 
 

@@ -22,6 +22,7 @@ LAYERS = (
     ("script_util",),
     ("options",),
     ("samplers",),
+    ("solvers",),
     ("respace",),
     ("gaussian_diffusion",),
     ("resample",),  # gathers losses over the ranks

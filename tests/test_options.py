@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from improved_diffusion import options
-from improved_diffusion.options import Group, SamplingOptions, ScriptOptions, TrainOptions, Valid, rows
+from improved_diffusion.options import Group, SampleOptions, SamplingOptions, ScriptOptions, TrainOptions, Valid, rows
 from improved_diffusion.samplers import SAMPLERS
 from improved_diffusion.utils.errors import InputError
 
@@ -133,3 +133,27 @@ def test_samplers_are_the_functions_of_the_table():
     assert all(name in row.help for name in SAMPLERS)
     with pytest.raises(InputError, match="sampler nowhere"):
         SamplingOptions(sampler="nowhere")
+
+
+def test_options_of_samplers():
+    assert SamplingOptions().sampler_options == {}
+    assert SamplingOptions(use_ddim=True, eta=0.5).sampler_options == {"eta": 0.5}
+    assert SamplingOptions(sampler="unipc").sampler_options == {"steps": None, "spacing": "lam"}
+    options = SamplingOptions(sampler="dpm++2m", sampling_steps=7, spacing="time", eta=1.0)
+    assert options.sampler_options == {"steps": 7, "spacing": "time", "eta": 1.0}
+
+
+@pytest.mark.parametrize(
+    "values, named",
+    [
+        (dict(sampling_steps=5), r"^sampling_steps 5: .*ancestral.* timestep_respacing"),
+        (dict(use_ddim=True, sampling_steps=5), r"^sampling_steps 5: .*ddim"),
+        (dict(eta=0.0), r"^eta 0.0: .*ancestral"),
+        (dict(sampler="unipc", eta=0.5), r"^eta 0.5: .*unipc"),
+        (dict(sampler="unipc", timestep_respacing="50"), r"^timestep_respacing 50: .*unipc.* sampling_steps"),
+    ],
+    ids=str,
+)
+def test_options_that_a_sampler_has_no_use_for(values, named):
+    with pytest.raises(InputError, match=named):
+        SampleOptions().replace(**values)

@@ -81,15 +81,15 @@ NEW_FLAGS = dict(
     log_dir="",
     dry_run=False,
 )
-NEW_TRAINING_FLAGS = dict(
-    NEW_FLAGS, max_steps=0, num_workers=-1, keep_checkpoints=0, random_flip=False, preview_samples=16, pin_memory=True
-)
+NEW_DATA_FLAGS = dict(NEW_FLAGS, num_workers=-1, labels="auto", pin_memory=True)
+NEW_TRAINING_FLAGS = dict(NEW_DATA_FLAGS, max_steps=0, keep_checkpoints=0, random_flip=False, preview_samples=16)
+NEW_SAMPLING_FLAGS = dict(NEW_FLAGS, save_images=False, sampler="ancestral", sampling_steps=0, spacing="lam", eta=None)
 NEW_BY_SCRIPT = {
     "image_train": NEW_TRAINING_FLAGS,
     "super_res_train": dict(NEW_TRAINING_FLAGS, sigma_small=False),
-    "image_nll": dict(NEW_FLAGS, num_workers=-1, pin_memory=True),
-    "image_sample": dict(NEW_FLAGS, classes="", save_images=False, sampler="ancestral"),
-    "super_res_sample": dict(NEW_FLAGS, save_images=False, sampler="ancestral", sigma_small=False),
+    "image_nll": NEW_DATA_FLAGS,
+    "image_sample": dict(NEW_SAMPLING_FLAGS, classes=""),
+    "super_res_sample": dict(NEW_SAMPLING_FLAGS, sigma_small=False),
 }
 
 

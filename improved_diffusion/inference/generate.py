@@ -7,7 +7,7 @@ import numpy as np
 import torch as th
 
 from .. import dist_util, logger
-from ..samplers import SAMPLERS
+from ..samplers import SAMPLERS, evaluations
 from ..script_util import configure_compute
 from ..utils.errors import InputError
 from ..utils.progress import Progress, count_calls
@@ -79,8 +79,8 @@ def pad_batches(model: Callable, batch_size: int) -> Callable:
 
 @th.inference_mode()
 def generate(
-    diffusion, model, *, shape, num_samples, batch_size, conditions, sampler="ancestral", clip_denoised=True, seed=None,
-    parts: Parts | None = None, model_path="the model", use_fp16=False,
+    diffusion, model, *, shape, num_samples, batch_size, conditions, sampler="ancestral", sampler_options=None,
+    clip_denoised=True, seed=None, parts: Parts | None = None, model_path="the model", use_fp16=False,
 ):  # fmt: skip
     """
     Draw samples in batches over all ranks. A collective, in inference mode: for guidance by gradients call the
@@ -91,6 +91,7 @@ def generate(
     :param conditions: maps a range of sample indices and their SampleNoise (None without a seed) to keyword arguments
                        of the model, such as labels "y".
     :param sampler: a key of SAMPLERS.
+    :param sampler_options: further keywords of that sampler, such as steps.
     :param seed: makes a sample depend on its index alone, not on batch_size or ranks. None uses torch's global
                  generator, batch by batch.
     :param parts: where to keep samples batch by batch, and continue; None for memory.
@@ -102,7 +103,9 @@ def generate(
     kept = collections.defaultdict(list)
     rank, world, device = dist_util.rank(), dist_util.world_size(), dist_util.dev()
     rounds = range(parts.done if parts else 0, num_samples, batch_size * world)
-    with Progress("sampling", len(rounds) * diffusion.num_timesteps, "steps", logger.log, show=rank == 0) as progress:
+    sampler_options = sampler_options or {}
+    calls = len(rounds) * evaluations(sampler, diffusion, sampler_options.get("steps"))
+    with Progress("sampling", calls, "steps", logger.log, show=rank == 0) as progress:
         model = count_calls(model, progress)
         for first in rounds:
             share = min(batch_size, -(-(num_samples - first) // world))  # spreads the last round over all ranks
@@ -114,7 +117,7 @@ def generate(
             if len(mine):
                 x_T = (noise_fn or th.randn_like)(x)
                 options = dict(model_kwargs=kwargs, noise_fn=noise_fn, clip_denoised=clip_denoised)
-                x = SAMPLERS[sampler](diffusion, model, x_T, **options)
+                x = SAMPLERS[sampler](diffusion, model, x_T, **options, **sampler_options)
             if dist_util.any_rank(not x.isfinite().all()):
                 raise not_finite(model_path, use_fp16)
             gathered = {"images": dist_util.all_gather(to_uint8(x))}

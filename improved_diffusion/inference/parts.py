@@ -162,6 +162,7 @@ class Parts:
                 raise InputError(f"{self._path(name)}: cannot be written ({first_line(e)})") from None
         state = dict(identity=self._identity, done=done, random=random, values=values, rows=self._rows)
         write_files(self.directory, {STATE: lambda f: th.save(state, f)})
+        self.done = done  # now: another rank may end before this one is back from the collective
 
 
 def _exit(number, frame):

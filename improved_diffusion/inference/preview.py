@@ -7,21 +7,22 @@ import torch as th
 
 from .. import dist_util, logger
 from ..samplers import SAMPLERS
+from ..solvers import default_steps
 from ..utils.errors import first_line
 from .arrays import to_uint8
 from .generate import SampleNoise
 from .pictures import grid, write_pngs
 
 SEED = 0  # fixed: successive pictures show the same samples improve
-STEPS = 20  # of DDIM
+SAMPLER, STEPS = "dpm++2m-sde", 10  # stochastic: at few steps it is the best for networks trained briefly
 FILENAME = "preview_{:06d}.png"
 
 
 class Preview:
     """
-    Draw samples by DDIM, without the global random generators.
+    Draw samples by few evaluations, without the global random generators.
 
-    :param diffusion: respaced to at most STEPS timesteps.
+    :param diffusion: of all timesteps.
     :param shape: of one sample, (C, H, W).
     :param count: number of samples.
     :param conditions: keyword arguments of the model, tensors [count, ...].
@@ -54,5 +55,6 @@ class Preview:
         device, noise_fn = dist_util.dev(), SampleNoise(SEED, range(self.count))
         x_T = noise_fn(th.empty(self.count, *self.shape, device=device))
         kwargs = {name: value.to(device) for name, value in self.conditions.items()}
-        sample = SAMPLERS["ddim"](self.diffusion, model, x_T, model_kwargs=kwargs, noise_fn=noise_fn)
+        steps = min(STEPS, default_steps(self.diffusion))
+        sample = SAMPLERS[SAMPLER](self.diffusion, model, x_T, model_kwargs=kwargs, noise_fn=noise_fn, steps=steps)
         return to_uint8(sample).cpu().numpy()

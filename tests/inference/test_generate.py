@@ -228,7 +228,7 @@ def by_seed(seed, batch_size, num_samples=7, sampler="ancestral", labelled=True)
     )
 
 
-@pytest.mark.parametrize("sampler", ["ancestral", "ddim"])
+@pytest.mark.parametrize("sampler", ["ancestral", "ddim", "dpm++2m-sde", "unipc"])
 @pytest.mark.parametrize("labelled", [False, True])
 def test_with_a_seed_the_batch_size_changes_nothing(sampler, labelled):
     """Nor how many samples come behind, nor what was drawn before."""
@@ -265,8 +265,11 @@ def test_without_a_seed_samples_are_those_of_the_diffusions_loops(sampler):
         y = th.randint(0, 10, (len(labels[part]),))
         assert y.tolist() == labels[part].tolist()
         diffusion = make_diffusion(6, "cosine")
-        loop = {"ancestral": diffusion.p_sample_loop, "ddim": diffusion.ddim_sample_loop}[sampler]
-        x = loop(ToyModel(), (len(y), 3, 4, 4), model_kwargs={"y": y})
+        loops = {"ancestral": diffusion.p_sample_loop, "ddim": diffusion.ddim_sample_loop}
+        if sampler in loops:
+            x = loops[sampler](ToyModel(), (len(y), 3, 4, 4), model_kwargs={"y": y})
+        else:
+            x = SAMPLERS[sampler](diffusion, ToyModel(), th.randn(len(y), 3, 4, 4), model_kwargs={"y": y})
         np.testing.assert_array_equal(to_uint8(x).numpy(), images[part])
 
 
