@@ -111,10 +111,12 @@ def test_a_run_locks_its_folder(images, tmp_path, monkeypatch, named):
     assert not (folder / files.FolderLock.NAME).exists()
 
 
-@pytest.mark.parametrize("words", [dict(log_dir="gs://bucket/run"), {}])
-def test_a_url_is_no_log_directory(capfd, words):
+@pytest.mark.parametrize(
+    "words, named", [(dict(log_dir="gs://bucket/run"), "--log_dir"), ({}, "OPENAI_LOGDIR")], ids=["flag", "variable"]
+)
+def test_a_url_is_no_log_directory(capfd, words, named):
     assert run_script("image_train", flags(**words, data_dir="nowhere"), "gs://bucket/run") == 2
-    assert "--log_dir gs://bucket/run: " in capfd.readouterr().err
+    assert f"{named} gs://bucket/run: " in capfd.readouterr().err
 
 
 def test_a_folder_that_cannot_be_made(tmp_path, monkeypatch):
