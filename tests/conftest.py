@@ -44,6 +44,15 @@ def no_sudden_end(monkeypatch):
 
 
 @pytest.fixture(autouse=True)
+def no_signal_left_changed():
+    """A signal that one test leaves ignored, the next one's processes would ignore too."""
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    assert [signal.getsignal(number) for number in numbers] == before
+
+
+@pytest.fixture(autouse=True)
 def no_process_group():
     """A group that one test joined would tell the next its rank, against the environment that the next one sets."""
     yield

@@ -136,15 +136,16 @@ def is_alive(pid):
 def test_signals_where_their_senders_are_not_known(monkeypatch):
     """SIGINT is left to the parent there too, SIGTERM works as ever."""
     monkeypatch.delattr(signal, "sigtimedwait", raising=False)
-    before, threads = signal.getsignal(signal.SIGINT), threading.active_count()
+    numbers, threads = (signal.SIGINT, signal.SIGHUP), threading.active_count()
+    before = {number: signal.getsignal(number) for number in numbers}
     try:
         loader._ignore_signals(0)
-        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-        assert (
-            signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, []) and threading.active_count() == threads
-        )
+        assert [signal.getsignal(number) for number in numbers] == [signal.SIG_IGN] * 2
+        assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+        assert threading.active_count() == threads
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 # ---------------------------------------------------------------- going on where another stream was
