@@ -206,6 +206,10 @@ def _one_line_errors(loader):
             batches = iter(loader)
         yield from batches
         return
+    except (EOFError, ConnectionError) as e:  # of a worker that is killed while it sends
+        if str(e).startswith("Caught "):  # the dataset's own error, from a worker
+            raise
+        raise RuntimeError(f"DataLoader worker is gone ({type(e).__name__})") from e
     except InputError as e:
         message = e.args[0]
         if message.startswith("Caught "):  # torch adds the traceback of a worker, whose last line is the error

@@ -317,3 +317,23 @@ def test_the_seeds_of_workers_cost_no_draw(monkeypatch):
     for _ in range(2):
         th.empty((), dtype=th.int64).random_()
     assert th.get_rng_state().tolist() == after
+
+
+@pytest.mark.parametrize("error", [EOFError(), ConnectionResetError(104, "Connection reset by peer")], ids=repr)
+def test_a_worker_killed_while_it_sends(error):
+    """The queue's error is one of a killed worker; the dataset's own of the same type stays what it is."""
+    with pytest.raises(RuntimeError, match=r"^DataLoader worker"):
+        next(loader._one_line_errors(Raising(error)))
+    with pytest.raises(EOFError, match="Caught"):
+        next(loader._one_line_errors(Raising(EOFError("Caught EOFError in DataLoader worker process 0."))))
+
+
+class Raising:
+    def __init__(self, error):
+        self.error = error
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        raise self.error

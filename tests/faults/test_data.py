@@ -73,7 +73,7 @@ def test_a_worker_is_killed(server, images, tmp_path):
     os.kill(int(worker), signal.SIGKILL)
     assert processes[0].wait() == 1
     (line,) = processes[0].stderr.splitlines()
-    assert line.startswith("image_train.py: error: a process that reads images ended (DataLoader worker (pid")
+    assert line.startswith("image_train.py: error: a process that reads images ended (DataLoader worker ")
     step = stopped_at(tmp_path / "run", 1)
     end = step + 6
     finish(start(server, images, tmp_path / "run", max_steps=end, resume_checkpoint="auto", **flags))
