@@ -14,7 +14,7 @@ from .generate import SampleNoise
 from .pictures import grid, write_pngs
 
 SEED = 0  # fixed: successive pictures show the same samples improve
-SAMPLER, STEPS = "dpm++2m-sde", 10  # stochastic: at few steps it is the best for networks trained briefly
+SAMPLER, STEPS = "dpm++2m-sde", 10  # stochastic: errs less while the network is trained briefly
 FILENAME = "preview_{:06d}.png"
 
 
