@@ -99,13 +99,17 @@ def npz(folder):
     return files_left
 
 
+def uninterrupted(folder, run, seed):
+    folder.mkdir()
+    th.manual_seed(1)
+    run(folder, seed)
+
+
 @pytest.mark.parametrize("seed", [None, 5])
 @pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
 def test_killed_at_each_operation_on_files(tmp_path, run, seed):
     """The same command continues, and the files equal those of an uninterrupted run, to the bit."""
-    (tmp_path / "whole").mkdir()
-    th.manual_seed(1)
-    run(tmp_path / "whole", seed)
+    uninterrupted(tmp_path / "whole", run, seed)
     calls = set()
     for k in itertools.count():
         folder = tmp_path / f"{k}"
@@ -132,9 +136,7 @@ def test_killed_at_each_operation_on_files(tmp_path, run, seed):
 @pytest.mark.parametrize("seed", [None, 5])
 @pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
 def test_killed_in_each_step_of_the_network(tmp_path, run, seed):
-    (tmp_path / "whole").mkdir()
-    th.manual_seed(1)
-    run(tmp_path / "whole", seed)
+    uninterrupted(tmp_path / "whole", run, seed)
     folder = tmp_path / "parts"
     folder.mkdir()
     th.manual_seed(1)
