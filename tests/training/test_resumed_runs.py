@@ -104,7 +104,7 @@ def test_resumed_is_uninterrupted(seven_images, tmp_path_factory, stop, how, **p
     [
         (TinyNet, dict(workers=1)),
         (small_unet, dict(dropout=0.1)),
-        (small_unet, dict(dropout=0.1, use_fp16=True, microbatch=2)),
+        (small_unet, dict(dropout=0.1, use_fp16=True)),
     ],
     ids=["worker", "unet", "float16 unet"],
 )
@@ -273,8 +273,8 @@ def test_a_signal_during_a_save(tmp_path):
     assert cls.saves == [0, 4] and checkpoint_names(tmp_path) == checkpoint_names_of(0, 4)
 
 
-@pytest.mark.parametrize("stop", range(STEPS))
-@pytest.mark.parametrize("save_interval", [1, 3, 7, 1000])
+@pytest.mark.parametrize("stop", [0, 2, 3, STEPS - 2, STEPS - 1])
+@pytest.mark.parametrize("save_interval", [1, 3, 1000])
 def test_stopped_and_continued_is_uninterrupted(tmp_path, seven_images, stop, save_interval):
     """With the closing checkpoint too, wherever the signal came."""
     common = dict(max_steps=STEPS, save_interval=save_interval, dropout=0.3, log_interval=2)
