@@ -351,7 +351,7 @@ class TrainLoop:
         if isinstance(self.schedule_sampler, LossAwareSampler):
             self.schedule_sampler.update_with_local_losses(t, losses["loss"])
         self._statistics.add_losses(self.diffusion, t, {k: v * weights for k, v in losses.items()})
-        logger.get_current().pending = self._statistics.local_means  # for getkvs() between two rows
+        logger.get_current().pending = self._statistics  # for clients that read or write rows by themselves
 
     def optimize_normal(self):
         """Update the parameters and their averages."""
