@@ -128,6 +128,7 @@ class TrainLoop:
         self.step = self.resume_step = 0
         self.global_batch = self.batch_size * dist_util.world_size()
         self.lg_loss_scale = INITIAL_LOG_LOSS_SCALE
+        self.sync_cuda = th.cuda.is_available()  # for client code
         self.master_params = self.model_params = list(self.model.parameters())
         checkpoint = self._find_checkpoint()
         resume.warn_of_other_checkpoints(checkpoint, get_blob_logdir())

@@ -11,10 +11,11 @@ from improved_diffusion.train_util import TrainLoop
 
 class OwnLoop(TrainLoop):
     def run_loop(self):
-        for self.step in range(self.lr_anneal_steps):
+        while self.step < self.lr_anneal_steps:
             self.run_step(*next(self.data))
             if self.step % self.log_interval == 0:
                 logger.dumpkvs()
+            self.step += 1
         self.save()
 
     def run_step(self, batch, cond):
