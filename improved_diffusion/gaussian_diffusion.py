@@ -31,7 +31,8 @@ at = _extract_into_tensor  # at(table, t, shape): the table's value at each samp
 TABLES = frozenset(
     """betas alphas_cumprod alphas_cumprod_prev alphas_cumprod_next sqrt_alphas_cumprod sqrt_one_minus_alphas_cumprod
     log_one_minus_alphas_cumprod sqrt_recip_alphas_cumprod sqrt_recipm1_alphas_cumprod posterior_variance
-    posterior_log_variance_clipped posterior_mean_coef1 posterior_mean_coef2""".split()  # noqa: SIM905
+    posterior_log_variance_clipped posterior_mean_coef1 posterior_mean_coef2
+    _log_betas _large_variance _large_log_variance""".split()  # noqa: SIM905
 )
 Model = Callable[..., th.Tensor]
 Fn = Callable[[th.Tensor], th.Tensor]
@@ -124,10 +125,11 @@ class GaussianDiffusion:
             value = read_only(np.asarray(value))
         super().__setattr__(name, value)
         if name == "betas":
-            self._log_betas = read_only(np.log(value))
-        if name in ("betas", "posterior_variance") and hasattr(self, "posterior_variance"):  # FIXED_LARGE
-            self._large_variance = read_only(np.append(self._first_variance(), self.betas[1:]))
-            self._large_log_variance = read_only(np.log(self._large_variance))
+            self._log_betas = np.log(value)
+        sources = ("betas", "posterior_variance")
+        if name in sources and all(hasattr(self, source) for source in sources):  # FIXED_LARGE
+            self._large_variance = np.append(self._first_variance(), self.betas[1:])
+            self._large_log_variance = np.log(self._large_variance)
 
     def __setstate__(self, state):
         # neither pickle nor deepcopy() keeps arrays read-only

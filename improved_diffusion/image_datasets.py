@@ -2,6 +2,8 @@
 
 import contextlib
 import functools
+import os
+import zlib
 from collections.abc import Callable
 
 import blobfile as bf  # noqa: F401 (part of this module, as in the original)
@@ -17,6 +19,7 @@ from .data.images import check_images, read_image, scale_and_crop
 from .data.loader import BatchesInOrder, BatchStream
 from .data.packed import Mapped, is_packed, read_packed
 from .utils.errors import InputError
+from .utils.files import is_remote
 
 _list_image_files_recursively = list_images  # the original's name
 
@@ -153,7 +156,7 @@ def _open_dataset(data_dir, image_size, class_cond, image_channels, num_classes,
 
 class _Samples(Dataset):
     """
-    Images and labels as samples. Subclasses implement pixels(i): uint8 [H, W, C].
+    Images and labels as samples. Subclasses implement pixels(i): uint8 [H, W, C], and identity(i): bytes.
 
     An index is i, or (i, flip) from BatchStream; flip mirrors the image horizontally.
     """
@@ -167,6 +170,11 @@ class _Samples(Dataset):
 
     def __len__(self):
         return len(self.local_images)
+
+    def checksum(self):
+        """A number that other images or labels change; those of parts of a data set add up to the whole one's."""
+        labels = [0] * len(self) if self.local_classes is None else self.local_classes
+        return sum(zlib.crc32(self.identity(i), int(label)) for i, label in enumerate(labels))
 
     def __getitem__(self, idx):
         """:return: (float32 array [C, H, W] in [-1, 1], {"y": int64} or {})."""
@@ -211,6 +219,12 @@ class ImageDataset(_Samples):
     def pixels(self, idx):
         return scale_and_crop(read_image(self.local_images[idx]), self.resolution, self.image_channels)
 
+    def identity(self, idx):
+        """Name and size; of a URL the name alone, since its size would be a request."""
+        path = self.local_images[idx]
+        size = "" if is_remote(path) else os.path.getsize(path)
+        return f"{path} {size}".encode("utf-8", "surrogatepass")
+
 
 class PackedDataset(_Samples):
     """
@@ -235,6 +249,9 @@ class PackedDataset(_Samples):
 
     def pixels(self, idx):
         return self.local_images[idx]
+
+    def identity(self, idx):
+        return self.local_images[idx].tobytes()
 
     def __getitems__(self, indices):
         """

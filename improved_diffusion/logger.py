@@ -58,7 +58,7 @@ class Logger:
     def __init__(self, dir, output_formats, comm=None):
         self.name2val = defaultdict(float)
         self.name2cnt = defaultdict(int)  # number of observations of each mean
-        self.pending = None  # returns {key: value} on request: reading a device takes time
+        self.pending: Any = None  # a StepStatistics, read on request only: it waits for the device
         self.level = INFO
         self.dir = dir
         self.output_formats = output_formats
@@ -77,13 +77,13 @@ class Logger:
         self.name2val[key] = old + float(val) * count / total
 
     def getkvs(self):
-        for key, val in (self.pending() if self.pending else {}).items():
+        for key, val in (self.pending.local_means() if self.pending else {}).items():
             self.logkv(key, val)
         return self.name2val
 
     def dumpkvs(self):
         # read tensors only here: it waits for the device
-        row = plain(self.name2val)
+        row = plain(self.getkvs())
         if self.comm is not None:
             row = mpi_weighted_mean(self.comm, {k: (v, self.name2cnt.get(k, 1)) for k, v in row.items()})
         if row and self.level != DISABLED:
@@ -91,7 +91,8 @@ class Logger:
         self.warn_of_damage()
         self.name2val.clear()
         self.name2cnt.clear()
-        self.pending = None
+        if self.pending:
+            self.pending.clear()
         return row
 
     def drop_from(self, key, value, unless_above=math.inf):

@@ -128,6 +128,7 @@ class TrainLoop:
         self.step = self.resume_step = 0
         self.global_batch = self.batch_size * dist_util.world_size()
         self.lg_loss_scale = INITIAL_LOG_LOSS_SCALE
+        self.sync_cuda = th.cuda.is_available()  # for client code
         self.master_params = self.model_params = list(self.model.parameters())
         checkpoint = self._find_checkpoint()
         resume.warn_of_other_checkpoints(checkpoint, get_blob_logdir())
@@ -351,7 +352,7 @@ class TrainLoop:
         if isinstance(self.schedule_sampler, LossAwareSampler):
             self.schedule_sampler.update_with_local_losses(t, losses["loss"])
         self._statistics.add_losses(self.diffusion, t, {k: v * weights for k, v in losses.items()})
-        logger.get_current().pending = self._statistics.local_means  # for getkvs() between two rows
+        logger.get_current().pending = self._statistics  # for clients that read or write rows by themselves
 
     def optimize_normal(self):
         """Update the parameters and their averages."""

@@ -375,7 +375,7 @@ class UNetModel(nn.Module):
         h = x.type(self.inner_dtype)                                               # (N, in_channels, ...)
         if h.device.type == "cpu" and h.dim() == 4 and not th.is_grad_enabled() and not th.jit.is_tracing():
             # faster CPU convolutions; in training the backward pass of GroupNorm is slower by as much
-            h = h.contiguous(memory_format=th.channels_last)
+            h = h.movedim(1, -1).contiguous().movedim(-1, 1)  # channels_last, in a form that vmap() takes
         skips = []
         with th.autocast(x.device.type, th.bfloat16) if self.use_bf16 else contextlib.nullcontext():
             for block in self.input_blocks:

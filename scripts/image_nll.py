@@ -26,7 +26,8 @@ def main():
     options = this_run.options
     data = options.call(load_data_once, limit=options.likelihood.num_samples, class_names=this_run.class_names)
 
-    contents = dict(weights=this_run.weights, class_names=this_run.class_names, images=data.dataset.num_images)
+    images = sum(dist_util.all_gather_object(data.dataset.checksum()))
+    contents = dict(weights=this_run.weights, class_names=this_run.class_names, images=images)
     with logging_to(options.general.log_dir, this_run.notes), Parts(options, **contents) as parts:
         logger.log("evaluating...")
         means, count = options.call(evaluate_bpd, model=model, diffusion=diffusion, data=data, parts=parts)

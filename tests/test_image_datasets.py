@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import shutil
 from pathlib import Path
 
 import blobfile as bf
@@ -752,3 +753,34 @@ def test_the_check_of_large_images_ends(monkeypatch, greys):
     monkeypatch.setattr(image_files, "read_image", lambda path, retry: decoded.append(path))
     load_data(data_dir=folder, batch_size=2, image_size=8)
     assert len(decoded) == 1
+
+
+@pytest.mark.parametrize("kind", ["folder", "packed"])
+def test_a_checksum_is_of_the_images_and_labels_not_of_their_division(tmp_path, greys, monkeypatch, kind):
+    """What tells interrupted evaluations of replaced images apart."""
+
+    def checksum(**kwargs):
+        kwargs = dict(data_dir=str(data), batch_size=1, image_size=8, class_cond=True, num_workers=0) | kwargs
+        return load_data_once(**kwargs).dataset.checksum()
+
+    def replace_one_and_pack(image):
+        if image is not None:
+            Image.fromarray(image).save(sorted(Path(folder).iterdir())[2])
+        if kind == "packed":
+            shutil.rmtree(data, ignore_errors=True)
+            write(SOURCES["images"](folder, image_size=8), data)
+
+    folder = greys(5)
+    data = folder if kind == "folder" else str(tmp_path / "all.packed")
+    replace_one_and_pack(None)
+    whole = checksum()
+    assert whole == checksum() and len({whole, checksum(limit=4), checksum(class_cond=False)}) == 3
+    with monkeypatch.context() as patch:
+        patch.setattr(image_datasets.dist_util, "world_size", lambda: 2)
+        shares = []
+        for rank in range(2):
+            patch.setattr(image_datasets.dist_util, "rank", lambda rank=rank: rank)
+            shares.append(checksum())
+    assert sum(shares) == whole
+    replace_one_and_pack(noise(0, 8, 8, 3))
+    assert checksum() != whole

@@ -9,6 +9,7 @@ The hash in the folder's name is of all that decides the result: runs with other
 """
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
@@ -130,6 +131,11 @@ class Parts:
                 f"{other} has {state['done']} finished samples of a run that differs in {', '.join(differ)}: this run "
                 "starts over; the folder stays for that one"
             )
+        # without a log_dir each run has a new folder, and one that was killed could not name its own
+        beside = os.path.join(glob.escape(os.path.dirname(self._log_dir)), "*", os.path.basename(self.directory), STATE)
+        for path in sorted(glob.glob(beside)):
+            log_dir = os.path.dirname(os.path.dirname(path))
+            logger.warn(f"{log_dir} has finished samples of this very command: with that as log_dir it continues them")
         return None
 
     def _read(self, directory):

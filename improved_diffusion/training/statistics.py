@@ -65,6 +65,9 @@ class StepStatistics:
         """read() of this rank, without the counts."""
         return {name: mean for name, (mean, _) in self.read(over_ranks=False).items()}
 
+    def clear(self):
+        self._tables = {}
+
     def ranks_not_finite(self, key):
         """The ranks whose own mean of a key is not finite, or that have none; all of them call it."""
         mean, _ = self.read(over_ranks=False).get(key, (math.nan, 0))

@@ -42,6 +42,20 @@ def test_jvp_by_weights(weights):
     th.testing.assert_close(got, (f(w + 1e-6) - f(w - 1e-6)) / 2e-6, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # fused attention, sample by sample
+@pytest.mark.parametrize("grad", [False, True])
+def test_vmap(grad):
+    """Over samples, and over directions as jacfwd() does."""
+    model, x, t = recorded_network()
+    model, x = model.double(), x.double()
+    with th.set_grad_enabled(grad):
+        th.testing.assert_close(th.vmap(lambda x, t: model(x[None], t[None])[0])(x, t), model(x, t))
+        basis = th.stack([th.ones_like(x), x])
+        _, got = th.vmap(lambda v: th.func.jvp(lambda x: model(x, t), (x,), (v,)))(basis)
+        want = th.stack([th.func.jvp(lambda x: model(x, t), (x,), (v,))[1] for v in basis])
+    th.testing.assert_close(got, want)
+
+
 def test_vjp_and_jvp_are_transposes(score):
     f, x, v, want = score
     out, vjp = th.func.vjp(f, x)

@@ -209,6 +209,16 @@ def test_parts_of_another_run_are_neither_used_nor_lost(tmp_path, warnings, firs
     assert sum(map(len, model.seen)) == 4 * STEPS and not kept.exists()
 
 
+def test_the_same_command_in_another_folder_names_the_one_to_continue(tmp_path, warnings):
+    (tmp_path / "runs [1]").mkdir()
+    stop(tmp_path / "runs [1]" / "a", seed=1)
+    sample(tmp_path / "runs [1]" / "b", seed=2)
+    assert warnings == []
+    sample(tmp_path / "runs [1]" / "c", seed=1)
+    (line,) = warnings
+    assert str(tmp_path / "runs [1]" / "a") in line
+
+
 def test_without_a_seed_another_number_of_ranks_starts_over(on_ranks, tmp_path, warnings):
     folder = tmp_path / "run"
     stop(folder)
