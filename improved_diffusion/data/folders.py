@@ -12,6 +12,7 @@ from PIL import Image
 from ..options import LABELS
 from ..utils.errors import InputError, first_line
 from ..utils.files import is_remote
+from ..utils.streams import printable
 from .images import FORMATS
 
 ENDINGS = ("jpg", "jpeg", "png", "gif")  # the original's
@@ -73,7 +74,7 @@ def find_images(folder: str) -> tuple[list[str], list[str]]:
     notes = files.notes()
     if not files.chosen():
         problem = f"{folder}: holds no images ({', '.join((*ENDINGS, *FURTHER_ENDINGS))})"
-        raise InputError("; ".join([problem, *(note.removeprefix(f"{folder}: ") for note in notes)]))
+        raise InputError("; ".join([problem, *(note.removeprefix(printable(f"{folder}: ")) for note in notes)]))
     return files.chosen(), notes
 
 
@@ -148,7 +149,9 @@ class _Files:
             (self.hidden, "left out: hidden copies of other programs"),
             (self.links, "left out: links to folders that are read already"),
         ]  # fmt: skip
-        return [f"{self.folder}: {len(paths):,} {what} (such as {paths[0]})" for paths, what in found if paths]
+        return [
+            printable(f"{self.folder}: {len(paths):,} {what} (such as {paths[0]})") for paths, what in found if paths
+        ]
 
 
 def _is_readable(path):
@@ -233,7 +236,7 @@ def label_images(
         return (*_numbered(prefixes), "")
     labels, found = _numbered(folders)
     counted = f"{len(found):,} class{'es' * (len(found) != 1)}"
-    return labels, found, f"{folder}: {counted}, by folder: {_shown(found)}"
+    return labels, found, printable(f"{folder}: {counted}, by folder: {_shown(found)}")
 
 
 def _is_folder_the_class(folder, names, prefixes, folders, nested, known):

@@ -222,6 +222,14 @@ def test_a_resumed_run_keeps_its_reading(case):
         assert label(names, class_names=[*reading(names), "another"])[0] == reading(names)
 
 
+def test_names_in_notes_are_escaped(tmp_path):
+    """A note is a line, and prepare.py prints it."""
+    write(tmp_path, "a\n\x1b[31m/0.png", "a\n\x1b[31m/0.webp", "b/0.png", "b/1.png")
+    paths, (left_out,) = find_images(str(tmp_path))
+    for line in (left_out, label_images(str(tmp_path), paths)[2]):
+        assert line.isprintable() and r"a\n\x1b[31m" in line
+
+
 def test_labels_by_folder_need_folders():
     with pytest.raises(InputError, match=r"/data: .*b\.png"):
         label(["a/1.png", "b.png"], "folder")
