@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import re
 
 import numpy as np
 import pytest
@@ -106,6 +107,15 @@ def test_files_of_other_endings_are_named_and_counted_beside_the_originals(tmp_p
     paths, (line,) = find_images(str(tmp_path))
     assert relative(tmp_path, paths) == ["a.png"]
     assert "3 " in line and "b.webp" in line and "png" in line
+
+
+def test_images_of_any_ending_are_counted_and_other_files_are_not(tmp_path):
+    write(tmp_path, "a.png", "b.jpe", "c.jpg_large", "d.png.1", "e.png.2")
+    for name in ("LICENSE", "a.txt", "a.json", "._a.txt"):
+        (tmp_path / name).write_text("text")
+    paths, (line,) = find_images(str(tmp_path))
+    assert relative(tmp_path, paths) == ["a.png"] and str(tmp_path) in line
+    assert re.search(r": (\d+) ", line)[1] == "5"  # LICENSE has as much of an ending as d.png.1
 
 
 def test_images_without_an_ending_are_counted_too(tmp_path):
