@@ -268,6 +268,7 @@ def test_a_linear_schedule_of_20_steps_ends_in_pure_noise():
         (dict(image_size=48), ["image_size 48", "32, 64, 128, 256, 512", "channel_mult"]),
         (dict(image_size=48, channel_mult="1,2,2,2,2,2"), ["image_size 48", "halved 5 times", "multiple of 32"]),
         (dict(image_size=0, channel_mult="1"), ["image_size 0"]),
+        (dict(image_size=8, channel_mult=",".join(["1"] * 10**5)), ["channel_mult", "100000 levels", "17"]),
         (dict(channel_mult="1,x"), ["channel_mult", "'1,x'", "positive numbers"]),
         (dict(channel_mult="1,-2"), ["channel_mult", "'1,-2'", "positive numbers"]),
         (dict(channel_mult="1,,2"), ["channel_mult", "positive numbers"]),

@@ -76,6 +76,8 @@ def read_config(directory: str) -> dict[str, Any] | None:
             raise ValueError("class_names are not names, or more than num_classes")
         if names == []:
             raise ValueError("class_names are none; null stands for unknown ones")
+        if len(set(names or [])) < count:
+            raise ValueError("class_names has a name twice")
     except (ValueError, KeyError, TypeError, OSError, RecursionError) as e:
         problem = f"not the flags of a run ({type(e).__name__}: {e})"
         raise InputError(f"{path}: {problem}; delete it, and give the flags instead") from None

@@ -76,7 +76,7 @@ def decode_image(content: bytes, name: str) -> Image.Image:
         if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
             raise Image.DecompressionBombError
         image.load()
-        if image.mode in ("RGB", "L"):
+        if image.mode in ("RGB", "L") and "transparency" not in image.info:
             return image
         if image.mode.startswith("I;") or (image.mode == "I" and image.format == "PNG"):  # 16 bits
             return Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))

@@ -41,7 +41,7 @@ def write(source: Source | Mapping[str, Source], out: str) -> None:
         else:
             _check_folder(path, part)
         for note in part.notes:
-            print(note)
+            show(note)
     for path, part in parts.items():
         (_pack if packed else _write_folder)(path, part)
 

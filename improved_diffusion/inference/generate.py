@@ -106,7 +106,7 @@ def generate(
     sampler_options = sampler_options or {}
     calls = len(rounds) * evaluations(sampler, diffusion, sampler_options.get("steps"))
     with Progress("sampling", calls, "steps", logger.log, show=rank == 0) as progress:
-        model = count_calls(model, progress)
+        model = Finite(count_calls(model, progress))
         for first in rounds:
             share = min(batch_size, -(-(num_samples - first) // world))  # spreads the last round over all ranks
             start = min(first + share * rank, num_samples)
@@ -118,7 +118,7 @@ def generate(
                 x_T = (noise_fn or th.randn_like)(x)
                 options = dict(model_kwargs=kwargs, noise_fn=noise_fn, clip_denoised=clip_denoised)
                 x = SAMPLERS[sampler](diffusion, model, x_T, **options, **sampler_options)
-            if dist_util.any_rank(not x.isfinite().all()):
+            if dist_util.any_rank(not (model.so_far and x.isfinite().all())):
                 raise not_finite(model_path, use_fp16)
             gathered = {"images": dist_util.all_gather(to_uint8(x))}
             if dist_util.any_rank("y" in kwargs):  # a rank without samples may have no labels
@@ -137,6 +137,20 @@ def generate(
     if parts is not None:
         return parts.rows("images"), parts.rows("labels")
     return np.concatenate(kept["images"]), np.concatenate(kept["labels"]) if "labels" in kept else None
+
+
+class Finite:
+    """Calls a network. so_far is whether all outputs were finite: clipping hides infinite ones from the samples."""
+
+    def __init__(self, model: Callable):
+        self._model = model
+        self.so_far: bool | th.Tensor = True  # a tensor on the network's device, so that no step waits for it
+
+    def __call__(self, *args, **kwargs):
+        out = self._model(*args, **kwargs)
+        if isinstance(out, th.Tensor):  # otherwise the diffusion refuses it
+            self.so_far = out.isfinite().all() & self.so_far
+        return out
 
 
 def not_finite(model_path: str, use_fp16: bool) -> InputError:

@@ -28,12 +28,15 @@ def read_weights(path: str) -> dict[str, th.Tensor]:
 
 
 def _is_state_dict(contents):
-    return isinstance(contents, dict) and all(isinstance(value, th.Tensor) for value in contents.values())
+    return isinstance(contents, dict) and all(
+        isinstance(value, th.Tensor) and not value.is_nested  # nested tensors have no shape
+        for value in contents.values()
+    )
 
 
 def _where_weights_are(contents):
     for name, value in contents.items() if isinstance(contents, dict) else ():
-        if value and _is_state_dict(value) and isinstance(name, str):
+        if _is_state_dict(value) and value and isinstance(name, str):
             return f"its entry {name[:40]!r} may be them: save that to a file of its own"
     return "give a model*.pt or ema_*.pt file"
 
@@ -125,13 +128,14 @@ def _prefix(there, here):
 
 def _likely_cause(there, here):
     """The first option in which the architectures of two {name: shape} differ; "" if none is seen."""
-    names, there, here = there, infer_architecture(there), infer_architecture(here)
+    names, model_names = there, here
+    there, here = infer_architecture(there), infer_architecture(here)
     if here is None:
         return ""
     if there is None:
         if any(map(RESBLOCK_UPDOWN.fullmatch, names)):
             return "resblock_updown, an option of guided-diffusion that this network does not have"
-        return "the file: it is not of this kind of model"
+        return "" if names.keys() & model_names.keys() else "the file: it is not of this kind of model"
     if there["super_resolution"] != here["super_resolution"]:
         return "the script: one of the two is a model for super-resolution"
     for name in ("num_channels", "image_channels", "class_cond", "num_classes", "learn_sigma"):

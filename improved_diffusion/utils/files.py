@@ -37,7 +37,7 @@ def user_path(path: str) -> str:
         return os.path.expanduser(path)
     try:
         bf.join(bf.dirname(path), "")  # parses it
-    except bf.Error:
+    except (bf.Error, ValueError):  # the latter for https://[
         supported = "gs://BUCKET/..., az://ACCOUNT/CONTAINER/... or https://ACCOUNT.blob.core.windows.net/CONTAINER/..."
         raise InputError(f"{path}: not a URL that can be read; give a local path, {supported}") from None
     return path

@@ -23,8 +23,10 @@ def show(text: str, error: bool = False) -> None:
     stream = sys.stderr if error else sys.stdout
     if stream is None:  # closed before Python started
         return
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    text = f"{text}\n".encode(encoding, "backslashreplace").decode(encoding)  # names of files may be of any bytes
     try:
-        stream.write(f"{text}\n")  # one write: other ranks write to the same terminal
+        stream.write(text)  # one write: other ranks write to the same terminal
         stream.flush()
     except (OSError, ValueError):
         silence(stream)

@@ -61,6 +61,7 @@ def test_what_is_saved_is_read(tmp_path):
         '{"flags": {"num_classes": 1}, "class_names": ["a", "b"]}',
         '{"flags": {"num_classes": "1"}, "class_names": ["a"]}',
         '{"flags": {}, "class_names": []}',
+        '{"flags": {}, "class_names": ["a", "a"]}',
         pytest.param("[" * 10**5 + "]" * 10**5, id="deep"),
         pytest.param('{"flags": {"lr": ' + "9" * 10**5 + '}, "class_names": null}', id="long"),
     ],

@@ -175,3 +175,13 @@ def test_transparent_pixels_are_white(tmp_path, name, mode):
     expected = np.full((8, 8, 3), 255, np.uint8)
     expected[:4] = 200
     np.testing.assert_array_equal(np.asarray(read_image(str(tmp_path / name))), expected)
+
+
+@pytest.mark.parametrize(("mode", "hidden", "opaque"), [("RGB", (0, 0, 9), (200, 0, 9)), ("L", 9, 200)])
+def test_a_transparent_colour_is_white(tmp_path, mode, hidden, opaque):
+    image = Image.new(mode, (8, 8), hidden)
+    image.paste(opaque, (0, 0, 8, 4))
+    image.save(tmp_path / "a.png", transparency=hidden)
+    expected = np.full((8, 8, 3), 255, np.uint8)
+    expected[:4] = opaque
+    np.testing.assert_array_equal(np.asarray(read_image(str(tmp_path / "a.png"))), expected)

@@ -131,6 +131,30 @@ def test_samples_that_are_not_finite_end_all_ranks(on_ranks, value, use_fp16):
     assert len(refused) == 2 and all(("use_bf16" in line) == use_fp16 and "\n" not in line for line in refused)
 
 
+@pytest.mark.parametrize("sampler", list(SAMPLERS))
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_an_output_that_is_not_finite_ends_every_sampler(sampler, value):
+    """Infinite ones become black or white where the predicted x_start is clipped."""
+    calls = []
+
+    def model(x, t):
+        calls.append(t)
+        return th.full_like(x, value if len(calls) == 2 else 0.5)
+
+    with pytest.raises(InputError, match=r"^a\.pt: "):
+        generate(
+            make_diffusion(8, "cosine"),
+            model,
+            shape=(1, 4, 4),
+            num_samples=2,
+            batch_size=2,
+            conditions=lambda numbers, noise_fn: {},
+            sampler=sampler,
+            sampler_options=None if sampler in ("ancestral", "ddim") else {"steps": 4},
+            model_path="a.pt",
+        )
+
+
 # ---------------------------------------------------------------- random numbers of a sample's own
 
 seeds = st.integers(0, 2**63 - 1)

@@ -217,6 +217,7 @@ def test_tensors_are_named_with_both_shapes(weights):
         (b"text", ["not a checkpoint"]),
         ([1, 2], ["not the weights of a model", "model*.pt or ema_*.pt"]),
         ({"state": {}, "param_groups": []}, ["not the weights of a model"]),
+        ({"epoch": 3, "weight": th.zeros(2)}, ["not the weights of a model"]),
         ({"weight": th.zeros(2)}, ["does not fit", "it is not of this kind of model"]),
         ({}, ["does not fit", "absent in the file", "it is not of this kind of model"]),
         (argparse.Namespace(a=1), ["refused", "run code"]),
@@ -244,6 +245,23 @@ def test_weights_that_are_no_finite_numbers(weights, change):
     with pytest.raises(InputError, match=r"does not fit the model: out\.2\.bias is ") as refusal:
         load(build(**FILE)[0], path)
     assert str(refusal.value).startswith(path) and "\n" not in str(refusal.value)
+
+
+def test_a_missing_tensor_is_not_blamed_on_the_kind_of_model(weights):
+    path = weights()
+    state_dict = th.load(path, weights_only=True)
+    del state_dict["out.2.bias"]
+    th.save(state_dict, path)
+    with pytest.raises(InputError, match=r"out\.2\.bias \(absent in the file, \w+ in the model\)$"):
+        load(build(**FILE)[0], path)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_tensors_are_no_weights(weights):
+    path = weights()
+    th.save({**th.load(path, weights_only=True), "x": th.nested.nested_tensor([th.zeros(2), th.zeros(3)])}, path)
+    with pytest.raises(InputError, match="not the weights of a model"):
+        read_weights(path)
 
 
 def test_a_folder_as_path(tmp_path):

@@ -1,5 +1,6 @@
 """Text for the terminal, and a stdout or stderr that is closed."""
 
+import io
 import subprocess
 import sys
 
@@ -34,6 +35,16 @@ def test_show_is_one_write(monkeypatch, capfd, name):
     monkeypatch.setattr(sys, name, None)  # closed before Python started
     streams.show("a", error=name == "stderr")
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(("encoding", "shown"), [("utf-8", "\u00e9\\udcff\na\n"), ("ascii", "\\xe9\\udcff\na\n")])
+def test_show_takes_any_text(monkeypatch, encoding, shown):
+    """What the encoding lacks, as in the name of a file that is not UTF-8, is escaped, and the stream goes on."""
+    stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors="strict")
+    monkeypatch.setattr(sys, "stdout", stream)
+    streams.show("\u00e9\udcff")
+    streams.show("a")
+    assert stream.buffer.getvalue().decode(encoding) == shown
 
 
 # without importing torch, which takes seconds
