@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import dataclasses
 import datetime
-import difflib
 import itertools
 import os
 import signal
@@ -19,6 +18,8 @@ from ..script_util import str2bool, whole_number
 from ..utils import errors, streams
 from ..utils.errors import InputError, TrainingError, first_line
 from ..utils.files import FolderLock, checkpoint_url, is_remote, user_path
+from .config_file import flags_of_another
+from .flag_names import answer
 from .presets import PRESETS
 
 Opts = TypeVar("Opts", bound=ScriptOptions)
@@ -32,6 +33,7 @@ def path_argument(text: str) -> str:
         raise argparse.ArgumentTypeError(str(e)) from None
 
 
+KINDS = {"True|False": "True or False", "N": "a whole number", "X": "a number", "PATH": "a path"}  # by metavar
 READERS = {bool: (str2bool, "True|False"), int: (whole_number, "N"), float: (float, "X"), str: (str, "TEXT")}
 
 
@@ -46,15 +48,27 @@ class FlagParser(argparse.ArgumentParser):
 
     def parse_args(self, args=None, namespace=None):
         args, unknown = self.parse_known_args(args, namespace)
+        parser = self._chosen(args)
         for word in unknown:
             flag = word.partition("=")[0]
             if flag.startswith("--"):
-                near = [known for known in self._option_string_actions if known.startswith(flag)]
-                near += difflib.get_close_matches(flag, self._option_string_actions, n=1)
-                self.error(f"there is no flag {flag}; {f'did you mean {near[0]}?' if near else 'see --help'}")
+                parser.error(f"there is no flag {flag}; {answer(flag, parser._option_string_actions)}")
         if unknown:
-            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+            parser.error(f"unrecognized arguments: {' '.join(unknown)}")
         return args
+
+    def parse_known_args(self, args=None, namespace=None):
+        words = list(sys.argv[1:] if args is None else args)
+        for word, following in itertools.zip_longest(words, words[1:], fillvalue="--"):
+            action = self._option_string_actions.get(word)
+            if action is not None and action.nargs is None and following.startswith("--"):
+                self.error(f"{word} is given without a value: give {KINDS.get(action.metavar, 'one')}")
+        return super().parse_known_args(words, namespace)
+
+    def _chosen(self, args):
+        """The parser of the subcommand that is given, if this one has some."""
+        commands = [action for action in self._actions if isinstance(action.choices, dict)]
+        return commands[0].choices[getattr(args, commands[0].dest)] if commands else self
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message}\n")  # without argparse's usage text
@@ -100,12 +114,14 @@ def parse_flags(parser: FlagParser, options: Opts) -> Flags[Opts]:
     given = {name for name, value in vars(parser.parse_args()).items() if value is not absent}
     try:
         preset = _preset(args["preset"], options, given)
+        if args.get("config"):
+            args.update({k: v for k, v in flags_of_another(args["config"], options).items() if k not in given})
         args.update(preset)
         for row in rows(type(options)):
             check(row, args[row.name])
         options = options.replace(**args)
     except InputError as e:
-        parser.error(f"--{e}")
+        parser.error(_with_flag(str(e)) if args.get("config") else f"--{e}")
     try:
         log_directory(options.general.log_dir)
         if hasattr(options, "training"):
