@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from .. import dist_util, logger
-from ..options import Option, ScriptOptions, check, rows
+from ..options import Option, ScriptOptions, TrainOptions, check, rows
 from ..script_util import str2bool, whole_number
 from ..utils import errors, streams
 from ..utils.errors import InputError, TrainingError, first_line
@@ -21,6 +21,7 @@ from ..utils.files import FolderLock, checkpoint_url, is_remote, user_path
 from .config_file import flags_of_another
 from .flag_names import answer
 from .presets import PRESETS
+from .run_folder import check_outside
 
 Opts = TypeVar("Opts", bound=ScriptOptions)
 
@@ -123,9 +124,9 @@ def parse_flags(parser: FlagParser, options: Opts) -> Flags[Opts]:
     except InputError as e:
         parser.error(_with_flag(str(e)) if args.get("config") else f"--{e}")
     try:
-        log_directory(options.general.log_dir)
-        if hasattr(options, "training"):
-            checkpoint_url()
+        log_dir = log_directory(options.general.log_dir)
+        if isinstance(options, TrainOptions):
+            check_outside(options, log_dir)
     except InputError as e:
         parser.error(_with_flag(str(e)))
     for row in rows(type(options)):
@@ -162,22 +163,25 @@ def _preset(name, options, given):
 
 
 @contextlib.contextmanager
-def logging_to(log_dir: str, notes=(), checkpoints: bool = False):
+def logging_to(log_dir: str, notes=(), claim: Callable[[str, str], list[str]] | None = None):
     """
     Within a with block, log to a folder: log_dir, else OPENAI_LOGDIR, else a new runs/SCRIPT-DATE-TIME.
 
     :param notes: first lines of the log.
-    :param checkpoints: the block writes checkpoints; rank 0 locks their folder.
+    :param claim: for a block that writes checkpoints. Rank 0 locks their folder, and calls it with the folder for logs
+                  and that for checkpoints, before anything is written there; it returns further first lines.
     :raises InputError: if another run has locked it.
     """
     log_dir = log_directory(log_dir)
     # a collective: also ranks whose environment names a folder call it
     directory = dist_util.broadcast_from_rank_0(lambda: log_dir or _new_directory())
-    blob_dir = checkpoint_url() if checkpoints else ""
+    blob_dir = checkpoint_url() if claim else ""
     lock = FolderLock(blob_dir or log_dir or directory)
-    if checkpoints:
+    if claim:
         dist_util.broadcast_from_rank_0(lock.acquire)
     try:
+        if claim:
+            notes = [*notes, *dist_util.broadcast_from_rank_0(claim, log_dir or directory, lock.directory)]
         logger.configure(log_dir or directory)
         for note in [dist_util.describe(), *notes]:
             logger.log(note)

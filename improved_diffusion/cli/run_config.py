@@ -23,6 +23,7 @@ from ..utils.files import checkpoint_url, write_files
 from .config_file import CONFIG, read_config
 from .parser import Flags, log_directory
 from .presets import PRESETS
+from .run_folder import check_unused
 
 Opts = TypeVar("Opts", bound=ScriptOptions)
 
@@ -60,6 +61,8 @@ def save_config(directory: str, script: str, options: ScriptOptions, class_names
 def resumed(flags: Flags[Opts]) -> Run[Opts]:
     """Resolve the options of a training script. Model flags default to those of the resumed run. A collective."""
     values = flags.options.values()
+    if not values["dry_run"]:
+        check_unused(flags.options, log_directory(values["log_dir"]))
     checkpoint, other = values["resume_checkpoint"], values["config"]
     new = Run(flags.options, notes=(f"flags that are not given: {other}",) if other else ())
     if not checkpoint:
