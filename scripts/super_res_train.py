@@ -6,6 +6,7 @@ Train a super-resolution model on images: it enlarges them from --small_size to 
 
 from improved_diffusion import dist_util
 from improved_diffusion.cli.dry_run import print_dry_run
+from improved_diffusion.cli.pack_first import loading_advice
 from improved_diffusion.cli.parser import create_parser, logging_to, parse_flags, run
 from improved_diffusion.cli.run_config import resumed, save_config
 from improved_diffusion.cli.run_folder import claim_folder
@@ -50,6 +51,7 @@ def main():
             resume_checkpoint=checkpoint,
             flags=options.of_the_run(),
             preview=create_preview(options, data),
+            loading_advice=loading_advice(options),
         )
         save_config(get_blob_logdir(), "super_res_train", options, data.dataset.class_names)
         log_start(loop, data.dataset)

@@ -16,9 +16,11 @@ from .images import FORMATS
 
 ENDINGS = ("jpg", "jpeg", "png", "gif")  # the original's
 FURTHER_ENDINGS = ("webp", "bmp", "tif", "tiff", "jfif")  # read where a folder has none of the original's
-UNREAD_ENDINGS = ("avif", "heic", "heif", "jp2", "jxl", "pgm", "ppm", "tga")
+HEIC_ENDINGS = ("heic", "heif")  # of phones
+RAW_ENDINGS = ("arw", "cr2", "cr3", "dng", "nef", "orf", "raf", "rw2")  # of cameras
+UNREAD_ENDINGS = (*HEIC_ENDINGS, *RAW_ENDINGS, "avif", "jp2", "jxl", "pgm", "ppm", "tga")
 HIDDEN_FOLDERS = ("__MACOSX", ".ipynb_checkpoints", ".AppleDouble", ".thumbnails", "@eaDir")  # copies of images
-HIDDEN_PREFIX = "._"  # of what macOS writes beside each file on other file systems
+HIDDEN_PREFIX = "."  # of files, such as the ._ files of macOS
 
 SHARD = re.compile(r"((part|shard|batch|chunk|split)s?[-_ ]?)?\d+", re.IGNORECASE)
 PART_OF_A_DATASET = re.compile(r"(.*[^a-z])?(train|val|valid|test|eval)(ing|idation)?([^a-z].*)?", re.IGNORECASE)
@@ -139,16 +141,24 @@ class _Files:
 
     def notes(self):
         read = ENDINGS if self.images else FURTHER_ENDINGS
-        unread = [path for path in self.others if _ending(path) not in ("", *read)]
+        heic = [path for path in self.others if _ending(path) in HEIC_ENDINGS]
+        unread = [path for path in self.others if _ending(path) not in ("", *read, *HEIC_ENDINGS)]
         unnamed = [path for path in self.others if not _ending(path)]
         if unnamed and _is_readable(unnamed[0]):  # one look; README and LICENSE are no images
             unread += unnamed
         found = [
-            (unread, f"not read: their names do not end in {', '.join(read)}"),
-            (self.hidden, "left out: hidden copies of other programs"),
-            (self.links, "left out: links to folders that are read already"),
-        ]  # fmt: skip
-        return [f"{self.folder}: {len(paths):,} {what} (such as {paths[0]})" for paths, what in found if paths]
+            (heic, "HEIC file", "convert to JPEG to use"),
+            (unread, "file", f"the name does not end in {', '.join(read)}"),
+            (self.hidden, "hidden file or folder", ""),
+            (self.links, "link", "to a folder that is read already"),
+        ]
+        return [f"{self.folder}: left out: {_counted(paths, *words)}" for paths, *words in found if paths]
+
+
+def _counted(paths, noun, reason):
+    plural = " or ".join(f"{word}s" for word in noun.split(" or "))
+    example = f"{'such as ' * (len(paths) > 1)}{paths[0]}"
+    return f"{len(paths):,} {noun if len(paths) == 1 else plural} ({example}){f': {reason}' if reason else ''}"
 
 
 def _is_readable(path):
