@@ -38,6 +38,7 @@ from .training.position import Position
 from .training.signals import StopSignals
 from .training.statistics import StepStatistics, log_loss_dict  # noqa: F401 (the second is the original's)
 from .training.stopping import stop_run, try_next
+from .training.waiting import Waiting
 from .training.weights import copy_with, load_weights
 from .utils.errors import is_out_of_memory
 from .utils.files import checkpoint_url
@@ -75,13 +76,16 @@ class TrainLoop:
     :param flags: a dict of plain values that describe the run, for the state file; a resumed run logs which changed.
     :param preview: called on rank 0 after each save, with a function that gives a copy of the network with the first
                     average's weights, the folder, and the step of the save.
+    :param loading_advice: logged once, if the steps wait for the data much of the time; "" for nothing.
     :raises InputError: if the checkpoint cannot be read or does not belong to this model.
     """
 
     # Here, since a subclass may have the original's __init__:
     max_steps, keep_checkpoints, flags, preview = 0, 0, {}, None  # type: ignore[var-annotated]
+    loading_advice = ""
     position = functools.cached_property(lambda self: Position())
     _statistics = functools.cached_property(lambda self: StepStatistics())
+    _waiting = functools.cached_property(lambda self: Waiting())
     _overflows_in_a_row = 0
     _checkpoint = False  # to continue from; None for none, False before it is looked for
     _last_checkpoint = None  # path of the last good one
@@ -111,6 +115,7 @@ class TrainLoop:
         keep_checkpoints=0,
         flags=None,
         preview=None,
+        loading_advice="",
     ):
         self.model, self.diffusion, self.data = model, diffusion, data
         self.batch_size = batch_size
@@ -124,6 +129,7 @@ class TrainLoop:
         self.schedule_sampler = schedule_sampler or UniformSampler(diffusion)
         self.max_steps, self.keep_checkpoints = max_steps, keep_checkpoints
         self.flags, self.preview = dict(flags or {}), preview
+        self.loading_advice = loading_advice
 
         self.step = self.resume_step = 0
         self.global_batch = self.batch_size * dist_util.world_size()
@@ -271,7 +277,8 @@ class TrainLoop:
         self._before_batch = self._parts().local_state("data", "rng")
         batch = error = None
         if stop.received is None and self.position.updates < (self.last_step() or math.inf):
-            batch, error = try_next(self.data, stop)
+            with self._waiting.for_data():
+                batch, error = try_next(self.data, stop)
         if dist_util.any_rank(stop.received is not None or error is not None):
             self._stop(stop.received, error)
         return batch
@@ -418,6 +425,9 @@ class TrainLoop:
             logger.logkv("images/s", rate)
             self._progress.show(**{name: means[name][0] for name in ("loss",) if name in means}, **{"images/s": rate})
         self._statistics, logger.get_current().pending = StepStatistics(), None
+        if self.loading_advice and (share := self._waiting.is_much()):
+            logger.log(f"{share:.0%} of the time the steps wait for data: {self.loading_advice}")
+            self.loading_advice = ""
 
     def _check_finite(self, means):
         if self.use_fp16:

@@ -11,8 +11,10 @@ import torch as th
 
 from improved_diffusion import dist_util
 from improved_diffusion.cli.dry_run import print_dry_run
+from improved_diffusion.cli.pack_first import loading_advice
 from improved_diffusion.cli.parser import create_parser, logging_to, parse_flags, run
 from improved_diffusion.cli.run_config import resumed, save_config
+from improved_diffusion.cli.run_folder import claim_folder
 from improved_diffusion.image_datasets import load_data
 from improved_diffusion.inference.preview import Preview
 from improved_diffusion.options import TrainOptions
@@ -37,7 +39,8 @@ def main():
     data = options.call(load_data, class_names=this_run.class_names)
     checkpoint = options.call(open_checkpoint, model=model)
 
-    with logging_to(options.general.log_dir, this_run.notes, checkpoints=True):
+    claim = claim_folder(checkpoint, options.general.overwrite)
+    with logging_to(options.general.log_dir, this_run.notes, claim):
         loop = options.call(
             TrainLoop,
             model=model.to(dist_util.dev()),
@@ -47,6 +50,7 @@ def main():
             resume_checkpoint=checkpoint,
             flags=options.of_the_run(),
             preview=create_preview(options, data.dataset.class_names),
+            loading_advice=loading_advice(options),
         )
         save_config(get_blob_logdir(), "image_train", options, data.dataset.class_names)
         log_start(loop, data.dataset)

@@ -6,8 +6,10 @@ Train a super-resolution model on images: it enlarges them from --small_size to 
 
 from improved_diffusion import dist_util
 from improved_diffusion.cli.dry_run import print_dry_run
+from improved_diffusion.cli.pack_first import loading_advice
 from improved_diffusion.cli.parser import create_parser, logging_to, parse_flags, run
 from improved_diffusion.cli.run_config import resumed, save_config
+from improved_diffusion.cli.run_folder import claim_folder
 from improved_diffusion.image_datasets import load_data, load_superres_data
 from improved_diffusion.inference.preview import Preview
 from improved_diffusion.options import SuperResTrainOptions
@@ -38,7 +40,8 @@ def main():
     sampler = create_named_schedule_sampler(options.training.schedule_sampler, diffusion)
     checkpoint = options.call(open_checkpoint, model=model)
 
-    with logging_to(options.general.log_dir, this_run.notes, checkpoints=True):
+    claim = claim_folder(checkpoint, options.general.overwrite)
+    with logging_to(options.general.log_dir, this_run.notes, claim):
         loop = options.call(
             TrainLoop,
             model=model.to(dist_util.dev()),
@@ -48,6 +51,7 @@ def main():
             resume_checkpoint=checkpoint,
             flags=options.of_the_run(),
             preview=create_preview(options, data),
+            loading_advice=loading_advice(options),
         )
         save_config(get_blob_logdir(), "super_res_train", options, data.dataset.class_names)
         log_start(loop, data.dataset)

@@ -1,7 +1,5 @@
 """
-config.json: the flags of a run, beside its weights. They are the defaults of later command lines that use the run.
-
-    {"script": "image_train", "flags": {"image_size": 64, ...}, "class_names": ["cat", "dog"] or null}
+The flags of a run, from the config.json beside its weights: the defaults of later command lines that use the run.
 
 For weights without config.json, such as the original's, the shapes of the tensors give some of the flags.
 """
@@ -22,12 +20,12 @@ from ..training.checkpoints import has_checkpoint, is_of_a_run
 from ..training.weights import infer_architecture
 from ..utils.errors import InputError
 from ..utils.files import checkpoint_url, write_files
+from .config_file import CONFIG, read_config
 from .parser import Flags, log_directory
 from .presets import PRESETS
+from .run_folder import check_unused
 
 Opts = TypeVar("Opts", bound=ScriptOptions)
-
-CONFIG = "config.json"
 
 # may differ from the run's: they affect training only, or each use of a model
 FREE = {"timestep_respacing", "dropout", "use_checkpoint", "use_kl", "rescale_learned_sigmas"}
@@ -60,45 +58,25 @@ def save_config(directory: str, script: str, options: ScriptOptions, class_names
     dist_util.broadcast_from_rank_0(write_files, directory, {CONFIG: lambda f: f.write(text)})
 
 
-def read_config(directory: str) -> dict[str, Any] | None:
-    """The config.json of a folder; None if there is none. :raises InputError: if it is damaged."""
-    path = bf.join(directory, CONFIG)
-    if not bf.exists(path):
-        return None
-    try:
-        with bf.BlobFile(path, "rb") as f:
-            config = json.loads(f.read())
-        flags, names = config["flags"], config["class_names"]
-        if not isinstance(flags, dict) or not (names is None or isinstance(names, list)):
-            raise ValueError("no flags in it")
-        count = len(names or [])
-        if not all(isinstance(name, str) for name in names or []) or count > flags.get("num_classes", math.inf):
-            raise ValueError("class_names are not names, or more than num_classes")
-        if names == []:
-            raise ValueError("class_names are none; null stands for unknown ones")
-        if len(set(names or [])) < count:
-            raise ValueError("class_names has a name twice")
-    except (ValueError, KeyError, TypeError, OSError, RecursionError) as e:
-        problem = f"not the flags of a run ({type(e).__name__}: {e})"
-        raise InputError(f"{path}: {problem}; delete it, and give the flags instead") from None
-    return config
-
-
 def resumed(flags: Flags[Opts]) -> Run[Opts]:
     """Resolve the options of a training script. Model flags default to those of the resumed run. A collective."""
-    checkpoint = flags.options.values()["resume_checkpoint"]
+    values = flags.options.values()
+    if not values["dry_run"]:
+        check_unused(flags.options, log_directory(values["log_dir"]))
+    checkpoint, other = values["resume_checkpoint"], values["config"]
+    new = Run(flags.options, notes=(f"flags that are not given: {other}",) if other else ())
     if not checkpoint:
-        return Run(flags.options)
+        return new
     directory = bf.dirname(checkpoint)
     if checkpoint == "auto":
         directory = checkpoint_url() or log_directory(flags.options.general.log_dir)
         if not directory:
             raise InputError("resume_checkpoint auto: give log_dir, the folder of the run")
         if not dist_util.broadcast_from_rank_0(has_checkpoint, directory):  # config.json is of a run that saved nothing
-            return Run(flags.options)
+            return new
     config = dist_util.broadcast_from_rank_0(read_config, directory)
     if config is None:
-        return Run(flags.options)
+        return new
     run = _from_config(flags, config, directory)
     # a new run from other weights, such as an average, may have other classes
     keeps_classes = (checkpoint == "auto" or is_of_a_run(checkpoint)) and run.options.values()["class_cond"]

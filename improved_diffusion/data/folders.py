@@ -18,10 +18,12 @@ from .images import FORMATS
 
 ENDINGS = ("jpg", "jpeg", "png", "gif")  # the original's
 FURTHER_ENDINGS = ("webp", "bmp", "tif", "tiff", "jfif")  # read where a folder has none of the original's
-UNREAD_ENDINGS = ("avif", "heic", "heif", "jp2", "jxl", "pgm", "ppm", "tga")
+HEIC_ENDINGS = ("heic", "heif")  # of phones
+RAW_ENDINGS = ("arw", "cr2", "cr3", "dng", "nef", "orf", "raf", "rw2")  # of cameras
+UNREAD_ENDINGS = (*HEIC_ENDINGS, *RAW_ENDINGS, "avif", "jp2", "jxl", "pgm", "ppm", "tga")
 LOOKS = 10  # files of each other ending whose headers tell whether they are images
 HIDDEN_FOLDERS = ("__MACOSX", ".ipynb_checkpoints", ".AppleDouble", ".thumbnails", "@eaDir")  # copies of images
-HIDDEN_PREFIX = "._"  # of what macOS writes beside each file on other file systems
+HIDDEN_PREFIX = "."  # of files, such as the ._ files of macOS
 
 SHARD = re.compile(r"((part|shard|batch|chunk|split)s?[-_ ]?)?\d+", re.IGNORECASE)
 PART_OF_A_DATASET = re.compile(r"(.*[^a-z])?(train|val|valid|test|eval)(ing|idation)?([^a-z].*)?", re.IGNORECASE)
@@ -159,15 +161,24 @@ class _Files:
         count = len(unread)
         for ending, paths in self._others.items():
             seen = paths if ending in UNREAD_ENDINGS else [path for path in paths if _is_readable(path)]
-            if seen:
+            if seen and ending not in HEIC_ENDINGS:
                 unread.append(seen[0])
                 count += self._counts[ending]
+        heic = [path for ending in HEIC_ENDINGS for path in self._others.get(ending, ())]
         found = [
-            (count, unread, f"not read: their names do not end in {', '.join(read)}"),
-            (len(self.hidden), self.hidden, "left out: hidden copies of other programs"),
-            (len(self.links), self.links, "left out: links to folders that are read already"),
+            (sum(self._counts[ending] for ending in HEIC_ENDINGS), heic, "HEIC file", "convert to JPEG to use"),
+            (count, unread, "file", f"the name does not end in {', '.join(read)}"),
+            (len(self.hidden), self.hidden, "hidden file or folder", ""),
+            (len(self.links), self.links, "link", "to a folder that is read already"),
         ]
-        return [printable(f"{self.folder}: {n:,} {what} (such as {paths[0]})") for n, paths, what in found if n]
+        lines = [f"{self.folder}: left out: {_counted(n, paths, *words)}" for n, paths, *words in found if n]
+        return [printable(line) for line in lines]
+
+
+def _counted(count, paths, noun, reason):
+    plural = " or ".join(f"{word}s" for word in noun.split(" or "))
+    example = f"{'such as ' * (count > 1)}{paths[0]}"
+    return f"{count:,} {noun if count == 1 else plural} ({example}){f': {reason}' if reason else ''}"
 
 
 def _is_readable(path):

@@ -10,7 +10,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from ..utils.errors import InputError, first_line
-from ..utils.files import is_remote, write_files
+from ..utils.files import is_inside, is_remote, write_files
 from ..utils.progress import Progress
 from ..utils.streams import show
 from .images import to_image
@@ -72,10 +72,8 @@ def _check_folder(path, source):
             raise InputError(
                 f"class {name!r}: cannot start file names; give a name without _, / and leading dot, or pack the images"
             )
-    if source.folder and not is_remote(source.folder):
-        inside = os.path.realpath(source.folder)
-        if os.path.commonpath([inside, os.path.realpath(path)]) == inside:
-            raise InputError(f"{path}: is inside {source.folder}, the source; give a folder outside")
+    if source.folder and is_inside(path, source.folder):
+        raise InputError(f"{path}: is inside {source.folder}, the source; give a folder outside")
     try:
         os.makedirs(path, exist_ok=True)
     except OSError as e:

@@ -95,9 +95,23 @@ def test_a_folder_outside_is_read_once_even_if_it_leads_back(tmp_path):
 
 def test_hidden_copies_are_left_out_in_one_line(tmp_path):
     write(tmp_path, "a/x.png", "a/._x.png", "a/.ipynb_checkpoints/x-checkpoint.png", "__MACOSX/a/._x.png", ".b/y.png")
+    write(tmp_path, "a/.trashed-1-x.jpg")
     paths, (line,) = find_images(str(tmp_path))
     assert relative(tmp_path, paths) == [".b/y.png", "a/x.png"]
-    assert str(tmp_path) in line and "3 " in line and "__MACOSX" in line
+    assert str(tmp_path) in line and "4 " in line and "__MACOSX" in line
+
+
+def test_photographs_of_phones_that_pillow_does_not_read_are_counted_in_a_line_of_their_own(tmp_path):
+    write(tmp_path, "a.jpg", "b.HEIC", "c.heif", "d.webp", "e.dng")
+    paths, notes = find_images(str(tmp_path))
+    assert relative(tmp_path, paths) == ["a.jpg"]
+    (heic,) = [note for note in notes if "HEIC" in note]
+    (other,) = [note for note in notes if note != heic]
+    assert "2 " in heic and "b.HEIC" in heic and "JPEG" in heic and "2 " in other and "d.webp" in other
+    os.remove(tmp_path / "a.jpg")
+    os.remove(tmp_path / "d.webp")
+    with pytest.raises(InputError, match=r"no images.*2 HEIC files"):
+        find_images(str(tmp_path))
 
 
 def test_files_of_other_endings_are_named_and_counted_beside_the_originals(tmp_path):

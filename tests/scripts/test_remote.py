@@ -41,9 +41,9 @@ def bucket(tmp_path, monkeypatch):
     return folder
 
 
-def train(logdir, size="image_size", script="image_train", **changed):
+def train(logdir, size="image_size", script="image_train", folder="run", **changed):
     words = flags(**{**TRAINING, size: 8, "data_dir": f"{BUCKET}/images", **changed})
-    return run_script(script, words, logdir, DIFFUSION_BLOB_LOGDIR=f"{BUCKET}/run")
+    return run_script(script, words, logdir, DIFFUSION_BLOB_LOGDIR=f"{BUCKET}/{folder}")
 
 
 def names(folder):
@@ -116,10 +116,24 @@ def test_sampling_measuring_and_enlarging(tmp_path, bucket):
 
     (tmp_path / "samples" / "samples_3x8x8x3.npz").rename(bucket / "base.npz")
     enlarging = dict(large_size=16, small_size=8)
-    assert train(tmp_path / "sr", "large_size", "super_res_train", **enlarging, max_steps=1, num_workers=0) == 0
-    words = flags(**SAMPLING, **enlarging, model_path=f"{BUCKET}/run/model000000.pt", base_samples=f"{BUCKET}/base.npz")
+    words = dict(enlarging, max_steps=1, num_workers=0)
+    assert train(tmp_path / "sr", "large_size", "super_res_train", "large", **words) == 0
+    weights = f"{BUCKET}/large/model000000.pt"
+    words = flags(**SAMPLING, **enlarging, model_path=weights, base_samples=f"{BUCKET}/base.npz")
     assert run_script("super_res_sample", words, tmp_path / "large") == 0
     assert np.load(tmp_path / "large" / "samples_3x16x16x3.npz")["arr_0"].std() > 0
+
+
+def test_a_remote_folder_is_of_one_run_and_never_overwritten(tmp_path, bucket, capsys):
+    write_images(bucket / "images")
+    assert train(tmp_path / "a", max_steps=1, num_workers=0) == 0
+    before = snapshot(bucket)
+    for overwrite in (False, True):
+        capsys.readouterr()
+        assert train(tmp_path / "b", max_steps=1, num_workers=0, overwrite=overwrite) == 2
+        err = capsys.readouterr().err
+        assert f"{BUCKET}/run: " in err and "--resume_checkpoint auto" in err and "--overwrite" not in err
+        assert err.count("\n") == 1 and snapshot(bucket) == before
 
 
 def test_a_remote_folder_is_packed_into_a_local_one(tmp_path, bucket, capfd):
