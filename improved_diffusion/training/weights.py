@@ -50,6 +50,14 @@ def unwrapped(state_dict: dict[str, th.Tensor], model: th.nn.Module | None = Non
     return plain if len(plain) == len(state_dict) else state_dict
 
 
+def is_young(rate: float, updates: int) -> bool:
+    """
+    Whether an average has seen fewer than 3 / (1 - rate) updates. It consists by over 5 % of the initial weights then,
+    and gives worse samples than the newest ones.
+    """
+    return updates < 3 / (1 - rate) - 1e-6
+
+
 def load_weights(model: th.nn.Module, state_dict: dict[str, th.Tensor], path: str) -> None:
     """
     Load a state dict, unwrapped(), strictly unless the network's own load_state_dict() accepts more.

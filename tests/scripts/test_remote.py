@@ -59,7 +59,7 @@ def test_training_and_resuming(tmp_path, bucket, workers):
     others = set(names(bucket / "run")) - whole.keys()
     assert len(whole) == 4 * 4 and others == {
         "config.json",
-        *(f"preview_{step:06d}.png" for step in (0, 2, 4, 6)),
+        *(f"preview_{step:06d}_model.png" for step in (2, 4, 6)),
     }
     assert names(tmp_path / "whole") == ["log.txt", "progress.csv"]
 

@@ -1,5 +1,7 @@
 """Text for the terminal, and a stdout or stderr that is closed."""
 
+import contextlib
+import os
 import subprocess
 import sys
 
@@ -34,6 +36,25 @@ def test_show_is_one_write(monkeypatch, capfd, name):
     monkeypatch.setattr(sys, name, None)  # closed before Python started
     streams.show("a", error=name == "stderr")
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_line_at_once_waits_for_nobody(monkeypatch):
+    """Neither for a reader, where a pipe is full, nor for the buffer, which another thread may hold."""
+    reader, writer = os.pipe()
+    with os.fdopen(reader, "rb") as read, os.fdopen(writer, "w") as write:
+        monkeypatch.setattr(sys, "stdout", write)
+        streams.show_at_once("first")
+        assert os.read(read.fileno(), 100) == b"first\n"
+        os.set_blocking(writer, False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                os.write(writer, b"x" * 4096)
+        os.set_blocking(writer, True)
+        streams.show_at_once("second")
+        assert b"second" not in os.read(read.fileno(), 10**6)
+    streams.show_at_once("closed")
+    monkeypatch.setattr(sys, "stdout", None)
+    streams.show_at_once("none")
 
 
 # without importing torch, which takes seconds
