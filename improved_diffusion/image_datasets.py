@@ -12,7 +12,7 @@ from PIL import Image  # noqa: F401 (part of this module, as in the original)
 from torch.utils.data import DataLoader, Dataset, default_collate  # noqa: F401 (as above)
 
 from . import dist_util, logger
-from .data.folders import Paths, find_images, label_images, list_images
+from .data.folders import Paths, find_images, is_image, label_images, list_images
 from .data.images import check_images, read_image, scale_and_crop
 from .data.loader import BatchesInOrder, BatchStream
 from .data.packed import Mapped, is_packed, read_packed
@@ -107,15 +107,33 @@ def load_data_once(
     return BatchesInOrder(dataset, batch_size, _workers(num_workers, dataset), _collate, pin_memory)
 
 
+def open_images(
+    path: str, image_size: int, class_cond: bool, image_channels: int, num_classes: int | None = None,
+    class_names: list[str] | None = None, labels: str = "auto", limit: int | None = None,
+) -> "ImageDataset | PackedDataset":  # fmt: skip
+    """
+    The images of a folder, of one image file or packed, all of them on each rank. Parameters as in load_data_once().
+
+    :return: a data set with pixels(i), uint8 [S, S, C], and local_classes, int64 [N], or None.
+    :raises InputError: as load_data_once().
+    """
+    arguments = (path, image_size, class_cond, image_channels, num_classes, class_names, labels, limit)
+    return _open_dataset(*arguments, whole=True)
+
+
 def _workers(num_workers, dataset):
     return dataset.default_workers if num_workers < 0 else num_workers
 
 
-def _open_dataset(data_dir, image_size, class_cond, image_channels, num_classes, class_names, labels_by, limit=None):
+def _open_dataset(
+    data_dir, image_size, class_cond, image_channels, num_classes, class_names, labels_by, limit=None, whole=False
+):
+    """:param whole: all images on each rank, and `data_dir` may be an image file."""
     if not data_dir:
         raise InputError("no data_dir: give a folder of images, or packed images")
-    share = slice(dist_util.rank(), limit, dist_util.world_size())
-    packed, labels, names = is_packed(data_dir), None, None
+    share = slice(None, limit) if whole else slice(dist_util.rank(), limit, dist_util.world_size())
+    one_file = whole and is_image(data_dir)
+    packed, labels, names = is_packed(data_dir) and not one_file, None, None
     if packed:
         images, labels, names = read_packed(data_dir, with_labels=class_cond)
         size, channels = images.shape[2:]
@@ -124,7 +142,7 @@ def _open_dataset(data_dir, image_size, class_cond, image_channels, num_classes,
             advice = "scale the source with scripts/prepare.py images"
             raise InputError(f"{data_dir}: {found} with {image_channels}; {advice}")
     else:
-        images, notes = find_images(data_dir)
+        images, notes = ([data_dir], []) if one_file else find_images(data_dir)
         if class_cond:
             labels, names, note = label_images(data_dir, images, labels_by, class_names)
             notes += [note] if note else []

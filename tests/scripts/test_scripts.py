@@ -620,6 +620,18 @@ def test_the_output_keeps_the_order_and_the_labels_of_its_input(tmp_path, steps_
         assert list(arrays) == ["arr_0"]
 
 
+def test_each_image_of_a_folder_is_enlarged_once(tmp_path, steps_taken, crops):
+    """Not 10,000 images in all."""
+    weights = copying_weights(tmp_path / "model.pt", **COPYING)
+    words = dict(COPYING, base_samples=crops, batch_size=5, num_samples=None)
+    count = len(list(crops.iterdir()))
+    name, _ = sample(tmp_path / "log", weights, script="super_res_sample", **words)
+    assert name == f"samples_{count}x16x16x3.npz"
+    assert not (tmp_path / "log" / "first_samples.png").exists()
+    log = (tmp_path / "log" / "log.txt").read_text()
+    assert f"{count} samples of 4 evaluations: about " in log and "first_samples.png" in log
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_super_resolution_from_photographs_and_from_samples(tmp_path, crops, channels):
     words = dict(SUPER, image_channels=channels, class_cond=True, num_classes=2)
