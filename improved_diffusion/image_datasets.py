@@ -17,6 +17,7 @@ from .data.images import check_images, read_image, scale_and_crop
 from .data.loader import BatchesInOrder, BatchStream
 from .data.packed import Mapped, is_packed, read_packed
 from .utils.errors import InputError
+from .utils.streams import counted
 
 _list_image_files_recursively = list_images  # the original's name
 
@@ -61,7 +62,7 @@ def load_data(
     dataset = _open_dataset(data_dir, image_size, class_cond, image_channels, num_classes, class_names, labels)
     if len(dataset) < batch_size:
         share = f" for this one of {dist_util.world_size()} ranks" if dist_util.world_size() > 1 else ""
-        problem = f"{data_dir}: {len(dataset)} images{share} are fewer than a batch"
+        problem = f"{data_dir}: {counted(len(dataset), 'image')}{share}: fewer than a batch"
         raise InputError(f"{problem}; give batch_size {len(dataset)} or less, or more images")
     num_workers = _workers(num_workers, dataset)
     collate_fn = functools.partial(_collate, add_conditions=add_conditions)

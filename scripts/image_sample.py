@@ -5,6 +5,12 @@ beside it.
     python scripts/image_sample.py --model_path runs/a/ema_0.9999_200000.pt --num_samples 16 --timestep_respacing 100
 """
 
+import contextlib
+
+if __name__ == "__main__":
+    with contextlib.suppress(ImportError):  # not started from a checkout
+        import _start  # noqa: F401
+
 import functools
 
 import torch as th

@@ -7,6 +7,12 @@ Training writes checkpoints, a log and previews to --log_dir, until --max_steps 
 --resume_checkpoint auto continues it.
 """
 
+import contextlib
+
+if __name__ == "__main__":
+    with contextlib.suppress(ImportError):  # not started from a checkout
+        import _start  # noqa: F401
+
 import torch as th
 
 from improved_diffusion import dist_util

@@ -6,6 +6,12 @@ Works on running and interrupted runs: the last row of a step counts; truncated 
 missing columns are skipped.
 """
 
+import contextlib
+
+if __name__ == "__main__":
+    with contextlib.suppress(ImportError):  # not started from a checkout
+        import _start  # noqa: F401
+
 import csv
 import math
 import os

@@ -7,6 +7,12 @@ Sample i is made from image i: by default one of each. With more samples than im
     python scripts/super_res_sample.py --model_path ema_0.9999_200000.pt --base_samples samples_16x64x64x3.npz
 """
 
+import contextlib
+
+if __name__ == "__main__":
+    with contextlib.suppress(ImportError):  # not started from a checkout
+        import _start  # noqa: F401
+
 import functools
 
 import torch as th
@@ -20,7 +26,7 @@ from improved_diffusion.inference.generate import generate
 from improved_diffusion.inference.parts import Parts
 from improved_diffusion.options import SuperResSampleOptions
 from improved_diffusion.script_util import sr_create_model_and_diffusion
-from improved_diffusion.training.describe import counted
+from improved_diffusion.utils.streams import counted
 
 
 def main():

@@ -4,6 +4,12 @@ Train a super-resolution model on images: it enlarges them from --small_size to 
     python scripts/super_res_train.py --data_dir photos --large_size 256 --small_size 64 --log_dir runs/large
 """
 
+import contextlib
+
+if __name__ == "__main__":
+    with contextlib.suppress(ImportError):  # not started from a checkout
+        import _start  # noqa: F401
+
 from improved_diffusion import dist_util
 from improved_diffusion.cli.dry_run import print_dry_run
 from improved_diffusion.cli.parser import create_parser, logging_to, parse_flags, run

@@ -9,8 +9,8 @@ from ..inference.arrays import write_first_samples
 from ..options import SampleOptions
 from ..samplers import SOLVERS, evaluations
 from ..solvers import STEPS
-from ..training.describe import counted
 from ..utils.progress import duration
+from ..utils.streams import counted
 
 LONG = 600  # seconds, from which on cheaper flags are proposed
 FEW, FAST = 16, "dpm++2m-sde"

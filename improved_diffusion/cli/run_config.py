@@ -22,6 +22,7 @@ from ..training.checkpoints import has_checkpoint, is_of_a_run
 from ..training.weights import infer_architecture, is_young
 from ..utils.errors import InputError
 from ..utils.files import checkpoint_url, write_files
+from .advice import doubts
 from .parser import Flags, log_directory
 from .presets import PRESETS
 
@@ -84,6 +85,11 @@ def read_config(directory: str) -> dict[str, Any] | None:
 
 def resumed(flags: Flags[Opts]) -> Run[Opts]:
     """Resolve the options of a training script. Model flags default to those of the resumed run. A collective."""
+    run = _resumed(flags)
+    return dataclasses.replace(run, notes=(*run.notes, *doubts(run.options, flags.given)))
+
+
+def _resumed(flags):
     checkpoint = flags.options.values()["resume_checkpoint"]
     if not checkpoint:
         return Run(flags.options)
@@ -118,7 +124,7 @@ def of_weights(flags: Flags[Opts], weights: dict[str, Any]) -> Run[Opts]:
         _check_size(flags, run.options.values(), bf.join(bf.dirname(path), CONFIG), infer_architecture(shapes))
     else:
         run = _from_shapes(flags, path, shapes)
-    return dataclasses.replace(run, notes=(*run.notes, *_warnings(bf.basename(path), config)))
+    return dataclasses.replace(run, notes=(*run.notes, *_warnings(bf.basename(path), config), *doubts(run.options)))
 
 
 def _model_rows(options: ScriptOptions) -> dict[str, Option]:

@@ -15,6 +15,7 @@ from ..image_datasets import open_images
 from ..utils.errors import InputError, first_line
 from ..utils.files import list_folder, write_files
 from ..utils.progress import Progress
+from ..utils.streams import counted
 from .pictures import grid, sample_names, write_pngs
 
 FIRST = "first_samples.png"  # until the picture of all samples is there
@@ -47,7 +48,7 @@ def write_samples(
             for name, image in zip(sample_names(len(images), labels, class_names), images, strict=True):
                 write_pngs(_folder(), {name: image})
                 progress.update()
-        logger.log(f"saved {len(images)} PNG files in {_folder()}")
+        logger.log(f"saved {counted(len(images), 'PNG file')} in {_folder()}")
 
 
 def write_first_samples(images: np.ndarray, labels: np.ndarray | None = None) -> str:

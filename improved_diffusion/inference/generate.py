@@ -10,9 +10,9 @@ import torch as th
 from .. import dist_util, logger
 from ..samplers import SAMPLERS, evaluations
 from ..script_util import configure_compute
-from ..training.describe import counted
 from ..utils.errors import InputError
 from ..utils.progress import Progress, count_calls
+from ..utils.streams import counted
 from .arrays import to_uint8
 from .parts import Parts
 
@@ -138,7 +138,7 @@ def generate(
             else:
                 for name, values in rows.items():
                     kept[name].append(values)
-            logger.log(f"created {done} samples")
+            logger.log(f"created {done} sample{'s' * (done != 1)}")
             if after_first_batch and rank == 0 and first == rounds.start and done < num_samples:
                 after_first_batch(rows["images"], rows.get("labels"), left, time.monotonic() - began)
     if rank > 0:

@@ -10,6 +10,7 @@ from .. import dist_util, logger
 from ..samplers import SAMPLERS
 from ..solvers import default_steps
 from ..utils.errors import first_line
+from ..utils.streams import counted
 from .arrays import to_uint8
 from .generate import SampleNoise
 from .pictures import grid, write_pngs
@@ -57,7 +58,8 @@ class Preview:
         try:
             stop_if_wanted()
             steps = min(STEPS, default_steps(self.diffusion))
-            logger.log(f"drawing a preview of step {step}: {self.count} samples in {steps} evaluations of {weights}...")
+            cost = f"{counted(self.count, 'sample')} in {counted(steps, 'evaluation')} of {weights}"
+            logger.log(f"drawing a preview of step {step}: {cost}...")
             picture = grid(self._draw(make_model(), steps, stop_if_wanted))
             name = FILENAMES[weights == "model"].format(step)
             write_pngs(directory, {name: picture})

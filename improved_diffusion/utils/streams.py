@@ -19,6 +19,11 @@ def printable(text: str, lines: bool = False) -> str:
     return (CONTROL_IN_LINES if lines else CONTROL).sub(lambda m: m[0].encode("unicode_escape").decode(), text)
 
 
+def counted(n: int, singular: str, plural: str = "") -> str:
+    """A number and its noun: 1 image, 2,000 images."""
+    return f"{n:,} {singular if n == 1 else plural or singular + 's'}"
+
+
 def show(text: str, error: bool = False) -> None:
     """Print a line, or several, to stdout or stderr. Nothing happens if that is closed."""
     stream = sys.stderr if error else sys.stdout

@@ -270,7 +270,7 @@ def test_digits(tmp_path, capfd, ending):
 
     out, found = tmp_path / f"digits{ending}", load_digits()
     assert prepare("digits", out) == 0
-    assert capfd.readouterr().out.startswith("wrote 1797 images of 10 classes")
+    assert capfd.readouterr().out.startswith("wrote 1,797 images of 10 classes")
     words = dict(batch_size=1797, image_size=16, image_channels=1, class_cond=True, num_workers=0)
     ((x, cond),) = load_data_once(data_dir=str(out), **words)
     order = np.arange(1797) if ending else np.argsort(found.target, kind="stable")  # files are in order of their names

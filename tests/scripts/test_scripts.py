@@ -672,7 +672,7 @@ def test_digits_are_drawn_end_to_end(tmp_path, capfd):
 
     folder = tmp_path / "digits"
     assert run_script("prepare", ["digits", str(folder)], tmp_path / "log") == 0
-    assert f"wrote 1797 images of 10 classes to {folder}" in capfd.readouterr().out
+    assert f"wrote 1,797 images of 10 classes to {folder}" in capfd.readouterr().out
     digits = load_digits()
     names = [f"{label}_{i:05d}.png" for i, label in enumerate(digits.target)]
     assert sorted(path.name for path in folder.iterdir()) == sorted(names)
