@@ -647,7 +647,7 @@ def test_fewer_images_than_a_batch_are_refused_with_the_numbers(monkeypatch, gre
         load_data(data_dir=folder, batch_size=6, image_size=8)
     monkeypatch.setenv("WORLD_SIZE", "3")
     monkeypatch.setenv("RANK", "2")
-    with pytest.raises(InputError, match=r"1 images for this one of 3 ranks are fewer .* give batch_size 1 or less"):
+    with pytest.raises(InputError, match=r"1 image for this one of 3 ranks: fewer .* give batch_size 1 or less"):
         load_data(data_dir=folder, batch_size=2, image_size=8)
 
 
