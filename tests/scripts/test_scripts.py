@@ -432,7 +432,7 @@ def measure(capfd, logdir, data, weights, **changed):
     """:return: (images, bits per dimension) that image_nll prints, and the arrays of its files."""
     words = dict(TINY, image_size=8, data_dir=data, model_path=weights, batch_size=4, num_workers=0)
     assert run_script("image_nll", flags(**{**words, **changed}), logdir) == 0
-    found = re.search(r"total bpd over (\d+) images: (\d+\.\d+) bits/dim", capfd.readouterr().out)
+    found = re.search(r"total bpd over (\d+) images?: (\d+\.\d+) bits/dim", capfd.readouterr().out)
     terms = {path.stem: np.load(path)["arr_0"] for path in logdir.glob("*.npz")}
     return int(found[1]), float(found[2]), terms
 
