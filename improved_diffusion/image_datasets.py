@@ -15,13 +15,14 @@ from torch.utils.data import DataLoader, Dataset, default_collate  # noqa: F401 
 
 from . import dist_util, logger
 from .data.damaged import without_damaged
-from .data.folders import Paths, find_images, label_images, list_images
+from .data.folders import Paths, find_images, is_image, label_images, list_images
 from .data.images import check_images, read_image, scale_and_crop
 from .data.loader import BatchesInOrder, BatchStream
 from .data.packed import Mapped, is_packed, read_packed
 from .data.sources import processes
 from .utils.errors import InputError
 from .utils.files import is_remote
+from .utils.streams import counted
 
 _list_image_files_recursively = list_images  # the original's name
 
@@ -69,7 +70,7 @@ def load_data(
     dataset = _open_dataset(data_dir, image_size, class_cond, image_channels, num_classes, class_names, labels, workers)
     if len(dataset) < batch_size:
         share = f" for this one of {dist_util.world_size()} ranks" if dist_util.world_size() > 1 else ""
-        problem = f"{data_dir}: {len(dataset)} images{share} are fewer than a batch"
+        problem = f"{data_dir}: {counted(len(dataset), 'image')}{share}: fewer than a batch"
         raise InputError(f"{problem}; give batch_size {len(dataset)} or less, or more images")
     num_workers = _workers(num_workers, dataset)
     collate_fn = functools.partial(_collate, add_conditions=add_conditions)
@@ -119,18 +120,45 @@ def load_data_once(
     return BatchesInOrder(dataset, batch_size, _workers(num_workers, dataset), _collate, pin_memory)
 
 
+def open_images(
+    path: str, image_size: int, class_cond: bool, image_channels: int, num_classes: int | None = None,
+    class_names: list[str] | None = None, labels: str = "auto", limit: int | None = None,
+) -> "ImageDataset | PackedDataset":  # fmt: skip
+    """
+    The images of a folder, of one image file or packed, all of them on each rank. Parameters as in load_data_once().
+
+    :return: a data set with pixels(i), uint8 [S, S, C], and local_classes, int64 [N], or None.
+    :raises InputError: as load_data_once().
+    """
+    arguments = (path, image_size, class_cond, image_channels, num_classes, class_names, labels)
+    return _open_dataset(*arguments, limit=limit, whole=True)
+
+
 def _workers(num_workers, dataset):
     return dataset.default_workers if num_workers < 0 else num_workers
 
 
 def _open_dataset(
-    data_dir, image_size, class_cond, image_channels, num_classes, class_names, labels_by, checkers, limit=None
+    data_dir,
+    image_size,
+    class_cond,
+    image_channels,
+    num_classes,
+    class_names,
+    labels_by,
+    checkers=None,
+    limit=None,
+    whole=False,
 ):
-    """:param checkers: processes that look for damaged images, to leave them out; None to refuse them."""
+    """
+    :param checkers: processes that look for damaged images, to leave them out; None to refuse them.
+    :param whole: all images on each rank, and `data_dir` may be an image file.
+    """
     if not data_dir:
         raise InputError("no data_dir: give a folder of images, or packed images")
-    share = slice(dist_util.rank(), limit, dist_util.world_size())
-    packed, labels, names = is_packed(data_dir), None, None
+    share = slice(None, limit) if whole else slice(dist_util.rank(), limit, dist_util.world_size())
+    one_file = whole and is_image(data_dir)
+    packed, labels, names = is_packed(data_dir) and not one_file, None, None
     if packed:
         images, labels, names = read_packed(data_dir, with_labels=class_cond)
         size, channels = images.shape[2:]
@@ -139,7 +167,7 @@ def _open_dataset(
             advice = "scale the source with scripts/prepare.py images"
             raise InputError(f"{data_dir}: {found} with {image_channels}; {advice}")
     else:
-        images, notes = find_images(data_dir)
+        images, notes = ([data_dir], []) if one_file else find_images(data_dir)
         if checkers is not None:
             checkers = checkers if checkers >= 0 else max(1, processes(-1) // dist_util.world_size())
             images, damaged = without_damaged(data_dir, images, checkers)

@@ -270,7 +270,10 @@ class ClassSamplingOptions(SamplingOptions):
 
 @dataclass(frozen=True)
 class SuperResSamplingOptions(SamplingOptions):
-    base_samples: str = path_option("small images, written by image_sample.py", required="an npz file of images")
+    num_samples: int = option(10000, "number of images to draw; not given: each image once", minimum=1, maximum=2**31)
+    base_samples: str = path_option(
+        "small images: an npz file of image_sample.py, a folder, an image, or packed", required="an npz file of images"
+    )
 
 
 @dataclass(frozen=True)

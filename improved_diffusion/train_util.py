@@ -39,10 +39,11 @@ from .training.signals import StopSignals
 from .training.statistics import StepStatistics, log_loss_dict  # noqa: F401 (the second is the original's)
 from .training.stopping import stop_run, try_next
 from .training.waiting import Waiting
-from .training.weights import copy_with, load_weights
+from .training.weights import copy_with, is_young, load_weights
 from .utils.errors import is_out_of_memory
 from .utils.files import checkpoint_url
 from .utils.progress import Progress
+from .utils.streams import show_at_once
 
 # In float16 the loss is multiplied by 2^lg_loss_scale, lest small gradients vanish. The scale grows
 # slowly, is halved whenever a gradient overflows, and begins high enough to find its place quickly.
@@ -74,8 +75,9 @@ class TrainLoop:
     :param max_steps: the same without touching the learning rate.
     :param keep_checkpoints: number of the newest checkpoints to keep; 0 = all.
     :param flags: a dict of plain values that describe the run, for the state file; a resumed run logs which changed.
-    :param preview: called on rank 0 after each save, with a function that gives a copy of the network with the first
-                    average's weights, the folder, and the step of the save.
+    :param preview: called on rank 0 after each save of a trained network, with a function that returns a copy of it,
+                    the folder, the step, the name of the copy's weights ("ema_0.9999", or "model" while that average
+                    is_young()), and a function that returns whether the run is to stop.
     :param loading_advice: logged once, if the steps wait for the data much of the time; "" for nothing.
     :raises InputError: if the checkpoint cannot be read or does not belong to this model.
     """
@@ -92,6 +94,7 @@ class TrainLoop:
     _before_batch = None  # state of data and random numbers
     _computing = None  # within a step: whether it has changed nothing but gradients and random numbers
     _progress = None
+    _signals = None  # StopSignals, within run_loop()
 
     def __init__(
         self,
@@ -251,9 +254,10 @@ class TrainLoop:
         """
         done, show = self.position.updates, dist_util.rank() == 0
         with (
-            StopSignals() as stop,
+            StopSignals(show_at_once if show else None) as stop,
             Progress("training", self.last_step(), "steps", None, done, show) as self._progress,
         ):
+            self._signals = stop
             batch = self._next_batch(stop)
             while batch is not None:
                 self._try_step(*batch)
@@ -474,8 +478,8 @@ class TrainLoop:
         emas, optimizer = dict(zip(self.ema_rate, averages, strict=True)), self.opt.state_dict()
         path = checkpoints.save_set(directory, label, model=model, emas=emas, optimizer=optimizer, state=state)
         logger.log(f"saved {path} and its ema, opt and state")
-        if self.preview is not None:
-            self.preview(lambda: copy_with(self.model, averages[0]), directory, label)
+        if label > 0 or self._checkpoint:  # the network is trained
+            self._draw_preview(model, averages[0], label)
         if self.keep_checkpoints and not self._overflows_in_a_row:
             checkpoints.delete_old_sets(directory, label, self.keep_checkpoints)
         return path
@@ -483,10 +487,19 @@ class TrainLoop:
     def draw_missing_preview(self):
         """Draw the preview of the checkpoint that the run continues, if it was killed before it drew it."""
         start, directory = self._checkpoint, get_blob_logdir()
-        here = self.preview is not None and start and start.is_in(directory)
+        here = self.preview is not None and start and start.is_in(directory) and start.step > 0
         if here and self.preview.is_missing(directory, start.step):
-            average = self._master_params_to_state_dict(self.ema_params[0])
-            self.preview(lambda: copy_with(self.model, average), directory, start.step)
+            weights = map(self._master_params_to_state_dict, (self.master_params, self.ema_params[0]))
+            self._draw_preview(*weights, start.step)
+
+    def _draw_preview(self, model, average, step):
+        if self.preview is not None:
+            rate, newest = self.ema_rate[0], is_young(self.ema_rate[0], self.position.updates)
+            name, weights = ("model", model) if newest else (f"ema_{rate}", average)
+            self.preview(lambda: copy_with(self.model, weights), get_blob_logdir(), step, name, self._is_stopping)
+
+    def _is_stopping(self):
+        return self._signals is not None and self._signals.received is not None
 
 
 def get_blob_logdir():

@@ -7,6 +7,9 @@ Training writes checkpoints, a log and previews to --log_dir, until --max_steps 
 --resume_checkpoint auto continues it.
 """
 
+if __name__ == "__main__" and not __package__:
+    import _start  # noqa: F401
+
 import torch as th
 
 from improved_diffusion import dist_util

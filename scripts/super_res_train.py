@@ -4,6 +4,9 @@ Train a super-resolution model on images: it enlarges them from --small_size to 
     python scripts/super_res_train.py --data_dir photos --large_size 256 --small_size 64 --log_dir runs/large
 """
 
+if __name__ == "__main__" and not __package__:
+    import _start  # noqa: F401
+
 from improved_diffusion import dist_util
 from improved_diffusion.cli.dry_run import print_dry_run
 from improved_diffusion.cli.pack_first import loading_advice

@@ -228,6 +228,8 @@ def run(main: Callable[[], object]) -> None:
     other exceptions keep their traceback.
     """
     streams.reserve()
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # by scripts/_start.py
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         try:
             main()

@@ -14,12 +14,13 @@ from typing import Any, Generic, TypeVar
 import blobfile as bf
 
 from .. import dist_util
-from ..options import Option, ScriptOptions, rows
+from ..options import Option, ScriptOptions, TrainingOptions, rows
 from ..script_util import CHANNEL_MULT
 from ..training.checkpoints import has_checkpoint, is_of_a_run
-from ..training.weights import infer_architecture
+from ..training.weights import infer_architecture, is_young
 from ..utils.errors import InputError
 from ..utils.files import checkpoint_url, write_files
+from .advice import doubts
 from .config_file import CONFIG, read_config
 from .parser import Flags, log_directory
 from .presets import PRESETS
@@ -60,6 +61,11 @@ def save_config(directory: str, script: str, options: ScriptOptions, class_names
 
 def resumed(flags: Flags[Opts]) -> Run[Opts]:
     """Resolve the options of a training script. Model flags default to those of the resumed run. A collective."""
+    run = _resumed(flags)
+    return dataclasses.replace(run, notes=(*run.notes, *doubts(run.options, flags.given)))
+
+
+def _resumed(flags):
     values = flags.options.values()
     if not values["dry_run"]:
         check_unused(flags.options, log_directory(values["log_dir"]))
@@ -98,7 +104,7 @@ def of_weights(flags: Flags[Opts], weights: dict[str, Any]) -> Run[Opts]:
         _check_size(flags, run.options.values(), bf.join(bf.dirname(path), CONFIG), infer_architecture(shapes))
     else:
         run = _from_shapes(flags, path, shapes)
-    return dataclasses.replace(run, notes=(*run.notes, *_warnings(bf.basename(path))))
+    return dataclasses.replace(run, notes=(*run.notes, *_warnings(bf.basename(path), config), *doubts(run.options)))
 
 
 def _model_rows(options: ScriptOptions) -> dict[str, Option]:
@@ -180,14 +186,19 @@ def _format(values):
     return ", ".join(f"{name} {value}" for name, value in sorted(values.items()))
 
 
-def _warnings(name):
+def _warnings(name, config):
     """Warn of weights that give poor samples, by their file name."""
-    if re.fullmatch(r"model\d+\.pt", name):
+    if raw := re.fullmatch(r"model(\d+)\.pt", name):
+        (row,) = (row for row in rows(TrainingOptions) if row.name == "ema_rate")
+        rates = config["flags"].get("ema_rate") if config else None
+        rates = rates if isinstance(rates, str) and row.valid and row.valid.accepts(rates) else row.default
+        if is_young(float(rates.split(",")[0]), int(raw[1])):
+            return []
         return [f"WARNING: {name} has raw weights; the ema_ file of the same step gives better samples"]
     ema = re.fullmatch(r"ema_(0\.\d+)_(\d+)\.pt", name)
-    if ema:
+    if ema and is_young(float(ema[1]), int(ema[2])):
         horizon = math.ceil(1 / (1 - float(ema[1])) - 1e-6)
-        if int(ema[2]) < horizon:
-            seen = f"averages over about {horizon} steps, but has seen {int(ema[2])}"
-            return [f"WARNING: {name} {seen}: its samples still resemble those of the untrained model"]
+        seen = f"averages over about {horizon} steps, but has seen {int(ema[2])}, not {3 * horizon}"
+        better = f"model{ema[2]}.pt gives better samples"
+        return [f"WARNING: {name} {seen}: its samples resemble those of the untrained model; {better}"]
     return []

@@ -62,6 +62,11 @@ class Paths(Sequence):
 # ---------------------------------------------------------------- files
 
 
+def is_image(path: str) -> bool:
+    """Whether a path is that of an image file, by its ending, and not of a folder."""
+    return _ending(path) in (*ENDINGS, *FURTHER_ENDINGS) and not bf.isdir(path)
+
+
 def find_images(folder: str) -> tuple[list[str], list[str]]:
     """
     list_images() of a folder or a URL for blobfile.

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from ..utils.errors import InputError, first_line
 from ..utils.files import is_inside, is_remote, write_files
 from ..utils.progress import Progress
-from ..utils.streams import show
+from ..utils.streams import counted, show
 from .images import to_image
 from .loader import BatchesInOrder
 from .packed import ENDING, OLD_ENDING, check_new, write_packed
@@ -57,7 +57,7 @@ def _pack(path, source):
     size, _, channels = source.shape
     megabytes = len(source) * size * size * channels / 1e6
     form = f"{size}x{size} with {channels} channels, {megabytes:.1f} MB"
-    show(f"wrote {len(source)} images of {_classes(len(source.classes))}, {form}: {path}")
+    show(f"wrote {counted(len(source), 'image')} of {_classes(len(source.classes))}, {form}: {path}")
 
 
 def _classes(count):
@@ -89,7 +89,7 @@ def _write_folder(path, source):
             kept += sum(existed)
             progress.update(len(existed))
     classes = _classes(len(np.unique(source.labels)))
-    show(f"wrote {len(source)} images of {classes} to {path}{f' ({kept} existed before)' * (kept > 0)}")
+    show(f"wrote {counted(len(source), 'image')} of {classes} to {path}{f' ({kept} existed before)' * (kept > 0)}")
 
 
 class _Files(Dataset):

@@ -59,5 +59,5 @@ def evaluate_bpd(
                 raise not_finite(model_path, use_fp16)
             if parts is not None:
                 parts.save(done, values=sums)
-            logger.log(f"done {done} samples: bpd={sums['total_bpd'].item() / done}")
+            logger.log(f"done {done} sample{'s' * (done != 1)}: bpd={sums['total_bpd'].item() / done}")
     return {name: value / done for name, value in sums.items()}, done

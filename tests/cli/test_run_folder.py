@@ -139,7 +139,9 @@ def test_a_run_that_goes_back_moves_only_newer_checkpoints(used, train):
     assert train(used, **back) == "" and (used / "model000004.pt").exists()  # with a warning, as for client code
     assert train(used, **back, overwrite=True) == ""
     moved = {path.name for path in (used / "earlier-1").iterdir()}
-    assert moved == {f"{kind}000004.pt" for kind in ("model", "ema_0.9_", "opt", "state")} | {"preview_000004.png"}
+    assert moved == {f"{kind}000004.pt" for kind in ("model", "ema_0.9_", "opt", "state")} | {
+        "preview_000004_model.png"
+    }
     assert (used / "model000002.pt").exists() and steps(used) == [0, 1, 2]
 
 

@@ -82,7 +82,7 @@ def test_images_are_written_once(tmp_path, capfd, num_workers):
     assert capfd.readouterr().out.startswith(f"wrote 10 images of 2 classes to {folder} (10 ")
     assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before and again.made == []
     write(Images(count=1), str(tmp_path / "one"))
-    assert capfd.readouterr().out == f"wrote 1 images of 1 class to {tmp_path}/one\n"
+    assert capfd.readouterr().out == f"wrote 1 image of 1 class to {tmp_path}/one\n"
 
 
 def test_what_is_left_out_is_noted_whatever_its_name(tmp_path, monkeypatch):

@@ -59,7 +59,7 @@ def test_training_and_resuming(tmp_path, bucket, workers):
     others = set(names(bucket / "run")) - whole.keys()
     assert len(whole) == 4 * 4 and others == {
         "config.json",
-        *(f"preview_{step:06d}.png" for step in (0, 2, 4, 6)),
+        *(f"preview_{step:06d}_model.png" for step in (2, 4, 6)),
     }
     assert names(tmp_path / "whole") == ["log.txt", "progress.csv"]
 
@@ -77,14 +77,14 @@ def test_auto_and_old_checkpoints(tmp_path, bucket):
     write_images(bucket / "images")
     again = dict(resume_checkpoint="auto", keep_checkpoints=2, num_workers=0)
     assert train(tmp_path / "log", max_steps=4, **again) == 0
-    assert [name for name in names(bucket / "run") if "model" in name] == ["model000002.pt", "model000004.pt"]
+    assert [name for name in names(bucket / "run") if name.startswith("model")] == ["model000002.pt", "model000004.pt"]
     damaged = bucket / "run" / "opt000004.pt"
     damaged.write_bytes(damaged.read_bytes()[:-9])
     assert train(tmp_path / "log", max_steps=6, **again) == 0
     log = (tmp_path / "log" / "log.txt").read_text()
     assert f"the checkpoint of step 4 is left out: {BUCKET}/run/opt000004.pt: not a checkpoint" in log
     assert f"loading model from checkpoint: {BUCKET}/run/model000002.pt..." in log
-    assert [name for name in names(bucket / "run") if "model" in name] == ["model000004.pt", "model000006.pt"]
+    assert [name for name in names(bucket / "run") if name.startswith("model")] == ["model000004.pt", "model000006.pt"]
 
 
 def test_a_store_that_takes_nothing(tmp_path, bucket, monkeypatch, capsys):

@@ -21,6 +21,9 @@ def load(model, path):
 FILE = dict(TINY, image_size=8, class_cond=True, num_classes=5)
 
 
+DEFAULT_MULT = dict(image_size=32, channel_mult="")
+
+
 @pytest.fixture
 def weights(tmp_path):
     """Writes the weights of a model of FILE's flags, with some changed, and gives their path."""
@@ -65,11 +68,13 @@ def test_weights_that_fit_are_loaded(weights):
         (dict(), dict(image_size=16), "attention_resolutions, or the image size"),
         (dict(use_scale_shift_norm=False), dict(), "use_scale_shift_norm, False in the file"),
         (dict(), dict(use_scale_shift_norm=False), "use_scale_shift_norm, True in the file"),
-        (dict(num_res_blocks=2), dict(), "num_res_blocks or channel_mult"),
-        (dict(), dict(num_res_blocks=2), "num_res_blocks or channel_mult"),
-        (dict(channel_mult="1,1"), dict(), "num_res_blocks or channel_mult"),
-        (dict(channel_mult="1,2,2"), dict(), "num_res_blocks or channel_mult"),
-        (dict(), dict(channel_mult="2,2"), "num_res_blocks or channel_mult"),
+        (dict(num_res_blocks=2), dict(), "num_res_blocks, 2 in the file"),
+        (dict(), dict(num_res_blocks=2), "num_res_blocks, 1 in the file"),
+        (dict(channel_mult="1,1"), dict(), "channel_mult, 1,1 in the file"),
+        (dict(channel_mult="1,2,2"), dict(), "channel_mult, 1,2,2 in the file"),
+        (dict(), dict(channel_mult="2,2"), "channel_mult, 1,2 in the file"),
+        (DEFAULT_MULT, dict(DEFAULT_MULT, image_size=64), "the image size, which chooses channel_mult: 1,2,2,2 in the"),
+        (dict(DEFAULT_MULT, image_size=64), DEFAULT_MULT, "the image size, which chooses channel_mult: 1,2,3,4 in the"),
         (dict(super_resolution=True), dict(), "the script: one of the two is a model for super-resolution"),
         (dict(), dict(super_resolution=True), "the script: one of the two is a model for super-resolution"),
         (dict(super_resolution=True, image_channels=1), dict(), "the script: one of the two is a model for"),

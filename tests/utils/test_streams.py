@@ -1,6 +1,8 @@
 """Text for the terminal, and a stdout or stderr that is closed."""
 
+import contextlib
 import io
+import os
 import subprocess
 import sys
 
@@ -45,6 +47,25 @@ def test_show_takes_any_text(monkeypatch, encoding, shown):
     streams.show("\u00e9\udcff")
     streams.show("a")
     assert stream.buffer.getvalue().decode(encoding) == shown
+
+
+def test_a_line_at_once_waits_for_nobody(monkeypatch):
+    """Neither for a reader, where a pipe is full, nor for the buffer, which another thread may hold."""
+    reader, writer = os.pipe()
+    with os.fdopen(reader, "rb") as read, os.fdopen(writer, "w") as write:
+        monkeypatch.setattr(sys, "stdout", write)
+        streams.show_at_once("first")
+        assert os.read(read.fileno(), 100) == b"first\n"
+        os.set_blocking(writer, False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                os.write(writer, b"x" * 4096)
+        os.set_blocking(writer, True)
+        streams.show_at_once("second")
+        assert b"second" not in os.read(read.fileno(), 10**6)
+    streams.show_at_once("closed")
+    monkeypatch.setattr(sys, "stdout", None)
+    streams.show_at_once("none")
 
 
 # without importing torch, which takes seconds
