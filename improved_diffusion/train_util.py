@@ -34,6 +34,7 @@ from .nn import match_gradients, update_ema
 from .resample import LossAwareSampler, UniformSampler
 from .training import checkpoints, resume
 from .training.checkpoints import find_ema_checkpoint, parse_resume_step_from_filename  # noqa: F401 (the original's)
+from .training.microbatch import largest_microbatch
 from .training.position import Position
 from .training.signals import StopSignals
 from .training.statistics import StepStatistics, log_loss_dict  # noqa: F401 (the second is the original's)
@@ -48,6 +49,8 @@ from .utils.progress import Progress
 INITIAL_LOG_LOSS_SCALE = 20.0
 # More overflows in a row are not the scale's fault: the network itself yields NaN.
 MAX_OVERFLOWS_IN_A_ROW = 20
+# The flag under which the state file has [microbatch, batch_size] of microbatch auto
+MEASURED = "measured_microbatch"
 
 
 class TrainLoop:
@@ -57,7 +60,8 @@ class TrainLoop:
     :param data: an iterator of (x_start [N, C, ...], dict of conditions); one with state_dict(), which is
                  called before each batch, and load_state_dict() is continued where it was when a run resumes.
     :param batch_size: samples a step, on each rank.
-    :param microbatch: samples that go through the network at once; -1 for all. Changes memory only.
+    :param microbatch: samples that go through the network at once; -1 for all. The gradient's expectation is the
+                       same. "auto" is the largest that fits, measured before the first step.
     :param lr: learning rate of AdamW; it falls to 0 over lr_anneal_steps, if set.
     :param ema_rate: one rate, a list of them, or a string of them with commas.
     :param log_interval: steps between rows of the log.
@@ -88,6 +92,7 @@ class TrainLoop:
     _before_batch = None  # state of data and random numbers
     _computing = None  # within a step: whether it has changed nothing but gradients and random numbers
     _progress = None
+    _auto_microbatch, _measured_before = False, None  # the latter by the run that is resumed
 
     def __init__(
         self,
@@ -114,7 +119,8 @@ class TrainLoop:
     ):
         self.model, self.diffusion, self.data = model, diffusion, data
         self.batch_size = batch_size
-        self.microbatch = microbatch if microbatch > 0 else batch_size
+        self._auto_microbatch = microbatch == "auto"
+        self.microbatch = batch_size if self._auto_microbatch or microbatch <= 0 else microbatch
         self.lr, self.weight_decay, self.lr_anneal_steps = lr, weight_decay, lr_anneal_steps
         rates = ema_rate.split(",") if isinstance(ema_rate, str) else np.atleast_1d(ema_rate)
         self.ema_rate = [float(rate) for rate in rates]
@@ -205,6 +211,7 @@ class TrainLoop:
         self.step, self.resume_step = state["updates"], 0
         self.lg_loss_scale = state["lg_loss_scale"]
         self._overflows_in_a_row = state["overflows_in_a_row"]
+        self._measured_before = state.get("flags", {}).get(MEASURED)
         unreported = {"resume_checkpoint", "seed", "lr", "weight_decay"}  # the last two by the optimizer
         resume.log_changes(state.get("flags", {}), {k: v for k, v in self.flags.items() if k not in unreported})
         self._parts().load_state_dict(state, self.step)
@@ -248,6 +255,8 @@ class TrainLoop:
             Progress("training", self.last_step(), "steps", None, done, show) as self._progress,
         ):
             batch = self._next_batch(stop)
+            if batch is not None and self._auto_microbatch:
+                self._measure_microbatch(*batch)
             while batch is not None:
                 self._try_step(*batch)
                 self._finish_step()  # subclasses may override run_step() without calling this
@@ -261,6 +270,13 @@ class TrainLoop:
                 self.step += 1
             if self.position.closing_save_due(self.save_interval):
                 self._save()
+
+    def _measure_microbatch(self, batch, cond):
+        """Set microbatch to what fits. A resumed run takes no more than before, and so draws the same noise."""
+        before, of_batch = self._measured_before or (self.batch_size, self.batch_size)
+        at_most = before if of_batch == self.batch_size else self.batch_size
+        self.microbatch = largest_microbatch(self, batch, cond, at_most)
+        self.flags[MEASURED] = [self.microbatch, self.batch_size]
 
     def _next_batch(self, stop):
         """

@@ -11,6 +11,7 @@ import torch as th
 
 from improved_diffusion import dist_util
 from improved_diffusion.cli.dry_run import print_dry_run
+from improved_diffusion.cli.estimate import memory_warnings
 from improved_diffusion.cli.parser import create_parser, logging_to, parse_flags, run
 from improved_diffusion.cli.run_config import resumed, save_config
 from improved_diffusion.image_datasets import load_data
@@ -37,7 +38,8 @@ def main():
     data = options.call(load_data, class_names=this_run.class_names)
     checkpoint = options.call(open_checkpoint, model=model)
 
-    with logging_to(options.general.log_dir, this_run.notes, checkpoints=True):
+    notes = [*this_run.notes, *memory_warnings(options, create_model_and_diffusion)]
+    with logging_to(options.general.log_dir, notes, checkpoints=True):
         loop = options.call(
             TrainLoop,
             model=model.to(dist_util.dev()),

@@ -6,6 +6,7 @@ Train a super-resolution model on images: it enlarges them from --small_size to 
 
 from improved_diffusion import dist_util
 from improved_diffusion.cli.dry_run import print_dry_run
+from improved_diffusion.cli.estimate import memory_warnings
 from improved_diffusion.cli.parser import create_parser, logging_to, parse_flags, run
 from improved_diffusion.cli.run_config import resumed, save_config
 from improved_diffusion.image_datasets import load_data, load_superres_data
@@ -38,7 +39,8 @@ def main():
     sampler = create_named_schedule_sampler(options.training.schedule_sampler, diffusion)
     checkpoint = options.call(open_checkpoint, model=model)
 
-    with logging_to(options.general.log_dir, this_run.notes, checkpoints=True):
+    notes = [*this_run.notes, *memory_warnings(options, sr_create_model_and_diffusion)]
+    with logging_to(options.general.log_dir, notes, checkpoints=True):
         loop = options.call(
             TrainLoop,
             model=model.to(dist_util.dev()),

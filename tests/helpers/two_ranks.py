@@ -94,6 +94,25 @@ def runs(folder, images):
     }
 
 
+class Limited(TinyNet):
+    """Out of memory above 4 samples on rank 0, above 1 on rank 1."""
+
+    def forward(self, x, t):
+        if len(x) > (1 if dist_util.rank() else 4):
+            raise th.OutOfMemoryError("CUDA out of memory")
+        return super().forward(x, t)
+
+
+def microbatches(folder):
+    """The ranks agree on what fits on each of them, and then do what a run with that number does."""
+    found = {}
+    for size in ("auto", 1):
+        dist_util.seed_everything(3)
+        found[size] = train(folder / f"microbatch {size}", model=Limited(), microbatch=size)
+    auto, given = ([p.tolist() for p in found[size].model.parameters()] for size in ("auto", 1))
+    return {"microbatch": found["auto"].microbatch, "microbatch auto is that": auto == given}
+
+
 def divergence(folder):
     """A loss that is not finite on rank 1 alone ends both."""
     changes = {3: math.nan} if dist_util.rank() == 1 else None
@@ -124,7 +143,8 @@ def main(folder, images):
     dist_util.setup_dist()
     dist_util.setup_dist()
     dist_util.seed_everything(5)
-    answers = exchange() | gradient_error() | runs(folder, images) | divergence(folder) | waiting(folder)
+    answers = exchange() | gradient_error() | runs(folder, images) | microbatches(folder)
+    answers |= divergence(folder) | waiting(folder)
     (folder / f"rank{dist_util.rank()}.json").write_text(json.dumps(answers))
     dist_util.leave()  # as scripts do: left to the interpreter's end, gloo has aborted once in some 80 starts
 
