@@ -214,6 +214,7 @@ class TrainingOptions(Group):
     schedule_sampler: str = option("uniform", "distribution of timesteps", choices=("uniform", "loss-second-moment"))
     random_flip: bool = option(False, "mirror each image with probability 1/2")
     resume_checkpoint: str = path_option("model file to resume from, or auto: the newest complete one of log_dir")
+    valid_dir: str = path_option("folder of held-out images: their loss and bound at each checkpoint, in progress.csv")
     fp16_scale_growth: float = option(1e-3, "growth of log2 of the float16 loss scale per step", minimum=0, maximum=1)
 
     def __post_init__(self):

@@ -79,11 +79,13 @@ class TrainLoop:
     :param flags: a dict of plain values that describe the run, for the state file; a resumed run logs which changed.
     :param preview: called on rank 0 after each save, with a function that gives a copy of the network with the first
                     average's weights, the folder, and the step of the save.
+    :param validate: called on all ranks before each save but that of an interruption, with the network and a function
+                     that tells, on all ranks, whether a signal has come; returns what to log, {} for nothing.
     :raises InputError: if the checkpoint cannot be read or does not belong to this model.
     """
 
     # Here, since a subclass may have the original's __init__:
-    max_steps, keep_checkpoints, flags, preview = 0, 0, {}, None  # type: ignore[var-annotated]
+    max_steps, keep_checkpoints, flags, preview, validate = 0, 0, {}, None, None  # type: ignore[var-annotated]
     position = functools.cached_property(lambda self: Position())
     _statistics = functools.cached_property(lambda self: StepStatistics())
     _overflows_in_a_row = 0
@@ -116,6 +118,7 @@ class TrainLoop:
         keep_checkpoints=0,
         flags=None,
         preview=None,
+        validate=None,
     ):
         self.model, self.diffusion, self.data = model, diffusion, data
         self.batch_size = batch_size
@@ -129,7 +132,7 @@ class TrainLoop:
         self.use_fp16, self.fp16_scale_growth = use_fp16, fp16_scale_growth
         self.schedule_sampler = schedule_sampler or UniformSampler(diffusion)
         self.max_steps, self.keep_checkpoints = max_steps, keep_checkpoints
-        self.flags, self.preview = dict(flags or {}), preview
+        self.flags, self.preview, self.validate = dict(flags or {}), preview, validate
 
         self.step = self.resume_step = 0
         self.global_batch = self.batch_size * dist_util.world_size()
@@ -215,7 +218,8 @@ class TrainLoop:
         unreported = {"resume_checkpoint", "seed", "lr", "weight_decay"}  # the last two by the optimizer
         resume.log_changes(state.get("flags", {}), {k: v for k, v in self.flags.items() if k not in unreported})
         self._parts().load_state_dict(state, self.step)
-        if self._checkpoint.is_in(get_blob_logdir()):
+        finished = self.step >= (self.last_step() or math.inf)
+        if self._checkpoint.is_in(get_blob_logdir()) and not finished:
             logger.get_current().drop_from("step", self.step)  # rows that will be written again
 
     def _parts(self):
@@ -260,16 +264,31 @@ class TrainLoop:
             while batch is not None:
                 self._try_step(*batch)
                 self._finish_step()  # subclasses may override run_step() without calling this
-                if self.step % self.log_interval == 0:
+                save_due = self.position.save_due(self.save_interval)
+                validated = save_due and self._validate(stop)
+                if self.step % self.log_interval == 0 or validated:
                     logger.dumpkvs()
-                if self.position.save_due(self.save_interval):
+                if save_due:
                     self._save()
                     if self.step > 0 and dist_util.any_rank(bool(os.environ.get("DIFFUSION_TRAINING_TEST"))):
                         return
                 batch = self._next_batch(stop)
                 self.step += 1
             if self.position.closing_save_due(self.save_interval):
+                if self._validate(stop):
+                    logger.logkv("step", self.position.label())
+                    logger.logkv("samples", self.position.label() * self.global_batch)
+                    logger.dumpkvs()
                 self._save()
+
+    def _validate(self, stop):
+        """Give the logger the values of held-out images. :return: whether there are any."""
+        if self.validate is None:
+            return False
+        values = self.validate(self.model, lambda: dist_util.any_rank(stop.received is not None))
+        for key, value in values.items():
+            logger.logkv(key, value)
+        return bool(values)
 
     def _measure_microbatch(self, batch, cond):
         """Set microbatch to what fits. A resumed run takes no more than before, and so draws the same noise."""

@@ -113,7 +113,7 @@ def test_words_beside_numbers():
     valid = Valid(minimum=1, words=("auto",))
     assert [valid.accepts(value) for value in (1, 0, "auto", "1", "")] == [True, False, True, False, False]
     assert TrainOptions().replace(microbatch="auto").training.microbatch == "auto"
-    with pytest.raises(InputError, match="microbatch most: give .* or auto"):
+    with pytest.raises(InputError, match=r"microbatch most: give .* or auto"):
         TrainOptions().replace(microbatch="most")
 
 

@@ -58,6 +58,14 @@ def test_ranks_agree_on_the_microbatch_that_fits(two_ranks):
         assert (found["microbatch"], found["microbatch auto is that"]) == (1, True)
 
 
+def test_ranks_evaluate_held_out_images_together(two_ranks):
+    found = [
+        [(row["step"], row["valid_loss"]) for row in rank["held out"] if "valid_loss" in row] for rank in two_ranks[1:]
+    ]
+    assert found[0] == found[1] and [step for step, _ in found[0]] == [0, 2]
+    assert all(rank["as without held out"] for rank in two_ranks[1:])
+
+
 def test_ranks_hold_the_same_parameters(two_ranks):
     _, *found = two_ranks
     assert found[0]["parameters"] == found[1]["parameters"]

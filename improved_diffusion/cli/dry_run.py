@@ -53,7 +53,7 @@ def print_dry_run(run: Run, create: Callable) -> None:
 
 def _show_data(run):
     """Open the data as the run does, and decode an image."""
-    options, training = run.options, hasattr(run.options, "training")
+    options, training = run.options, getattr(run.options, "training", None)
     values = options.values()
     size = values.get("image_size") or values["large_size"]
     arguments = dict(image_size=size, class_names=run.class_names, num_workers=0)
@@ -65,3 +65,7 @@ def _show_data(run):
     names = data.dataset.class_names
     classes = f" of {counted(len(names), 'class', 'classes')}" if names else ""
     show(f"data: {counted(data.dataset.num_images, 'image')}{classes}, decoded to {'x'.join(map(str, x_start.shape))}")
+    if training and training.valid_dir:
+        arguments.update(class_names=names, data_dir=training.valid_dir)
+        data = options.call(load_data_once, **arguments)
+        show(f"held-out data: {counted(data.dataset.num_images, 'image')}")

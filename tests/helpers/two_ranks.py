@@ -15,10 +15,11 @@ from pathlib import Path
 
 import torch as th
 from torch.nn.parallel import DistributedDataParallel
-from training import NoiselessDiffusion, TinyNet, batches, make_loop, train
+from training import NoiselessDiffusion, TinyNet, batches, make_diffusion, make_loop, read_rows, train
 
 from improved_diffusion import dist_util, logger
 from improved_diffusion.image_datasets import load_data
+from improved_diffusion.metrics.validation import Validation
 from improved_diffusion.utils import attendance
 from improved_diffusion.utils.errors import TrainingError
 
@@ -113,6 +114,19 @@ def microbatches(folder):
     return {"microbatch": found["auto"].microbatch, "microbatch auto is that": auto == given}
 
 
+def held_out(folder):
+    """A run with held-out images, three on rank 0 and two on rank 1, has the weights of one without."""
+    diffusion, x = make_diffusion(8, "cosine"), next(batches(5))[0]
+    images = {number: (x[number], {}) for number in range(dist_util.rank(), 5, 2)}
+    found = {}
+    for name, validate in (("valid", Validation(diffusion, diffusion, images)), ("plain", None)):
+        dist_util.seed_everything(3)
+        model = TinyNet(dropout=0.2)
+        found[name] = train(folder / f"{name} {dist_util.rank()}", model=model, validate=validate, save_interval=2)
+    valid, plain = ([p.tolist() for p in found[name].model.parameters()] for name in ("valid", "plain"))
+    return {"held out": read_rows(folder / f"valid {dist_util.rank()}"), "as without held out": valid == plain}
+
+
 def divergence(folder):
     """A loss that is not finite on rank 1 alone ends both."""
     changes = {3: math.nan} if dist_util.rank() == 1 else None
@@ -144,7 +158,7 @@ def main(folder, images):
     dist_util.setup_dist()
     dist_util.seed_everything(5)
     answers = exchange() | gradient_error() | runs(folder, images) | microbatches(folder)
-    answers |= divergence(folder) | waiting(folder)
+    answers |= held_out(folder) | divergence(folder) | waiting(folder)
     (folder / f"rank{dist_util.rank()}.json").write_text(json.dumps(answers))
     dist_util.leave()  # as scripts do: left to the interpreter's end, gloo has aborted once in some 80 starts
 
