@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch as th
 from torch.nn.parallel import DistributedDataParallel
-from training import NoiselessDiffusion, TinyNet, batches, make_diffusion, make_loop, read_rows, train
+from training import NoiselessDiffusion, TinyNet, batches, make_diffusion, make_loop, train
 
 from improved_diffusion import dist_util, logger
 from improved_diffusion.image_datasets import load_data
@@ -118,13 +118,19 @@ def held_out(folder):
     """A run with held-out images, three on rank 0 and two on rank 1, has the weights of one without."""
     diffusion, x = make_diffusion(8, "cosine"), next(batches(5))[0]
     images = {number: (x[number], {}) for number in range(dist_util.rank(), 5, 2)}
-    found = {}
-    for name, validate in (("valid", Validation(diffusion, diffusion, images)), ("plain", None)):
+    measure, values, found = Validation(diffusion, diffusion, images), [], {}
+
+    def validate(*args):
+        values.append(measure(*args))
+        return values[-1]
+
+    for name in ("valid", "plain"):
         dist_util.seed_everything(3)
         model = TinyNet(dropout=0.2)
-        found[name] = train(folder / f"{name} {dist_util.rank()}", model=model, validate=validate, save_interval=2)
+        parameters = dict(model=model, validate=validate if name == "valid" else None, save_interval=2)
+        found[name] = train(folder / name, **parameters)
     valid, plain = ([p.tolist() for p in found[name].model.parameters()] for name in ("valid", "plain"))
-    return {"held out": read_rows(folder / f"valid {dist_util.rank()}"), "as without held out": valid == plain}
+    return {"held out": values, "as without held out": valid == plain}
 
 
 def divergence(folder):
