@@ -14,12 +14,14 @@ import torch as th
 
 from improved_diffusion import dist_util
 from improved_diffusion.cli.dry_run import print_dry_run
+from improved_diffusion.cli.estimate import memory_warnings
 from improved_diffusion.cli.pack_first import loading_advice
 from improved_diffusion.cli.parser import create_parser, logging_to, parse_flags, run
 from improved_diffusion.cli.run_config import resumed, save_config
 from improved_diffusion.cli.run_folder import claim_folder
 from improved_diffusion.image_datasets import load_data
 from improved_diffusion.inference.preview import Preview
+from improved_diffusion.metrics.validation import create_validation
 from improved_diffusion.options import TrainOptions
 from improved_diffusion.resample import create_named_schedule_sampler
 from improved_diffusion.script_util import configure_compute, create_diffusion, create_model_and_diffusion
@@ -40,10 +42,12 @@ def main():
     model, diffusion = options.call(create_model_and_diffusion)
     configure_compute(model, use_bf16=options.compute.use_bf16, compile=options.compute.compile)
     data = options.call(load_data, class_names=this_run.class_names)
+    validation = create_validation(options, diffusion, data.dataset.class_names)
     checkpoint = options.call(open_checkpoint, model=model)
 
+    notes = [*this_run.notes, *memory_warnings(options, create_model_and_diffusion)]
     claim = claim_folder(checkpoint, options.general.overwrite)
-    with logging_to(options.general.log_dir, this_run.notes, claim):
+    with logging_to(options.general.log_dir, notes, claim):
         loop = options.call(
             TrainLoop,
             model=model.to(dist_util.dev()),
@@ -54,6 +58,7 @@ def main():
             flags=options.of_the_run(),
             preview=create_preview(options, data.dataset.class_names),
             loading_advice=loading_advice(options),
+            validate=validation,
         )
         save_config(get_blob_logdir(), "image_train", options, data.dataset.class_names)
         log_start(loop, data.dataset)

@@ -87,6 +87,7 @@ NEW_TRAINING_FLAGS = dict(
     max_steps=0,
     keep_checkpoints=0,
     random_flip=False,
+    valid_dir="",
     preview_samples=16,
     config="",
     overwrite=False,
