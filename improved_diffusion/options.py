@@ -179,13 +179,16 @@ class SuperResModelOptions(NetworkOptions):
             raise InputError(f"small_size {self.small_size}: give 1 to large_size ({self.large_size})")
 
 
+RESPACING_HELP = "timesteps to use: 250, ddim50, nll50, counts per section (10,15), or at:0,3,17; empty = all"
+
+
 @dataclass(frozen=True)
 class DiffusionOptions(Group):
     title = "diffusion"
     learn_sigma: bool = option(False, "the model also predicts the variances of the reverse process")
     diffusion_steps: int = option(1000, "number of timesteps", minimum=1, maximum=2**20)
     noise_schedule: str = option("linear", "linear or cosine", choices=("linear", "cosine"))
-    timestep_respacing: str = option("", "timesteps to use: 250, ddim50, or counts per section (10,15); empty = all")
+    timestep_respacing: str = option("", RESPACING_HELP)
     sigma_small: bool = option(False, "fixed variances: the posterior's instead of beta")
     use_kl: bool = option(False, "minimize the variational bound instead of the squared error")
     predict_xstart: bool = option(False, "the model predicts x_start instead of the noise")

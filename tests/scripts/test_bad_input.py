@@ -67,6 +67,9 @@ CASES = [  # scripts, flags that differ from those that work, what the line must
     (ALL, dict(timestep_respacing="ddim11"), ["timestep_respacing ddim11", "ddim12"]),
     (ALL, dict(timestep_respacing="0"), ["timestep_respacing", "1 or more"]),
     (ALL, dict(timestep_respacing="half"), ["timestep_respacing 'half'", "ddim50"]),
+    (ALL, dict(timestep_respacing="nll25"), ["timestep_respacing nll25", "nll1 to nll24"]),
+    (ALL, dict(timestep_respacing="at:0,5,4"), ["timestep_respacing at:0,5,4", "5 before 4", "0 to 23"]),
+    (ALL, dict(timestep_respacing="at:24"), ["timestep_respacing at:24", "24 among 24", "0 to 23"]),
     # numbers out of range
     (ALL, dict(batch_size=0), ["--batch_size 0", "1 to"]),
     (ALL, dict(batch_size=-4), ["--batch_size -4", "1 to"]),
