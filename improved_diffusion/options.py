@@ -237,6 +237,22 @@ class LikelihoodOptions(WeightsOptions):
 
 
 @dataclass(frozen=True)
+class PlanOptions(WeightsOptions):
+    batch_size: int = option(16, "images per batch on each rank", minimum=1, maximum=2**24)
+    num_samples: int = option(128, "number of images to evaluate", minimum=1, maximum=2**31)
+    steps: str = option("32", "numbers of timesteps to choose", several=True, minimum=1)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not all(word.strip().isdecimal() for word in self.steps.split(",")):
+            raise InputError(f"steps {self.steps}: give 1 or more, or several separated by commas, such as 8,32")
+
+    @property
+    def counts(self) -> list[int]:
+        return [int(word) for word in self.steps.split(",")]
+
+
+@dataclass(frozen=True)
 class SamplingOptions(WeightsOptions):
     batch_size: int = option(16, "images per batch on each rank", minimum=1, maximum=2**24)
     num_samples: int = option(10000, "number of images to draw", minimum=1, maximum=2**31)
@@ -410,4 +426,13 @@ class LikelihoodScriptOptions(ScriptOptions):
     model: ModelOptions = ModelOptions()
     diffusion: DiffusionOptions = DiffusionOptions()
     likelihood: LikelihoodOptions = LikelihoodOptions()
+    compute: ComputeOptions = ComputeOptions()
+
+
+@dataclass(frozen=True)
+class PlanScriptOptions(ScriptOptions):
+    data: DataOptions = DataOptions()
+    model: ModelOptions = ModelOptions()
+    diffusion: DiffusionOptions = DiffusionOptions()
+    plan: PlanOptions = PlanOptions()
     compute: ComputeOptions = ComputeOptions()
