@@ -16,7 +16,7 @@ import torch as th
 
 from ..gaussian_diffusion import Fn, GaussianDiffusion, Model
 
-PILOT_IMAGES = 32
+PILOT_IMAGES = 16
 BINS = 32  # of log t, at most
 UNIFORM = 1e-3  # share of p: terms that the pilot misses have bounded weights
 
@@ -85,36 +85,49 @@ def pilot_sums(
     model_kwargs: dict | None = None, noise_fn: Fn = th.randn_like,
 ) -> np.ndarray:  # fmt: skip
     """
-    Evaluate some images at one timestep of each bin, and twice at t = 0, for importance_weights().
+    Evaluate some images at one timestep of each bin, with two noises, for importance_weights().
 
     :param numbers: the indices of the images, which choose the timesteps within the bins.
-    :return: float64 [bins], sums over the images of L_t^2; of t = 0 the variance by noise.
+    :return: float64 [2, bins], sums over the images of L_t^2, and of L_t's variance by noise.
     """
-    edges = log_bins(diffusion.num_timesteps)
-    terms = []
-    for b, (low, high) in enumerate(zip([0, *edges[:-1]], [1, *edges[1:]], strict=True)):
+    squares, variances = [], []
+    for b, (low, high) in enumerate(itertools.pairwise(log_bins(diffusion.num_timesteps))):
         within = (numbers * 0.618 + b * 0.382) % 1  # spread evenly over the bin
         t = th.from_numpy(low + (within * (high - low)).astype(np.int64)).to(x_start.device)
-        x_t = diffusion.q_sample(x_start, t, noise=noise_fn(x_start))
-        kwargs: dict = dict(clip_denoised=clip_denoised, model_kwargs=model_kwargs)
-        with th.no_grad():
-            terms.append(diffusion._vb_terms_bpd(model, x_start=x_start, x_t=x_t, t=t, **kwargs)["output"].double())
-    again, *terms = terms
-    terms[0] = (terms[0] - again) / 2**0.5
-    return th.stack(terms).square().sum(dim=1).cpu().numpy()
+        terms = []
+        for _ in range(2):
+            x_t = diffusion.q_sample(x_start, t, noise=noise_fn(x_start))
+            kwargs: dict = dict(clip_denoised=clip_denoised, model_kwargs=model_kwargs)
+            with th.no_grad():
+                terms.append(diffusion._vb_terms_bpd(model, x_start=x_start, x_t=x_t, t=t, **kwargs)["output"].double())
+        one, other = terms
+        squares.append((one**2 + other**2).sum() / 2)
+        variances.append((one - other).square().sum() / 2)
+    return th.stack([th.stack(squares), th.stack(variances)]).cpu().numpy()
 
 
 def importance_weights(sums: np.ndarray, num_timesteps: int) -> np.ndarray:
     """
-    p [T] from the sums of a pilot, interpolated in log t.
+    p [T] from the sums of a pilot [2, bins].
 
-    The logarithms are rounded to 0.01: else rounding in the network, which depends on batch sizes, could move a t_j.
+    p_t is proportional to sqrt(E[L_t^2]) for t > 0. Systematic samples leave little more than the noise of each term,
+    so that p_0 is the share of t = 0 in the sum of the noises' standard deviations.
     """
-    edges, roots = log_bins(num_timesteps), np.sqrt(sums)
+    sizes, spreads = (_by_timestep(np.sqrt(row), num_timesteps) for row in sums)
+    share = spreads[0] / spreads.sum()
+    p = np.append(share, (1 - share) * sizes[1:] / sizes[1:].sum())
+    return (1 - UNIFORM) * p + UNIFORM / num_timesteps
+
+
+def _by_timestep(roots, num_timesteps):
+    """
+    Interpolate values of bins [bins] in log t: [T].
+
+    Logarithms are rounded to 0.01: else rounding in the network, which depends on batch sizes, could move a timestep.
+    """
     if not roots.any():
-        return np.full(num_timesteps, 1 / num_timesteps)
+        return np.ones(num_timesteps)
     log_t = np.log(np.arange(1, num_timesteps + 1))
-    centres = [log_t[low:high].mean() for low, high in itertools.pairwise(edges)]
+    centres = [log_t[low:high].mean() for low, high in itertools.pairwise(log_bins(num_timesteps))]
     logs = np.log(np.maximum(roots, 1e-6 * roots.max()))
-    p = np.exp(np.interp(log_t, centres, np.round(logs - logs.max(), 2)))
-    return (1 - UNIFORM) * p / p.sum() + UNIFORM / num_timesteps
+    return np.exp(np.interp(log_t, centres, np.round(logs - logs.max(), 2)))

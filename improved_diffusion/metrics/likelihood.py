@@ -114,12 +114,12 @@ def _pilot(model, diffusion, data, clip_denoised, seed):
     rank, world, device = dist_util.rank(), dist_util.world_size(), dist_util.dev()
     count = min(PILOT_IMAGES, sum(dist_util.all_gather_object(len(data.dataset))))
     numbers = np.arange(rank, count, world)
-    sums = np.zeros(len(log_bins(diffusion.num_timesteps)) - 1)
+    sums = np.zeros((2, len(log_bins(diffusion.num_timesteps)) - 1))
     for batch, cond in data.first(len(numbers)):
         mine, numbers = numbers[: len(batch)], numbers[len(batch) :]
         cond = {k: v.to(device) for k, v in cond.items()}
         noise_fn = _noise(seed, (PILOT_NUMBERS + mine).tolist())
         kwargs = dict(clip_denoised=clip_denoised, model_kwargs=cond, noise_fn=noise_fn)
         sums += pilot_sums(diffusion, model, batch.to(device), mine, **kwargs)
-    logger.log(f"pilot: {count * (len(sums) + 1)} evaluations on {count} images, for the timesteps' probabilities")
+    logger.log(f"pilot: {count * sums.size} evaluations on {count} images, for the timesteps' probabilities")
     return dist_util.all_reduce_sum(th.from_numpy(sums).to(device)).cpu().numpy()

@@ -159,7 +159,7 @@ def _predict(diffusion, model, x_start, t, noise, clip_denoised, cond):
 
 
 def _jump_moments(x_start, pred, v, ratios):
-    """For each r: E[exp(-v r) - 1 + v r] / r^2, which is smooth, and E[(x_0 - pred)^2 exp(-v r)], summed over images."""
+    """For each r: E[exp(-v r) - 1 + v r] / r^2, and E[(x_0 - pred)^2 exp(-v r)], summed over images."""
     v, squares = v.double(), (x_start - pred).double() ** 2
     excess, error = [], []
     for r in ratios.tolist():

@@ -174,7 +174,7 @@ def test_with_a_seed_other_batch_sizes_and_ranks_continue(on_ranks, tmp_path, ru
             np.testing.assert_allclose(got, want, rtol=1e-12)
 
 
-PILOT = BATCHES * (STEPS + 1)  # calls: once a timestep, twice at t = 0
+PILOT = BATCHES * 2 * STEPS  # calls
 estimate = functools.partial(evaluate, estimate=6)
 
 

@@ -119,32 +119,40 @@ def test_the_mean_over_seeds_is_the_whole_chains(steps, pilot):
 
 
 def test_probabilities_follow_the_roots_of_the_squares():
-    """Piecewise in log t, no term without a share, and t = 0 by the spread of its noise alone."""
+    """Piecewise in log t, no term without a share, and t = 0 by the spread of its noise."""
     steps = 1000
     edges = log_bins(steps)
     roots = 1 / np.sqrt(edges[1:])
-    p = importance_weights(roots**2, steps)
+    spreads = np.append(9, 0 * roots[1:] + 1e-3)  # the sum of all others' is about 1
+    p = importance_weights(np.stack([roots, spreads]) ** 2, steps)
     assert p.sum() == pytest.approx(1) and p.min() >= 0.001 / steps
+    assert p[0] == pytest.approx(0.9, abs=0.01)
     t = np.arange(2, 700)
     ratio = p[t] * np.sqrt(t + 1)
     assert ratio.max() / ratio.min() < 1.3
-    np.testing.assert_allclose(importance_weights(0 * roots, steps), 1 / steps)
-    spiky = importance_weights(np.eye(len(roots))[3], steps)
-    assert spiky.min() >= 0.001 / steps
+
+
+@pytest.mark.parametrize("steps", [1, 2, 1000])
+def test_every_timestep_has_a_share(steps):
+    bins = len(log_bins(steps)) - 1
+    np.testing.assert_allclose(importance_weights(np.zeros((2, bins)), steps), 1 / steps)
+    p = importance_weights(np.eye(bins)[[-1, 0]], steps)
+    assert p.sum() == pytest.approx(1) and p.min() >= 0.001 / steps
 
 
 def test_rounding_in_the_network_does_not_move_timesteps():
-    sums = np.random.default_rng(0).uniform(0.1, 1, len(log_bins(1000)) - 1)
-    noise = 1 + 1e-6 * np.random.default_rng(1).standard_normal(len(sums))
+    sums = np.random.default_rng(0).uniform(0.1, 1, (2, len(log_bins(1000)) - 1))
+    noise = 1 + 1e-6 * np.random.default_rng(1).standard_normal(sums.shape)
     np.testing.assert_array_equal(importance_weights(sums, 1000), importance_weights(sums * noise, 1000))
 
 
-def test_the_pilots_sum_of_t_0_is_its_variance():
+def test_the_pilots_sums():
     d = diffusion_of(get_named_beta_schedule("cosine", 20), "START_X")
     x = (image_batch("estimate", 1, 3, 4, 4) * SCALE).expand(2000, -1, -1, -1)
-    model, t = gaussian_model(d), th.zeros(2000, dtype=th.long)
-    sums = pilot_sums(d, model, x, np.arange(2000))
-    term = d._vb_terms_bpd(model, x, d.q_sample(x, t), t)["output"]
-    assert sums[0] / 2000 == pytest.approx(term.var().item(), rel=0.2)
-    last = d._vb_terms_bpd(model, x, d.q_sample(x, t + 1), t + 1)["output"]
-    assert sums[1] / 2000 == pytest.approx(last.square().mean().item(), rel=0.2)
+    model = gaussian_model(d)
+    squares, variances = pilot_sums(d, model, x, np.arange(2000)) / 2000
+    for i in (0, 1):
+        t = th.full((2000,), i)
+        term = d._vb_terms_bpd(model, x, d.q_sample(x, t), t)["output"]
+        assert variances[i] == pytest.approx(term.var().item(), rel=0.2)
+        assert squares[i] == pytest.approx(term.square().mean().item(), rel=0.2)
