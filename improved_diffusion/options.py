@@ -228,11 +228,11 @@ class WeightsOptions(Group):
 @dataclass(frozen=True)
 class LikelihoodOptions(WeightsOptions):
     num_samples: int = option(1000, "number of images to evaluate", minimum=1, maximum=2**31)
-    estimate: int = option(0, "evaluations an image of an unbiased estimate; 0 = every timestep", maximum=2**20)
+    estimate: int = option(0, "evaluations an image, for an unbiased estimate; 0 = all", minimum=0, maximum=2**20)
 
     def __post_init__(self):
         super().__post_init__()
-        if self.estimate != 0 and self.estimate < 4:
+        if 0 < self.estimate < 4:
             raise InputError(f"estimate {self.estimate}: give 4 or more evaluations an image, or 0 for every timestep")
 
 
