@@ -67,7 +67,7 @@ def evaluate_bpd(
                 first = done + (rank - done) % world  # the smallest index of this rank's that is not done
                 noise_fn = _noise(seed, range(first, first + world * len(batch), world))
                 kwargs = dict(clip_denoised=clip_denoised, model_kwargs=cond, noise_fn=noise_fn)
-                metrics = {name: value.double() for name, value in evaluate(model, x_start=batch, **kwargs).items()}
+                metrics = {name: value.double() for name, value in evaluate(model, batch, **kwargs).items()}
                 metrics["squared"] = metrics["total_bpd"] ** 2
                 added = {name: metrics[name].sum(dim=0) for name in sums}
             dist_util.barrier()  # on the CPU, where missing ranks are named
@@ -121,5 +121,6 @@ def _pilot(model, diffusion, data, clip_denoised, seed):
         noise_fn = _noise(seed, (PILOT_NUMBERS + mine).tolist())
         kwargs = dict(clip_denoised=clip_denoised, model_kwargs=cond, noise_fn=noise_fn)
         sums += pilot_sums(diffusion, model, batch.to(device), mine, **kwargs)
+    dist_util.barrier()
     logger.log(f"pilot: {count * sums.size} evaluations on {count} images, for the timesteps' probabilities")
     return dist_util.all_reduce_sum(th.from_numpy(sums).to(device)).cpu().numpy()

@@ -134,6 +134,7 @@ def measure_costs(
                     learned = diffusion.model_var_type == ModelVarType.LEARNED_RANGE
                     share = v if learned else th.zeros_like(v)
                     decoder[t] += _decoder_nats(x_start, pred, share, jumps.log_variances(t), jumps.log_noise[t])
+    dist_util.barrier()  # on the CPU, where missing ranks are named
     local = (excess, error, decoder, energy, count)
     sums = [dist_util.all_reduce_sum(th.from_numpy(a).to(device)).cpu().numpy() for a in local]
     if not all(np.isfinite(a).all() for a in sums):
