@@ -186,13 +186,16 @@ class SuperResModelOptions(NetworkOptions):
             raise InputError(f"small_size {self.small_size}: give 1 to large_size ({self.large_size})")
 
 
+RESPACING_HELP = "timesteps to use: 250, ddim50, nll50, counts per section (10,15), or at:0,3,17; empty = all"
+
+
 @dataclass(frozen=True)
 class DiffusionOptions(Group):
     title = "diffusion"
     learn_sigma: bool = option(False, "the model also predicts the variances of the reverse process")
     diffusion_steps: int = option(1000, "number of timesteps", minimum=1, maximum=2**20)
     noise_schedule: str = option("linear", "linear or cosine", choices=("linear", "cosine"))
-    timestep_respacing: str = option("", "timesteps to use: 250, ddim50, or counts per section (10,15); empty = all")
+    timestep_respacing: str = option("", RESPACING_HELP)
     sigma_small: bool = option(False, "fixed variances: the posterior's instead of beta")
     use_kl: bool = option(False, "minimize the variational bound instead of the squared error")
     predict_xstart: bool = option(False, "the model predicts x_start instead of the noise")
@@ -237,6 +240,28 @@ class WeightsOptions(Group):
 @dataclass(frozen=True)
 class LikelihoodOptions(WeightsOptions):
     num_samples: int = option(1000, "number of images to evaluate", minimum=1, maximum=2**31)
+    estimate: int = option(0, "evaluations an image, for an unbiased estimate; 0 = all", minimum=0, maximum=2**20)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if 0 < self.estimate < 4:
+            raise InputError(f"estimate {self.estimate}: give 4 or more evaluations an image, or 0 for every timestep")
+
+
+@dataclass(frozen=True)
+class PlanOptions(WeightsOptions):
+    batch_size: int = option(16, "images per batch on each rank", minimum=1, maximum=2**24)
+    num_samples: int = option(128, "number of images to evaluate", minimum=1, maximum=2**31)
+    steps: str = option("32", "numbers of timesteps to choose", several=True, minimum=1)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not all(word.strip().isdecimal() for word in self.steps.split(",")):
+            raise InputError(f"steps {self.steps}: give 1 or more, or several separated by commas, such as 8,32")
+
+    @property
+    def counts(self) -> list[int]:
+        return [int(word) for word in self.steps.split(",")]
 
 
 @dataclass(frozen=True)
@@ -424,4 +449,13 @@ class LikelihoodScriptOptions(ScriptOptions):
     model: ModelOptions = ModelOptions()
     diffusion: DiffusionOptions = DiffusionOptions()
     likelihood: LikelihoodOptions = LikelihoodOptions()
+    compute: ComputeOptions = ComputeOptions()
+
+
+@dataclass(frozen=True)
+class PlanScriptOptions(ScriptOptions):
+    data: DataOptions = DataOptions()
+    model: ModelOptions = ModelOptions()
+    diffusion: DiffusionOptions = DiffusionOptions()
+    plan: PlanOptions = PlanOptions()
     compute: ComputeOptions = ComputeOptions()

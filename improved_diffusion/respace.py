@@ -19,12 +19,17 @@ def space_timesteps(num_timesteps: int, section_counts: str | int | Sequence[int
     :param num_timesteps: length of the longer process.
     :param section_counts: one count, a list of counts or a string such as "10,15,20": the process is divided into
         equal sections, and each keeps its count of steps, evenly spaced with both ends included. "ddimN" keeps N
-        steps at an integer stride, as in the DDIM paper.
-    :raises InputError: (a ValueError) if a section or stride has no such steps.
+        steps at an integer stride, as in the DDIM paper. "nllK" keeps K steps evenly spaced and the first T // K, for
+        a bound close to the whole chain's (arXiv 2102.09672). "at:0,3,17" keeps these timesteps.
+    :raises InputError: (a ValueError) if a section or stride has no such steps, or explicit ones do not increase.
     """
     if isinstance(section_counts, str):
         if section_counts.startswith("ddim"):
             return _ddim_timesteps(num_timesteps, _whole_number(section_counts, section_counts[len("ddim") :]))
+        if section_counts.startswith("nll"):
+            return _nll_timesteps(num_timesteps, _whole_number(section_counts, section_counts[len("nll") :]))
+        if section_counts.startswith("at:"):
+            return _explicit_timesteps(num_timesteps, section_counts)
         counts = [_whole_number(section_counts, s) for s in section_counts.split(",")]
     else:
         counts = np.atleast_1d(section_counts).tolist()
@@ -63,12 +68,29 @@ def _ddim_timesteps(num_timesteps, count):
     return set(range(0, num_timesteps, possible[count]))
 
 
+def _nll_timesteps(num_timesteps, count):
+    if not 1 <= count <= num_timesteps:
+        raise InputError(f"timestep_respacing nll{count}: give nll1 to nll{num_timesteps}")
+    return space_timesteps(num_timesteps, [count]) | set(range(num_timesteps // count))
+
+
+def _explicit_timesteps(num_timesteps, text):
+    steps = [_whole_number(text, word) for word in text.removeprefix("at:").split(",")]
+    for before, step in zip([-1, *steps], steps, strict=False):
+        if not before < step < num_timesteps:
+            found = f"{before} before {step}" if 0 <= step <= before else f"{step} among {num_timesteps} timesteps"
+            valid = f"increasing timesteps from 0 to {num_timesteps - 1}, such as at:0,3,17"
+            raise InputError(f"timestep_respacing {text}: has {found}; give {valid}")
+    return set(steps)
+
+
 def _whole_number(whole, text):
     try:
         return int(text)
     except ValueError:
         raise InputError(
-            f"timestep_respacing {whole!r}: give step counts such as 250 or 10,15,20, or ddimN such as ddim50"
+            f"timestep_respacing {whole!r}: give step counts such as 250 or 10,15,20, ddimN such as ddim50, nllN, or "
+            "timesteps such as at:0,3,17"
         ) from None
 
 

@@ -1,8 +1,10 @@
 """
 Evaluate the likelihood of images under a trained model: the variational bound, in bits per dimension.
 
-Prints the total, and writes the mean of each term by timestep, noisiest first, to vb_terms.npz, mse_terms.npz and
-xstart_mse_terms.npz. Each image counts once.
+Prints the total, its standard error, the prior's term and that of t = 0, and writes them to nll.json. Writes the mean
+of each term by timestep, noisiest first, to vb_terms.npz, mse_terms.npz and xstart_mse_terms.npz, and draws nll.png.
+Each image counts once. --estimate 100 evaluates the network 100 times an image instead of once a timestep; its terms
+and the probabilities of the timesteps are in estimate.npz.
 
     python scripts/image_nll.py --model_path runs/a/ema_0.9999_200000.pt --data_dir test --batch_size 16
 """
@@ -10,15 +12,19 @@ xstart_mse_terms.npz. Each image counts once.
 if __name__ == "__main__" and not __package__:
     import _start  # noqa: F401
 
+import numpy as np
+
 from improved_diffusion import dist_util, logger
 from improved_diffusion.cli.parser import create_parser, logging_to, parse_flags, run
 from improved_diffusion.cli.trained import load_trained
 from improved_diffusion.image_datasets import load_data_once
-from improved_diffusion.inference.arrays import save_arrays
+from improved_diffusion.inference.arrays import save_arrays, save_json, save_plot
 from improved_diffusion.inference.parts import Parts
-from improved_diffusion.metrics.likelihood import evaluate_bpd
+from improved_diffusion.metrics.likelihood import TERMS, evaluate_bpd, summarize
+from improved_diffusion.metrics.plots import draw_terms
 from improved_diffusion.options import LikelihoodScriptOptions
 from improved_diffusion.script_util import create_model_and_diffusion
+from improved_diffusion.utils.errors import InputError
 from improved_diffusion.utils.streams import counted
 
 
@@ -36,9 +42,28 @@ def main():
         logger.log("evaluating...")
         means, count = options.call(evaluate_bpd, model=model, diffusion=diffusion, data=data, parts=parts)
         if dist_util.rank() == 0:
-            logger.log(f"total bpd over {counted(count, 'image')}: {means.pop('total_bpd').item():.4f} bits/dim")
-            for name, terms in means.items():
-                logger.log(f"saved {save_arrays(f'{name}_terms.npz', terms.numpy())}")
+            write(means, count, diffusion.timestep_map)
+
+
+def write(means, count, timesteps):
+    found = summarize(means, count)
+    part = f", {found['standard_error_of_estimate']:.4f} by the estimate alone" if "p" in means else ""
+    logger.log(f"total bpd over {counted(count, 'image')}: {found['bpd']:.4f} bits/dim")
+    logger.log(f"standard error: {found['standard_error']:.4f} bits/dim{part}")
+    logger.log(
+        f"prior: {found['prior']:.6f} bits/dim; t = 0: {found['t0']:.4f}, {found['t0'] / found['bpd']:.1%} of the bound"
+    )
+    if "p" in means:
+        arrays = dict(vb=means["vb"].numpy(), p=means["p"].numpy(), timesteps=np.array(timesteps))
+        logger.log(f"saved {save_arrays('estimate.npz', **arrays)}")
+    else:
+        for name in TERMS:
+            logger.log(f"saved {save_arrays(f'{name}_terms.npz', means[name].numpy())}")
+    logger.log(f"saved {save_json('nll.json', found)}")
+    try:
+        logger.log(f"saved {save_plot('nll.png', draw_terms({'': means['vb'].numpy()}))}")
+    except InputError as e:  # without matplotlib
+        logger.log(f"no nll.png: {e}")
 
 
 def create_argparser():

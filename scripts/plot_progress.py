@@ -14,6 +14,7 @@ import math
 import os
 
 from improved_diffusion.cli.parser import FlagParser, path_argument, run
+from improved_diffusion.metrics.plots import literal, new_figure
 from improved_diffusion.utils.errors import InputError
 from improved_diffusion.utils.log_formats import number
 from improved_diffusion.utils.streams import show
@@ -36,12 +37,9 @@ def main():
     out = args.out or os.path.join(args.LOGDIR[0], "progress.png")
     if not out.endswith(".png"):
         raise InputError(f"out {out}: give a name that ends in .png")
+    figure = draw(runs)
     try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise InputError("plots need matplotlib: pip install improved-diffusion[demo]") from None
-    try:
-        draw(Figure, runs).savefig(out)
+        figure.savefig(out)
     except OSError as e:
         raise InputError(f"out {out}: cannot be written ({e.strerror})") from None
     show(os.path.abspath(out))
@@ -70,19 +68,18 @@ def read_progress(logdir: str) -> dict[float, dict[str, float]]:
     return dict(sorted(rows.items()))
 
 
-def draw(Figure, runs: list[tuple[str, dict[float, dict[str, float]]]]):
+def draw(runs: list[tuple[str, dict[float, dict[str, float]]]]):
     """
     Draw those PANELS that any run has numbers for.
 
-    :param Figure: matplotlib.figure.Figure, which needs no display.
     :param runs: (name, result of read_progress()) of each run.
-    :return: the Figure.
+    :return: a matplotlib Figure.
     """
     columns = {column for _, rows in runs for row in rows.values() for column in row}
     panels = [panel for panel in PANELS if columns & panel[1].keys()]
     if not panels:
         raise InputError(f"no column to draw: none of {', '.join(c for _, cs, _ in PANELS for c in cs)}")
-    figure = Figure(figsize=(12, 3.5 * math.ceil(len(panels) / 2)), dpi=100, layout="constrained")
+    figure = new_figure(12, 3.5 * math.ceil(len(panels) / 2))
     for i, (title, labels, logarithmic) in enumerate(panels):
         axes = figure.add_subplot(math.ceil(len(panels) / 2), 2, i + 1, title=title, xlabel="step")
         positive = True
@@ -101,11 +98,6 @@ def draw(Figure, runs: list[tuple[str, dict[float, dict[str, float]]]]):
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
     return figure
-
-
-def literal(name):
-    """Escape a label: matplotlib hides those that start with _, and parses $ as mathematics."""
-    return ("\u200b" if name.startswith("_") else "") + name.replace("$", r"\$")
 
 
 def create_argparser():

@@ -16,6 +16,7 @@ SCRIPTS = {
     "image_train": options.TrainOptions(),
     "image_sample": options.SampleOptions(),
     "image_nll": options.LikelihoodScriptOptions(),
+    "plan_timesteps": options.PlanScriptOptions(),
     "super_res_train": options.SuperResTrainOptions(),
     "super_res_sample": options.SuperResSampleOptions(),
 }

@@ -117,6 +117,16 @@ def test_same_likelihood(worlds, size):
             assert got == pytest.approx(want, rel=1e-4)
 
 
+@pytest.mark.parametrize("size", WORLDS)
+def test_same_estimate_of_the_likelihood(worlds, size):
+    """With the same probabilities, to the bit, so that each image has the same timesteps."""
+    want = np.load(worlds[1][0] / f"image_nll-estimate-{SAMPLES}" / "estimate.npz")
+    for batch_size in BATCH_SIZES:
+        got = np.load(worlds[size][0] / f"image_nll-estimate-{batch_size}" / "estimate.npz")
+        assert got["p"].tolist() == want["p"].tolist()
+        assert got["vb"] == pytest.approx(want["vb"], rel=1e-4)
+
+
 def test_memory_of_other_ranks_does_not_grow(worlds):
     first, other = (rank["memory"] for rank in worlds[2][1])
     assert first > 50e6 and other < 10e6

@@ -99,6 +99,26 @@ def test_ddim_keeps_n_steps_at_a_whole_stride_or_says_which_n_is_near(steps, n):
     assert len(space_timesteps(steps, f"ddim{named}")) == int(named)
 
 
+@given(st.integers(1, 400), st.integers(1, 400))
+def test_nll_keeps_even_steps_and_the_first(steps, n):
+    assume(n <= steps)
+    assert space_timesteps(steps, f"nll{n}") == space_timesteps(steps, [n]) | set(range(steps // n))
+
+
+def test_nll_as_in_the_paper():
+    """Counted from 1: K even reals of [1, T], rounded, joined with {1, ..., T/K}."""
+    kept = {t + 1 for t in space_timesteps(4000, "nll100")}
+    even = np.linspace(1, 4000, 100)
+    assert set(range(1, 41)) < kept and {1, 4000} < kept
+    assert len(kept) == 100 + 40 - 1  # the first even one is 1, the second 41
+    assert all(min(abs(t - even)) <= 0.5 + 1e-6 for t in kept - set(range(1, 41)))
+
+
+@given(st.sets(st.integers(0, 50), min_size=1))
+def test_explicit_timesteps_are_kept(steps):
+    assert space_timesteps(51, "at:" + ",".join(map(str, sorted(steps)))) == steps
+
+
 @pytest.mark.parametrize(
     ("steps", "counts", "message"),
     [
@@ -116,6 +136,17 @@ def test_ddim_keeps_n_steps_at_a_whole_stride_or_says_which_n_is_near(steps, n):
         (1000, "ddim300", "ddim300.*ddim334"),
         (10, "ddim11", "ddim11.*ddim10"),
         (10, "ddim0", "ddim0.*ddim1$"),
+        (10, "nll", "'nll'"),
+        (10, "nll2.5", "'nll2.5'"),
+        (10, "nll0", "nll0: give nll1 to nll10$"),
+        (10, "nll11", "nll11: give nll1 to nll10$"),
+        (10, "at:", "'at:'"),
+        (10, "at:0,,3", "'at:0,,3'"),
+        (10, "at:0,2.5", "'at:0,2.5'"),
+        (10, "at:0,3,3", "at:0,3,3: has 3 before 3; .*0 to 9"),
+        (10, "at:0,5,3", "at:0,5,3: has 5 before 3; .*0 to 9"),
+        (10, "at:0,10", "at:0,10: has 10 among 10 timesteps"),
+        (10, "at:-1,5", "at:-1,5: has -1 among 10 timesteps"),
     ],
 )
 def test_spacing_that_cannot_be(steps, counts, message):

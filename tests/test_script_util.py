@@ -96,7 +96,7 @@ NEW_SAMPLING_FLAGS = dict(NEW_FLAGS, save_images=False, sampler="ancestral", sam
 NEW_BY_SCRIPT = {
     "image_train": NEW_TRAINING_FLAGS,
     "super_res_train": dict(NEW_TRAINING_FLAGS, sigma_small=False),
-    "image_nll": NEW_DATA_FLAGS,
+    "image_nll": dict(NEW_DATA_FLAGS, estimate=0),
     "image_sample": dict(NEW_SAMPLING_FLAGS, classes=""),
     "super_res_sample": dict(NEW_SAMPLING_FLAGS, sigma_small=False),
 }

@@ -8,13 +8,14 @@ SCRIPTS: dict[str, type[ScriptOptions]] = {
     "image_train": options.TrainOptions,
     "image_sample": options.SampleOptions,
     "image_nll": options.LikelihoodScriptOptions,
+    "plan_timesteps": options.PlanScriptOptions,
     "super_res_train": options.SuperResTrainOptions,
     "super_res_sample": options.SuperResSampleOptions,
 }
 HEAD = """# Flags
 
 `python -m improved_diffusion.cli.flag_table > docs/flags.md` generates this file from `options.py`.
-Counts may be written as `1e6`. For `prepare.py` and `plot_progress.py` see `--help`.
+Counts may be written as `1e6`. For `prepare.py`, `plot_progress.py` and `plot_nll.py` see `--help`.
 """
 
 

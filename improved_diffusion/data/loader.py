@@ -11,7 +11,7 @@ from multiprocessing import resource_tracker
 from typing import Any
 
 import torch as th
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import DataLoader, Subset, default_collate
 
 from .. import dist_util
 from ..utils.errors import InputError
@@ -139,6 +139,11 @@ class BatchesInOrder:
         rest = range(count, len(self.dataset))
         self._loader = _loader(*self._arguments, batch_size=self._batch_size, sampler=rest)
         self._batches = _one_line_errors(self._loader)
+
+    def first(self, count: int) -> "BatchesInOrder":
+        """Batches of the first `count` samples, decoded in this process. Leaves the position unchanged."""
+        dataset, _, collate_fn, _ = self._arguments
+        return BatchesInOrder(Subset(dataset, range(count)), self._batch_size, 0, collate_fn)
 
 
 def _loader(dataset, num_workers, collate_fn, pin_memory, **kwargs):

@@ -2,7 +2,10 @@
 
 import contextlib
 import functools
+import json
+import math
 import os
+from typing import Any
 
 import blobfile as bf
 import numpy as np
@@ -67,9 +70,22 @@ def _folder():
     return bf.join(logger.get_dir(), "images")
 
 
-def save_arrays(name: str, *arrays: np.ndarray) -> str:
-    """Write arrays to an npz file in the log directory, as arr_0, arr_1 and so on. Return its path."""
-    write_files(logger.get_dir(), {name: lambda f: np.savez(f, *arrays)})
+def save_arrays(name: str, *arrays: np.ndarray, **named: np.ndarray) -> str:
+    """Write arrays to an npz file in the log directory, as arr_0, arr_1 and so on or by name. Return its path."""
+    write_files(logger.get_dir(), {name: lambda f: np.savez(f, *arrays, **named)})  # type: ignore[arg-type]
+    return bf.join(logger.get_dir(), name)
+
+
+def save_json(name: str, values: dict[str, float | None]) -> str:
+    """Write numbers to a JSON file in the log directory, NaN as null. Return its path."""
+    text = json.dumps({k: None if v is None or math.isnan(v) else v for k, v in values.items()}, indent=1).encode()
+    write_files(logger.get_dir(), {name: lambda f: f.write(text)})
+    return bf.join(logger.get_dir(), name)
+
+
+def save_plot(name: str, figure: Any) -> str:
+    """Write a matplotlib Figure as a PNG file to the log directory. Return its path."""
+    write_files(logger.get_dir(), {name: functools.partial(figure.savefig, format="png")})
     return bf.join(logger.get_dir(), name)
 
 

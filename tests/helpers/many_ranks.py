@@ -155,7 +155,7 @@ def all_gradients():
 
 
 def run_scripts(folder, files):
-    """The scripts that share out work, for several batch sizes; the files are in folder/SCRIPT-BATCHSIZE."""
+    """The scripts that share out work, for several batch sizes; the files are in folder/NAME-BATCHSIZE."""
     common = dict(SIZED, seed=3)
     enlarging = {k: v for k, v in common.items() if k != "image_size"} | dict(large_size=8, small_size=4)
     calls = {
@@ -171,12 +171,14 @@ def run_scripts(folder, files):
             common, num_samples=SAMPLES, model_path=files / "model.pt", data_dir=files / "images", num_workers=0
         ),
     }
-    for (script, words), batch_size in itertools.product(calls.items(), BATCH_SIZES):
+    calls["image_nll-estimate"] = dict(calls["image_nll"], estimate=4)
+    for (name, words), batch_size in itertools.product(calls.items(), BATCH_SIZES):
+        script = name.partition("-")[0]
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "argv", [script, *flags(**words, batch_size=batch_size)])
             patch.setattr(logger.Logger, "CURRENT", None)
             patch.setattr(logger.Logger, "DEFAULT", None)
-            patch.setenv("OPENAI_LOGDIR", str(folder / f"{script}-{batch_size}"))
+            patch.setenv("OPENAI_LOGDIR", str(folder / f"{name}-{batch_size}"))
             patch.setenv("OPENAI_LOG_FORMAT", "log")
             load_script(script).main()
             logger.Logger.CURRENT.close()

@@ -1,6 +1,7 @@
 """Runs that are cut off anywhere and continued by the same command: the result is that of an uninterrupted run."""
 
 import contextlib
+import functools
 import itertools
 import os
 import signal
@@ -76,13 +77,13 @@ def sample(folder, seed=None, batch_size=3, model=None, weights=0.0, **changed):
             return np.array(images), np.array(labels)
 
 
-def evaluate(folder, seed=None, batch_size=3, model=None, images=IMAGES):
+def evaluate(folder, seed=None, batch_size=3, model=None, images=IMAGES, estimate=0):
     """What image_nll.py does, with every rank's share of some images. :return: the means."""
-    options = LikelihoodScriptOptions().replace(seed=seed, batch_size=batch_size)
+    options = LikelihoodScriptOptions().replace(seed=seed, batch_size=batch_size, estimate=estimate)
     with logging_to(folder), Parts(options, images=len(images)) as parts:
         data = BatchesInOrder(images[dist_util.rank() :: dist_util.world_size()], batch_size, num_workers=0)
         diffusion = make_diffusion(STEPS, "cosine")
-        means, count = evaluate_bpd(model or Model(), diffusion, data, seed=seed, parts=parts)
+        means, count = evaluate_bpd(model or Model(), diffusion, data, seed=seed, parts=parts, estimate=estimate)
         assert count == len(images)
         if dist_util.rank() == 0:
             save_arrays("terms.npz", *means.values())
@@ -171,6 +172,38 @@ def test_with_a_seed_other_batch_sizes_and_ranks_continue(on_ranks, tmp_path, ru
             np.testing.assert_array_equal(got, want)
         else:
             np.testing.assert_allclose(got, want, rtol=1e-12)
+
+
+PILOT = BATCHES * 2 * STEPS  # calls
+estimate = functools.partial(evaluate, estimate=6)
+
+
+@pytest.mark.parametrize("seed", [None, 5])
+def test_a_killed_estimate_continues_without_another_pilot(tmp_path, seed):
+    uninterrupted(tmp_path / "whole", estimate, seed)
+    folder = tmp_path / "parts"
+    folder.mkdir()
+    for k in (PILOT // 2, PILOT, PILOT + 5, PILOT + 6):  # nothing is kept, then one batch
+        th.manual_seed(1)
+        with pytest.raises(Killed):
+            estimate(folder, seed, model=Model(k))
+    th.manual_seed(7)
+    estimate(folder, seed, model=(last := Model()))
+    assert len(last.seen) == 6 * 2
+    assert npz(folder) == npz(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("batch_size", [1, 2, 4])
+def test_an_estimate_depends_on_neither_batch_size_nor_ranks(on_ranks, tmp_path, world_size, batch_size):
+    for folder in ("whole", "other"):
+        (tmp_path / folder).mkdir()
+    whole = estimate(tmp_path / "whole", 5)
+    found = on_ranks(world_size, lambda rank: estimate(tmp_path / "other", 5, batch_size=batch_size))
+    for means in found:
+        np.testing.assert_array_equal(means["p"], whole["p"])
+        for name, value in whole.items():
+            np.testing.assert_allclose(means[name], value, rtol=1e-12)
 
 
 def test_each_rank_has_its_random_generators_back(on_ranks, tmp_path, monkeypatch):

@@ -12,10 +12,15 @@ from harness import TINY, flags, run_script, run_subprocess, save_weights, snaps
 from PIL import Image
 
 TRAINING = ["image_train", "super_res_train"]
-IMAGES = ["image_train", "image_sample", "image_nll"]  # those with --image_size, the others have --large_size
-READING = [*TRAINING, "image_nll"]  # those with --data_dir
+IMAGES = [
+    "image_train",
+    "image_sample",
+    "image_nll",
+    "plan_timesteps",
+]  # those with --image_size, the others have --large_size
+READING = [*TRAINING, "image_nll", "plan_timesteps"]  # those with --data_dir
 SAMPLING = ["image_sample", "super_res_sample"]
-LOADING = ["image_sample", "image_nll", "super_res_sample"]  # those with --model_path
+LOADING = ["image_sample", "image_nll", "plan_timesteps", "super_res_sample"]  # those with --model_path
 ALL = [*READING, *SAMPLING]
 
 ONE_CLASS = dict(class_cond=True, num_classes=1, model_path="one_class.pt")
@@ -34,7 +39,7 @@ CASES = [  # scripts, flags that differ from those that work, what the line must
     (READING, dict(data_dir="cut"), ["cut/a_002.png", "cannot be read as an image"]),
     (TRAINING, dict(class_cond=True, num_classes=1), ["images: has 2 classes", "num_classes is 1"]),
     (
-        ["image_nll"],
+        ["image_nll", "plan_timesteps"],
         ONE_CLASS,
         ["images: has 2 classes", "num_classes is 1"],
     ),
@@ -67,6 +72,9 @@ CASES = [  # scripts, flags that differ from those that work, what the line must
     (ALL, dict(timestep_respacing="ddim11"), ["timestep_respacing ddim11", "ddim12"]),
     (ALL, dict(timestep_respacing="0"), ["timestep_respacing", "1 or more"]),
     (ALL, dict(timestep_respacing="half"), ["timestep_respacing 'half'", "ddim50"]),
+    (ALL, dict(timestep_respacing="nll25"), ["timestep_respacing nll25", "nll1 to nll24"]),
+    (ALL, dict(timestep_respacing="at:0,5,4"), ["timestep_respacing at:0,5,4", "5 before 4", "0 to 23"]),
+    (ALL, dict(timestep_respacing="at:24"), ["timestep_respacing at:24", "24 among 24", "0 to 23"]),
     # numbers out of range
     (ALL, dict(batch_size=0), ["--batch_size 0", "1 to"]),
     (ALL, dict(batch_size=-4), ["--batch_size -4", "1 to"]),
@@ -87,6 +95,13 @@ CASES = [  # scripts, flags that differ from those that work, what the line must
     (TRAINING, dict(lr_anneal_steps=-1), ["--lr_anneal_steps -1", "0 or more"]),
     (READING, dict(num_workers=-2), ["--num_workers -2", "-1 or more"]),
     (ALL, dict(seed=-1), ["--seed -1", "0 to"]),
+    (["image_nll"], dict(estimate=3), ["--estimate 3", "4 or more", "or 0"]),
+    (["image_nll"], dict(estimate=-1), ["--estimate -1", "0 to 1048576"]),
+    (["image_nll"], dict(estimate=10**9), ["--estimate 1000000000", "0 to 1048576"]),
+    (["plan_timesteps"], dict(steps="4,0"), ["--steps 4,0", "1 or more", "commas"]),
+    (["plan_timesteps"], dict(steps="4,2.5"), ["--steps 4,2.5", "1 or more", "commas"]),
+    (["plan_timesteps"], dict(steps="few"), ["--steps few", "1 or more", "commas"]),
+    (["plan_timesteps"], dict(steps="2,25", timestep_respacing=""), ["--steps 2,25", "24 timesteps"]),
     # which classes, which preset
     (["image_sample"], dict(classes="3,7"), ["classes 3,7", "not class-conditional"]),
     (["image_sample"], dict(ONE_CLASS, classes="1"), ["'1' is ", "0 to 0"]),
@@ -197,6 +212,8 @@ def working(script):
         words.update(model_path=f"{own(script)}.pt", num_samples=2, timestep_respacing=2)
     if script == "super_res_sample":
         words.update(base_samples="base.npz")
+    if script == "plan_timesteps":
+        words.update(steps=2)
     return words
 
 

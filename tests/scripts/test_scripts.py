@@ -73,6 +73,7 @@ def largest_difference(a, b):
         "image_nll",
         "super_res_train",
         "super_res_sample",
+        "plan_timesteps",
         "prepare",
     ],
 )
