@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .. import dist_util
 from ..options import ScriptOptions, TrainingOptions
+from ..solvers import default_steps, half_log_snr, time_grid
 from ..utils.streams import show
 from .run_config import Run
 
@@ -39,6 +40,10 @@ def print_dry_run(run: Run, create: Callable) -> None:
     needed = f"{held} for {parts}, {peak} more at the peak of a {step}, libraries not counted"
     show(f"memory of a rank, estimated: {needed}")
     steps = diffusion.timestep_map
+    sampling = getattr(options, "sampling", None)
+    if sampling is not None and sampling.solves:
+        chosen = sampling.sampling_steps or default_steps(diffusion)
+        steps = sorted(time_grid(half_log_snr(diffusion), chosen, sampling.spacing)[:-1])
     shown = steps if len(steps) <= 12 else [*steps[:6], "...", *steps[-3:]]
     show(f"timesteps: {len(steps)} of {diffusion.original_num_steps}: {', '.join(map(str, shown))}")
 
