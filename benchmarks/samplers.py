@@ -21,6 +21,7 @@ from improved_diffusion.options import SampleOptions
 from improved_diffusion.respace import space_timesteps
 from improved_diffusion.samplers import SAMPLERS, SOLVERS, unipc
 from improved_diffusion.script_util import create_model_and_diffusion
+from improved_diffusion.solvers import half_log_snr, time_grid
 from improved_diffusion.utils.errors import InputError
 from improved_diffusion.utils.files import write_files
 from improved_diffusion.utils.streams import show
@@ -176,25 +177,24 @@ class Bench:
 
     def _converge(self):
         """
-        The deterministic solution from the first x_T, by UniPC in many steps: x at t = 0, where solvers end, and the
-        x_0 predicted there, where the chains end.
+        The deterministic solutions from the first x_T, by UniPC in many steps: as solvers start and end, and as the
+        chains do, from the noisiest timestep to x_0.
         """
-        steps = self.args.converged_steps
-        clean = []
+        steps, n = self.args.converged_steps, self.args.converged_samples
+        grid = time_grid(half_log_snr(self.diffusion), steps)
+        whole = sorted({self.diffusion.num_timesteps - 1, *grid}, reverse=True)
 
-        def draw(x_T, noise_fn, model_kwargs):
-            x = unipc(self.diffusion, self.model, x_T, steps=steps, model_kwargs=model_kwargs)
-            t = th.zeros(len(x), dtype=th.long, device=x.device)
-            clean.append(
-                self.diffusion.p_mean_variance(self.model, x, t, model_kwargs=model_kwargs)["pred_xstart"].cpu()
-            )
-            return x
+        def solution(timesteps):
+            def draw(x_T, noise_fn, model_kwargs):
+                kwargs = dict(steps=steps, timesteps=timesteps, model_kwargs=model_kwargs)
+                return unipc(self.diffusion, self.model, x_T, **kwargs)
 
-        x = self._in_batches(self.args.converged_samples, draw)
+            return self._in_batches(n, draw)
+
         self.notes.append(
-            f"To converged: root mean square, pixels from -1 to 1, over {len(x)} x_T, to UniPC in {steps} evaluations."
+            f"To converged: root mean square, pixels from -1 to 1, over {n} x_T, to UniPC in {steps} evaluations."
         )
-        return {"solver": x, "chain": th.cat(clean)}
+        return {"solver": solution(None), "chain": solution(whole)}
 
 
 def read(data_dir, model, class_names):
