@@ -56,7 +56,7 @@ def test_a_row_for_each_sampler_and_number_of_evaluations(benchmark):
     for row in rows:
         assert row["samples"] == 8 and row["FD, classifier"] > 0 and row["s/sample"] > 0 and 0 <= row["as asked"] <= 1
         deterministic = row["sampler"] not in ("ancestral", "dpm++2m-sde")
-        assert (row["to converged"] is not None and row["to converged"] > 0) == deterministic
+        assert (row["to converged"] is not None) == deterministic
     assert "| unipc | 3 | 8 |" in printed
 
 
