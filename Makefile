@@ -3,6 +3,7 @@
 # make coverage    which lines the tests run (a third slower)
 # make soak    kill training runs 300 times at random moments (at most half an hour)
 # make benchmark    measure speed and memory (an hour or more; on a machine that does nothing else)
+# make benchmark-samplers    quality of the demo's samples by sampler and evaluations (an hour or more; resumable)
 # make compatibility    the fast tests on the newest versions and on the oldest that pyproject.toml claims (downloads 6 GB)
 # make clean   forget the demo's results; the environment in .venv stays
 
@@ -22,7 +23,7 @@ LAST_DIGIT := demo/digits/8_01796.png
 WEIGHTS := demo/run/ema_0.99_001000.pt
 SAMPLES := demo/samples/samples_500x16x16x1.npz
 
-.PHONY: demo test coverage soak lint benchmark benchmark-digits compatibility clean
+.PHONY: demo test coverage soak lint benchmark benchmark-digits benchmark-samplers compatibility clean
 
 demo: demo/progress.png $(SAMPLES)
 	@echo "How it learned: $(CURDIR)/demo/progress.png"
@@ -30,7 +31,7 @@ demo: demo/progress.png $(SAMPLES)
 
 $(SAMPLES): $(WEIGHTS)
 	$(PY) scripts/image_sample.py --model_path $(WEIGHTS) --log_dir demo/samples \
-		--classes 0,1,2,3,4,5,6,7,8,9 --num_samples 500 --batch_size 100 --timestep_respacing 50 --seed 0
+		--classes 0,1,2,3,4,5,6,7,8,9 --num_samples 500 --batch_size 100 --sampler dpm++2m-sde --sampling_steps 20 --seed 0
 
 demo/progress.png: $(WEIGHTS)
 	$(PY) scripts/plot_progress.py demo/run --out $@
@@ -48,6 +49,9 @@ benchmark: .venv/demo
 
 benchmark-digits: $(SAMPLES)
 	$(PY) benchmarks/digits.py $(SAMPLES) demo/digits
+
+benchmark-samplers: $(WEIGHTS)
+	$(PY) benchmarks/run.py samplers
 
 test: lint
 	$(PY) -m pytest $(TWO)

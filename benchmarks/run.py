@@ -1,9 +1,10 @@
 """
-Measure the library: training, sampling, loading, memory and startup.
+Measure the library: training, sampling, loading, memory, startup, and the quality of samples.
 
     python benchmarks/run.py train                         32x32, 64 channels, 2 blocks, batch 16
     python benchmarks/run.py train --batch_sizes 4,16,64   cost by batch size
     python benchmarks/run.py all --quick                   a check that everything runs, in a minute
+    python benchmarks/run.py samplers                      samples of the demo's model, an hour; resumable
 
 Each sub-command prints a Markdown table of medians (least..most) and writes it, with the machine and the settings, to
 OUT/NAME.json. Compared forms alternate, so that other load affects all equally. "plain" is plain.py.
@@ -16,6 +17,7 @@ import torch as th
 from loading import load
 from memory import FORMS, memory
 from models import VARIANTS
+from samplers import samplers
 from speed import sample, train
 from startup import startup
 
@@ -23,7 +25,8 @@ from improved_diffusion import dist_util
 from improved_diffusion.cli.parser import FlagParser, path_argument, run
 from improved_diffusion.utils.errors import InputError
 
-COMMANDS = dict(train=train, sample=sample, load=load, memory=memory, startup=startup)
+WITHOUT_A_MODEL = dict(train=train, sample=sample, load=load, memory=memory, startup=startup)
+COMMANDS = {**WITHOUT_A_MODEL, "samplers": samplers}
 
 SETTINGS = dict(  # flag: (default, value with --quick)
     image_sizes=([32], [32]),
@@ -35,19 +38,24 @@ SETTINGS = dict(  # flag: (default, value with --quick)
     load_seconds=(2.0, 0.0),
     workers=([1, 2, 4], [1]),
     repetitions=(7, 1),
+    evaluations=([5, 8, 10, 15, 20, 35, 50], [2, 3]),
+    num_samples=(1000, 8),
+    converged_samples=(200, 2),
+    converged_steps=(500, 5),
 )
 DEFAULTS, QUICK = ({name: values[i] for name, values in SETTINGS.items()} for i in range(2))
 OF_COMMAND = dict(
     load=dict(image_sizes=[64], batch_sizes=[64], repetitions=3),
     memory=dict(image_sizes=[64], batch_sizes=[8], num_channels=128, num_res_blocks=3),
     startup=dict(repetitions=5),
+    samplers=dict(batch_sizes=[100]),
 )
 
 
 def main():
     args = create_argparser().parse_args()
     dist_util.setup_dist()
-    chosen = COMMANDS if args.command == "all" else [args.command]
+    chosen = WITHOUT_A_MODEL if args.command == "all" else [args.command]
     settings = {name: settings_of(name, args) for name in chosen}  # validate all before measuring any
     for name in chosen:
         COMMANDS[name](settings[name])
@@ -85,6 +93,11 @@ def create_argparser():
     parser.add_argument(
         "--variants", type=names, help=f"of train, sample and memory, comma-separated: {', '.join(VARIANTS)}"
     )
+    of = "of samplers: "
+    parser.add_argument(
+        "--model_path", default="demo/run/ema_0.99_001000.pt", help=f"{of}weights beside their config.json"
+    )
+    parser.add_argument("--data_dir", default="demo/digits", help=f"{of}what the model was trained on")
     for name, value in DEFAULTS.items():
         kind = numbers if isinstance(value, list) else positive(type(value))
         parser.add_argument(f"--{name}", type=kind, help=f"{'comma-separated ' * (kind is numbers)}(default: {value})")

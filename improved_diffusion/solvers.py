@@ -46,6 +46,8 @@ def time_grid(lam: np.ndarray, steps: int, spacing: str = "lam") -> list[int]:
     :raises InputError: (a ValueError) if there are not as many timesteps, or there is no such spacing.
     """
     first = _first(lam)
+    if first < 1:
+        raise InputError(f"sampling_steps {steps}: a solver needs 2 timesteps of half log-SNR {LAM_MIN} or more")
     if not 1 <= steps <= first:
         raise InputError(f"sampling_steps {steps}: give 1 to {first}, the timesteps between noise and data")
     if spacing not in SPACINGS:
@@ -72,8 +74,8 @@ def default_steps(diffusion: GaussianDiffusion) -> int:
 
 
 def _first(lam):
-    """The noisiest timestep with signal."""
-    return int(np.flatnonzero(lam >= LAM_MIN)[-1])
+    """The noisiest timestep with signal; 0 if there is none."""
+    return int(np.flatnonzero(lam >= LAM_MIN).max(initial=0))
 
 
 def solve(
@@ -93,7 +95,10 @@ def solve(
     :param eta: noise, 0 to 1.
     :param corrector: the order of UniC, for eta = 0; 0 = none.
     :param exact: coefficients that integrate a polynomial in lam exactly. The usual ones are better at few steps.
+    :raises ValueError: for a corrector with noise, and as time_grid().
     """
+    if corrector and eta:
+        raise ValueError(f"eta={eta}: a corrector integrates the ODE, eta=0")
     lam = half_log_snr(diffusion)
     timestep_map = list(getattr(diffusion, "timestep_map", range(len(lam))))  # the model's timesteps
     if timesteps is None:
@@ -106,7 +111,8 @@ def solve(
 
     def predict(x, t):
         ts = th.full((len(x),), t, dtype=th.long, device=x.device)
-        return diffusion.p_mean_variance(model, x, ts, **kwargs)["pred_xstart"]
+        # a network in float16 may answer in it: the history and its differences are of x's dtype
+        return diffusion.p_mean_variance(model, x, ts, **kwargs)["pred_xstart"].to(x.dtype)
 
     x, steps = x_T, len(lams) - 1
     with th.no_grad():

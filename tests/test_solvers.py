@@ -7,10 +7,13 @@ import math
 import numpy as np
 import pytest
 import torch as th
+from diffusions import MEANS, VARS, point_model
+from harness import TINY, build, build_sr
 
 from improved_diffusion import gaussian_diffusion as gd
+from improved_diffusion.inference.generate import for_inference
 from improved_diffusion.respace import SpacedDiffusion, visiting
-from improved_diffusion.samplers import SAMPLERS, SOLVERS, ddim
+from improved_diffusion.samplers import SAMPLERS, SOLVERS, ddim, evaluations, unipc
 from improved_diffusion.solvers import LAM_MIN, SPACINGS, _correct, _step, half_log_snr, solve, time_grid
 from improved_diffusion.utils.errors import InputError
 
@@ -46,7 +49,16 @@ def noisy_model(parts=1):
 
 
 @pytest.mark.parametrize(
-    "T, schedule", [(2, "cosine"), (10, "cosine"), (20, "linear"), (1000, "linear"), (1000, "cosine"), (4000, "cosine")]
+    "T, schedule",
+    [
+        (2, "cosine"),
+        (10, "cosine"),
+        (1000, "cosine"),
+        (4000, "cosine"),
+        (21, "linear"),
+        (1000, "linear"),
+        (4000, "linear"),
+    ],
 )
 def test_timesteps_are_distinct_and_decrease(T, schedule):
     lam = half_log_snr(diffusion(T, schedule))
@@ -60,9 +72,32 @@ def test_timesteps_are_distinct_and_decrease(T, schedule):
         time_grid(lam, first + 1)
 
 
-@pytest.mark.parametrize("T, first", [(1000, 995), (4000, 3983)])
-def test_the_end_of_a_cosine_schedule_has_no_signal(T, first):
-    assert time_grid(half_log_snr(diffusion(T)), 10)[0] == first
+@pytest.mark.parametrize(
+    "T, schedule, first",
+    [(1000, "cosine", 995), (4000, "cosine", 3983), (1000, "linear", 999), (4000, "linear", 3999)],
+)
+def test_the_end_of_a_cosine_schedule_has_no_signal(T, schedule, first):
+    assert time_grid(half_log_snr(diffusion(T, schedule)), 10)[0] == first
+
+
+@pytest.mark.parametrize("abar", [[0.001], [1e-6], [1e-6, 1e-7]], ids=str)
+def test_a_process_without_a_step_from_noise_to_data(abar):
+    """One timestep, or none with signal."""
+    process = SpacedDiffusion(
+        range(len(abar)),
+        betas=1 - np.array(abar) / np.append(1.0, abar[:-1]),
+        model_mean_type=gd.ModelMeanType.START_X,
+        model_var_type=gd.ModelVarType.FIXED_LARGE,
+        loss_type=gd.LossType.MSE,
+    )
+    for steps in (None, 1):
+        with pytest.raises(InputError, match=r"^sampling_steps \d: .* 2 timesteps"):
+            solve(process, lambda x, t: x, th.zeros(1, 2), steps=steps)
+
+
+def test_a_corrector_takes_no_noise():
+    with pytest.raises(ValueError, match=r"eta=0\.5"):
+        SAMPLERS["unipc"](diffusion(10), lambda x, t: x, th.zeros(1, 2), eta=0.5)
 
 
 def test_a_spacing_that_there_is_not():
@@ -150,11 +185,11 @@ def posterior_mean(weights, means, deviations):
 @pytest.mark.parametrize(
     "kwargs, order",
     [
-        (dict(order=1), 1),
-        (dict(order=2), 2),
-        (dict(order=3), 2),
-        (dict(order=3, exact=True), 3),
-        (dict(order=2, corrector=2), 3),
+        (dict(order=1), 0.95),
+        (dict(order=2), 1.99),
+        (dict(order=3), 2.1),
+        (dict(order=3, exact=True), 3.1),
+        (dict(order=2, corrector=2), 2.9),
     ],
     ids=str,
 )
@@ -195,6 +230,7 @@ def test_a_model_is_called_once_a_step(name, steps):
         return x.tanh()
 
     SAMPLERS[name](process, model, th.randn(2, 3), steps=steps, callback=seen.append)
+    assert len(called) == evaluations(name, process, steps) == steps
     times = time_grid(half_log_snr(process), steps)[:-1]
     assert called == [[t, t] for t in times]
     assert [(row["i"], row["t"]) for row in seen] == list(enumerate(times))
@@ -229,9 +265,72 @@ def test_moments_of_known_distributions(name):
         assert sample.var().item() == pytest.approx(variance, rel=0.1)
 
 
-@pytest.mark.parametrize("shape", [(2, 3), (2, 3, 5), (2, 3, 4, 4), (2, 3, 2, 2, 2)])
-def test_any_shape(shape):
-    assert solve(diffusion(50), lambda x, t: x.tanh(), th.randn(shape), order=3, steps=8).shape == shape
+@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("shape", [(2, 3), (2, 3, 5), (2, 3, 4, 4), (2, 3, 2, 2, 2)], ids=str)
+def test_any_shape(shape, name):
+    """The axes are independent: a sample of any shape is that of its values."""
+    process, x_T = diffusion(50), th.randn(shape)
+    sample = SAMPLERS[name](process, lambda x, t: x.tanh(), x_T, steps=8, noise_fn=th.ones_like)
+    flat = SAMPLERS[name](process, lambda x, t: x.tanh(), x_T.flatten(1), steps=8, noise_fn=th.ones_like)
+    assert sample.shape == shape
+    th.testing.assert_close(sample.flatten(1), flat)
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("var", VARS)
+@pytest.mark.parametrize("mean", MEANS)
+def test_the_perfect_model_of_a_point_draws_that_point(mean, var, name):
+    """Whatever it predicts, with fixed and with learned variances; the noise of t = 0 is left."""
+    process = diffusion(200, var_type=gd.ModelVarType[var], mean_type=gd.ModelMeanType[mean])
+    x_start = th.linspace(-0.9, 0.9, 24).view(2, 3, 4)
+    sample = SAMPLERS[name](process, point_model(process, x_start), th.randn(2, 3, 4), steps=10)
+    left = process.sqrt_one_minus_alphas_cumprod[0]
+    assert (sample - process.sqrt_alphas_cumprod[0] * x_start).abs().max() < 5 * left
+
+
+@pytest.mark.parametrize("dtype", [th.float16, th.bfloat16])
+@pytest.mark.parametrize("name", SOLVERS)
+def test_arithmetic_is_float32_for_a_network_in_half_precision(name, dtype):
+    """Where it answers in it: as if its answer were float32, to float32's precision."""
+
+    def half(x, t):
+        return (x.tanh() * 0.9).to(dtype)
+
+    process, x_T = diffusion(1000), th.randn(2, 3, 4)
+    samples = [
+        SAMPLERS[name](process, model, x_T, steps=20, noise_fn=th.ones_like)
+        for model in (half, lambda x, t: half(x, t).float())
+    ]
+    assert samples[0].dtype == th.float32
+    th.testing.assert_close(*samples, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "kind, precision",
+    [
+        *itertools.product(["classes", "super-resolution"], [dict(use_fp16=True), dict(use_bf16=True)]),
+        ("super-resolution", dict(compile=True)),
+    ],
+    ids=str,
+)
+def test_networks_of_both_kinds_in_any_precision(kind, precision, monkeypatch):
+    """Class-conditional and super-resolution, of learned variance: near the samples in float32."""
+    monkeypatch.setattr(th.nn.Module, "compile", functools.partialmethod(th.nn.Module.compile, backend="eager"))
+    common = dict(TINY, class_cond=True, num_classes=4, learn_sigma=True)
+    samples = []
+    for chosen in ({}, precision):
+        th.manual_seed(0)
+        if kind == "classes":
+            model, process = build(image_size=8, **common)
+        else:
+            model, process = build_sr(large_size=8, small_size=4, **common)
+        for p in model.parameters():
+            th.nn.init.normal_(p, std=0.03)
+        kwargs = {"y": th.tensor([1, 3])} | ({"low_res": th.randn(2, 3, 4, 4)} if kind != "classes" else {})
+        called = for_inference(model, batch_size=2, **chosen)
+        samples.append(unipc(process, called, th.randn(2, 3, 8, 8), steps=3, model_kwargs=kwargs))
+    assert samples[1].dtype == th.float32 and samples[1].isfinite().all()
+    assert (samples[1] - samples[0]).abs().max() < (1e-4 if "compile" in precision else 0.1)
 
 
 def test_a_clamped_prediction_enters_the_history():

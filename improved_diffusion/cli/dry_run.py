@@ -6,6 +6,7 @@ from collections.abc import Callable
 from .. import dist_util
 from ..image_datasets import load_data, load_data_once
 from ..logger import Logger
+from ..solvers import default_steps, half_log_snr, time_grid
 from ..utils.memory import available_memory
 from ..utils.streams import counted, show
 from .estimate import advise, estimate_memory, flags_that_fit, forward_flops, mib, on_meta
@@ -44,6 +45,10 @@ def print_dry_run(run: Run, create: Callable) -> None:
         advice = advise(flags_that_fit(options, create, available))
         show(f"memory of {dist_util.dev()}: {mib(available)} free; {advice}")
     steps = diffusion.timestep_map
+    sampling = getattr(options, "sampling", None)
+    if sampling is not None and sampling.solves:
+        chosen = sampling.sampling_steps or default_steps(diffusion)
+        steps = sorted(time_grid(half_log_snr(diffusion), chosen, sampling.spacing)[:-1])
     shown = steps if len(steps) <= 12 else [*steps[:6], "...", *steps[-3:]]
     show(f"timesteps: {len(steps)} of {diffusion.original_num_steps}: {', '.join(map(str, shown))}")
     if hasattr(options, "data") and options.data.data_dir:

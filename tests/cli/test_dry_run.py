@@ -18,6 +18,7 @@ from improved_diffusion.cli.estimate import (
 )
 from improved_diffusion.options import SampleOptions, TrainOptions
 from improved_diffusion.script_util import create_model_and_diffusion
+from improved_diffusion.solvers import half_log_snr, time_grid
 from improved_diffusion.training.checkpoints import rng_state
 
 
@@ -68,6 +69,16 @@ def test_half_precision_takes_less(tmp_path, capfd, precision):
 def test_many_timesteps_are_shortened(tmp_path, capfd):
     out = printed(tmp_path, capfd, "image_train", **{**TINY, "diffusion_steps": 4000}, image_size=8)
     assert "timesteps: 4000 of 4000: 0, 1, 2, 3, 4, 5, ..., 3997, 3998, 3999\n" in out
+
+
+def test_the_timesteps_of_a_solver(tmp_path, capfd):
+    """Those at which it calls the network; a count that there is not ends in one line."""
+    words = dict(TINY, image_size=8, model_path=save_weights(tmp_path / "model.pt"), sampler="unipc", spacing="time")
+    out = printed(tmp_path, capfd, "image_sample", **words, sampling_steps=5)
+    times = time_grid(half_log_snr(build(**TINY, image_size=8)[1]), 5, "time")
+    assert f"timesteps: 5 of 24: {', '.join(map(str, times[-2::-1]))}\n" in out
+    assert run_script("image_sample", flags(dry_run=True, **words, sampling_steps=24), tmp_path / "log") == 2
+    assert "--sampling_steps 24: " in capfd.readouterr().err
 
 
 def estimate(training, **changed):

@@ -56,6 +56,14 @@ def test_the_picture_is_of_the_models_samples_and_random_numbers_stay(tmp_path, 
     np.testing.assert_array_equal(pictures.shown[0][1], first)
 
 
+@pytest.mark.parametrize("steps, calls", [(100, 10), (4, 3)])
+def test_ten_evaluations_or_as_many_as_there_are(tmp_path, steps, calls):
+    process = build(image_size=32, num_channels=32, num_res_blocks=1, diffusion_steps=steps, noise_schedule="cosine")[1]
+    seen = []
+    Preview(process, (3, 8, 8), 2, {})(lambda: lambda x, t: seen.append(t) or x, str(tmp_path), 1)
+    assert len(seen) == calls
+
+
 @pytest.mark.parametrize("error", [th.OutOfMemoryError, MemoryError, RuntimeError, KeyError, OSError])
 @pytest.mark.parametrize("copying", [True, False])
 def test_what_goes_wrong_ends_no_run(tmp_path, diffusion, monkeypatch, error, copying):

@@ -26,6 +26,7 @@ from improved_diffusion.script_util import (
     sr_model_and_diffusion_defaults,
 )
 from improved_diffusion.train_util import TrainLoop
+from improved_diffusion.unet import UNetModel
 
 SAMPLE = dict(TINY, image_size=8, batch_size=2, num_samples=5, timestep_respacing=4)
 
@@ -315,6 +316,29 @@ def test_use_ddim_is_the_sampler_ddim(tmp_path):
     found = {name: sample(tmp_path / name, weights, **common, **more)[1]["arr_0"] for name, more in words.items()}
     np.testing.assert_array_equal(found["old"], found["new"])
     assert (found["new"] != found["other"]).any()
+
+
+@pytest.mark.parametrize("script", ["image_sample", "super_res_sample"])
+def test_a_solver_takes_sampling_steps(tmp_path, monkeypatch, script):
+    """With a seed in batches of any size, each evaluating the network as often as asked."""
+    words, calls = dict(sampler="dpm++2m-sde", sampling_steps=3, timestep_respacing=None, seed=3), []
+    if script == "super_res_sample":
+        np.savez(tmp_path / "base.npz", np.random.default_rng(0).integers(0, 256, (5, 4, 4, 3)).astype(np.uint8))
+        words.update(image_size=None, large_size=8, small_size=4, base_samples=tmp_path / "base.npz")
+    weights = save_weights(tmp_path / "model.pt", super_resolution=script == "super_res_sample", fill=0.02)
+    forward = UNetModel.forward
+
+    def counted(self, x, *args, **kwargs):
+        calls.append(len(x))
+        return forward(self, x, *args, **kwargs)
+
+    monkeypatch.setattr(UNetModel, "forward", counted)
+    _, two = sample(tmp_path / "two", weights, script, **words)
+    assert calls == [2] * 3 + [2] * 3 + [1] * 3
+    _, five = sample(tmp_path / "five", weights, script, **words, batch_size=5)
+    assert np.abs(two["arr_0"].astype(int) - five["arr_0"]).max() <= 1
+    _, ode = sample(tmp_path / "ode", weights, script, **words, eta=0)
+    assert (ode["arr_0"] != two["arr_0"]).any()
 
 
 @pytest.mark.parametrize("num_classes", [1, 3])
