@@ -172,7 +172,7 @@ class _Files:
         heic = [path for ending in HEIC_ENDINGS for path in self._others.get(ending, ())]
         found = [
             (sum(self._counts[ending] for ending in HEIC_ENDINGS), heic, "HEIC file", "convert to JPEG to use"),
-            (count, unread, "file", f"the name does not end in {', '.join(read)}"),
+            (count, unread, "file", f"the name does not end in {', '.join(read)}; convert images to use them"),
             (len(self.hidden), self.hidden, "hidden file or folder", ""),
             (len(self.links), self.links, "link", "to a folder that is read already"),
         ]

@@ -15,6 +15,7 @@ from ..script_util import create_diffusion
 from ..training.checkpoints import rng_state, set_rng_state
 from ..utils.errors import InputError
 from ..utils.files import is_inside
+from ..utils.streams import counted
 
 MAX_IMAGES = 64
 LOSS_TIMESTEPS = 4  # per image
@@ -44,6 +45,7 @@ class Validation:
             x_start, cond = default_collate([images[number] for number in mine])
             self.batches.append((mine, x_start, {**cond, **(add_conditions(x_start) if add_conditions else {})}))
         self._rounds = max(dist_util.all_gather_object(len(self.batches)))
+        self._count = sum(dist_util.all_gather_object(len(numbers)))
 
     @th.no_grad()
     def __call__(self, model: th.nn.Module, stopped: Callable[[], bool]) -> dict[str, float]:
@@ -54,6 +56,7 @@ class Validation:
         :param stopped: whether to stop, the same on all ranks; called before each batch.
         :return: {"valid_loss": mean loss, "valid_bpd": mean bound, bits per dimension}; {} if stopped.
         """
+        logger.log(f"evaluating {counted(self._count, 'held-out image')}...")
         rng, modes = rng_state(), [(module, module.training) for module in model.modules()]
         model = copy.copy(model)  # shares all but the compiled call: compiling for these batches takes minutes
         model.eval()
