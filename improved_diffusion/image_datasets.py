@@ -73,10 +73,11 @@ def load_data(
 
 def load_superres_data(*, large_size: int, small_size: int, **kwargs) -> BatchStream:
     """load_data() at large_size, with the condition "low_res": the batch, area-averaged to [N, C, small, small]."""
-    return load_data(image_size=large_size, add_conditions=functools.partial(_low_res, small_size), **kwargs)
+    return load_data(image_size=large_size, add_conditions=functools.partial(low_res, small_size), **kwargs)
 
 
-def _low_res(small_size, batch):
+def low_res(small_size: int, batch: th.Tensor) -> dict[str, th.Tensor]:
+    """The condition of super-resolution: a batch [N, C, H, W], area-averaged to small_size."""
     return {"low_res": F.interpolate(batch, small_size, mode="area")}
 
 

@@ -37,6 +37,7 @@ class Valid:
     :param above, below: exclusive bounds.
     :param several: the value is a str of numbers separated by commas, each within the bounds.
     :param required: "" is invalid; describes what to give.
+    :param words: str values that are valid too.
     """
 
     minimum: float | None = None
@@ -46,9 +47,12 @@ class Valid:
     choices: tuple = ()
     several: bool = False
     required: str = ""
+    words: tuple[str, ...] = ()
 
     def accepts(self, value: Any) -> bool:
         """Whether the value is valid. None, for no value, is."""
+        if isinstance(value, str) and self.words:
+            return value in self.words
         if self.several:
             try:
                 return all(self._in_range(float(v)) for v in str(value).split(","))
@@ -73,6 +77,7 @@ class Valid:
         least = "{}" if self.maximum is not None else "{} or more," if self.below is not None else "{} or more"
         bounds = {least: self.minimum, "more than {}": self.above, "to {}": self.maximum, "below {}": self.below}
         text = " ".join(words.format(bound) for words, bound in bounds.items() if bound is not None)
+        text = " or ".join([text, *self.words])
         return f"{text}, or several separated by commas" if self.several else text
 
 
@@ -124,7 +129,7 @@ def rows(group: Any) -> tuple[Option, ...]:
             found += rows(field.type)
             continue
         kinds = [kind for kind in typing.get_args(field.type) if kind is not type(None)]  # of int | None
-        kind: Any = kinds[0] if kinds else field.type
+        kind: Any = kinds[0] if kinds else field.type  # the first of int | str
         found.append(Option(field.name, kind, field.default, group.title, **field.metadata))
     return tuple(found)
 
@@ -193,11 +198,14 @@ class DiffusionOptions(Group):
     rescale_learned_sigmas: bool = option(True, "weigh the bound in the hybrid loss as if there were 1000 timesteps")
 
 
+MICROBATCH_HELP = "images per forward pass, to save memory; -1 = batch_size; auto = what fits, measured at the start"
+
+
 @dataclass(frozen=True)
 class TrainingOptions(Group):
     title = "training"
     batch_size: int = option(1, "images per step on each rank", minimum=1, maximum=2**24)
-    microbatch: int = option(-1, "images per forward pass, to save memory; -1 = batch_size", minimum=-1)
+    microbatch: int | str = option(-1, MICROBATCH_HELP, minimum=-1, words=("auto",))
     lr: float = option(1e-4, "learning rate of AdamW", above=0)
     weight_decay: float = option(0.0, "weight decay of AdamW", minimum=0)
     lr_anneal_steps: int = option(0, "number of steps, the learning rate falling to 0; 0 = no limit", minimum=0)
@@ -206,12 +214,14 @@ class TrainingOptions(Group):
     schedule_sampler: str = option("uniform", "distribution of timesteps", choices=("uniform", "loss-second-moment"))
     random_flip: bool = option(False, "mirror each image with probability 1/2")
     resume_checkpoint: str = path_option("model file to resume from, or auto: the newest complete one of log_dir")
+    valid_dir: str = path_option("folder of held-out images: their loss and bound at each checkpoint, in progress.csv")
     fp16_scale_growth: float = option(1e-3, "growth of log2 of the float16 loss scale per step", minimum=0, maximum=1)
 
     def __post_init__(self):
         super().__post_init__()
-        if not (self.microbatch == -1 or 1 <= self.microbatch <= self.batch_size):
-            raise InputError(f"microbatch {self.microbatch}: give 1 to batch_size ({self.batch_size}), or -1 for that")
+        if isinstance(self.microbatch, int) and not (self.microbatch == -1 or 1 <= self.microbatch <= self.batch_size):
+            problem = f"give 1 to batch_size ({self.batch_size}), -1 for that, or auto"
+            raise InputError(f"microbatch {self.microbatch}: {problem}")
 
 
 @dataclass(frozen=True)
@@ -308,7 +318,7 @@ class GeneralOptions(Group):
     title = "general"
     preset: str = option("", "defaults of a published model, see docs/published_models.md")
     log_dir: str = option("", "folder for all output; default: OPENAI_LOGDIR, else a new one in runs/")
-    dry_run: bool = option(False, "print flags, model size, memory and timesteps, and exit")
+    dry_run: bool = option(False, "print flags, model size, memory, FLOPs and timesteps, open the data, and exit")
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ from .nn import match_gradients, update_ema
 from .resample import LossAwareSampler, UniformSampler
 from .training import checkpoints, resume
 from .training.checkpoints import find_ema_checkpoint, parse_resume_step_from_filename  # noqa: F401 (the original's)
+from .training.microbatch import largest_microbatch
 from .training.position import Position
 from .training.signals import StopSignals
 from .training.statistics import StepStatistics, log_loss_dict  # noqa: F401 (the second is the original's)
@@ -48,6 +49,8 @@ from .utils.progress import Progress
 INITIAL_LOG_LOSS_SCALE = 20.0
 # More overflows in a row are not the scale's fault: the network itself yields NaN.
 MAX_OVERFLOWS_IN_A_ROW = 20
+# The flag under which the state file has [microbatch, batch_size] of microbatch auto
+MEASURED = "measured_microbatch"
 
 
 class TrainLoop:
@@ -57,7 +60,8 @@ class TrainLoop:
     :param data: an iterator of (x_start [N, C, ...], dict of conditions); one with state_dict(), which is
                  called before each batch, and load_state_dict() is continued where it was when a run resumes.
     :param batch_size: samples a step, on each rank.
-    :param microbatch: samples that go through the network at once; -1 for all. Changes memory only.
+    :param microbatch: samples that go through the network at once; -1 for all. The gradient's expectation is the
+                       same. "auto" is the largest that fits, measured before the first step.
     :param lr: learning rate of AdamW; it falls to 0 over lr_anneal_steps, if set.
     :param ema_rate: one rate, a list of them, or a string of them with commas.
     :param log_interval: steps between rows of the log.
@@ -75,11 +79,13 @@ class TrainLoop:
     :param flags: a dict of plain values that describe the run, for the state file; a resumed run logs which changed.
     :param preview: called on rank 0 after each save, with a function that gives a copy of the network with the first
                     average's weights, the folder, and the step of the save.
+    :param validate: called on all ranks before each save but that of an interruption, with the network and a function
+                     that tells, on all ranks, whether a signal has come; returns what to log, {} for nothing.
     :raises InputError: if the checkpoint cannot be read or does not belong to this model.
     """
 
     # Here, since a subclass may have the original's __init__:
-    max_steps, keep_checkpoints, flags, preview = 0, 0, {}, None  # type: ignore[var-annotated]
+    max_steps, keep_checkpoints, flags, preview, validate = 0, 0, {}, None, None  # type: ignore[var-annotated]
     position = functools.cached_property(lambda self: Position())
     _statistics = functools.cached_property(lambda self: StepStatistics())
     _overflows_in_a_row = 0
@@ -88,6 +94,7 @@ class TrainLoop:
     _before_batch = None  # state of data and random numbers
     _computing = None  # within a step: whether it has changed nothing but gradients and random numbers
     _progress = None
+    _auto_microbatch, _measured_before = False, None  # the latter by the run that is resumed
 
     def __init__(
         self,
@@ -111,10 +118,12 @@ class TrainLoop:
         keep_checkpoints=0,
         flags=None,
         preview=None,
+        validate=None,
     ):
         self.model, self.diffusion, self.data = model, diffusion, data
         self.batch_size = batch_size
-        self.microbatch = microbatch if microbatch > 0 else batch_size
+        self._auto_microbatch = microbatch == "auto"
+        self.microbatch = batch_size if self._auto_microbatch or microbatch <= 0 else microbatch
         self.lr, self.weight_decay, self.lr_anneal_steps = lr, weight_decay, lr_anneal_steps
         rates = ema_rate.split(",") if isinstance(ema_rate, str) else np.atleast_1d(ema_rate)
         self.ema_rate = [float(rate) for rate in rates]
@@ -123,7 +132,7 @@ class TrainLoop:
         self.use_fp16, self.fp16_scale_growth = use_fp16, fp16_scale_growth
         self.schedule_sampler = schedule_sampler or UniformSampler(diffusion)
         self.max_steps, self.keep_checkpoints = max_steps, keep_checkpoints
-        self.flags, self.preview = dict(flags or {}), preview
+        self.flags, self.preview, self.validate = dict(flags or {}), preview, validate
 
         self.step = self.resume_step = 0
         self.global_batch = self.batch_size * dist_util.world_size()
@@ -206,10 +215,12 @@ class TrainLoop:
         self.step, self.resume_step = state["updates"], 0
         self.lg_loss_scale = state["lg_loss_scale"]
         self._overflows_in_a_row = state["overflows_in_a_row"]
+        self._measured_before = state.get("flags", {}).get(MEASURED)
         unreported = {"resume_checkpoint", "seed", "lr", "weight_decay"}  # the last two by the optimizer
         resume.log_changes(state.get("flags", {}), {k: v for k, v in self.flags.items() if k not in unreported})
         self._parts().load_state_dict(state, self.step)
-        if self._checkpoint.is_in(get_blob_logdir()):
+        finished = self.step >= (self.last_step() or math.inf)
+        if self._checkpoint.is_in(get_blob_logdir()) and not finished:
             logger.get_current().drop_from("step", self.step)  # rows that will be written again
 
     def _parts(self):
@@ -249,19 +260,43 @@ class TrainLoop:
             Progress("training", self.last_step(), "steps", None, done, show) as self._progress,
         ):
             batch = self._next_batch(stop)
+            if batch is not None and self._auto_microbatch:
+                self._measure_microbatch(*batch)
             while batch is not None:
                 self._try_step(*batch)
                 self._finish_step()  # subclasses may override run_step() without calling this
-                if self.step % self.log_interval == 0:
+                save_due = self.position.save_due(self.save_interval)
+                validated = save_due and self._validate(stop)
+                if self.step % self.log_interval == 0 or validated:
                     logger.dumpkvs()
-                if self.position.save_due(self.save_interval):
+                if save_due:
                     self._save()
                     if self.step > 0 and dist_util.any_rank(bool(os.environ.get("DIFFUSION_TRAINING_TEST"))):
                         return
                 batch = self._next_batch(stop)
                 self.step += 1
             if self.position.closing_save_due(self.save_interval):
+                if self._validate(stop):
+                    logger.logkv("step", self.position.label())
+                    logger.logkv("samples", self.position.label() * self.global_batch)
+                    logger.dumpkvs()
                 self._save()
+
+    def _validate(self, stop):
+        """Give the logger the values of held-out images. :return: whether there are any."""
+        if self.validate is None:
+            return False
+        values = self.validate(self.model, lambda: dist_util.any_rank(stop.received is not None))
+        for key, value in values.items():
+            logger.logkv(key, value)
+        return bool(values)
+
+    def _measure_microbatch(self, batch, cond):
+        """Set microbatch to what fits. A resumed run takes no more than before, and so draws the same noise."""
+        before, of_batch = self._measured_before or (self.batch_size, self.batch_size)
+        at_most = before if of_batch == self.batch_size else self.batch_size
+        self.microbatch = largest_microbatch(self, batch, cond, at_most)
+        self.flags[MEASURED] = [self.microbatch, self.batch_size]
 
     def _next_batch(self, stop):
         """

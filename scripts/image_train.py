@@ -11,10 +11,12 @@ import torch as th
 
 from improved_diffusion import dist_util
 from improved_diffusion.cli.dry_run import print_dry_run
+from improved_diffusion.cli.estimate import memory_warnings
 from improved_diffusion.cli.parser import create_parser, logging_to, parse_flags, run
 from improved_diffusion.cli.run_config import resumed, save_config
 from improved_diffusion.image_datasets import load_data
 from improved_diffusion.inference.preview import Preview
+from improved_diffusion.metrics.validation import create_validation
 from improved_diffusion.options import TrainOptions
 from improved_diffusion.resample import create_named_schedule_sampler
 from improved_diffusion.script_util import configure_compute, create_diffusion, create_model_and_diffusion
@@ -35,9 +37,11 @@ def main():
     model, diffusion = options.call(create_model_and_diffusion)
     configure_compute(model, use_bf16=options.compute.use_bf16, compile=options.compute.compile)
     data = options.call(load_data, class_names=this_run.class_names)
+    validation = create_validation(options, diffusion, data.dataset.class_names)
     checkpoint = options.call(open_checkpoint, model=model)
 
-    with logging_to(options.general.log_dir, this_run.notes, checkpoints=True):
+    notes = [*this_run.notes, *memory_warnings(options, create_model_and_diffusion)]
+    with logging_to(options.general.log_dir, notes, checkpoints=True):
         loop = options.call(
             TrainLoop,
             model=model.to(dist_util.dev()),
@@ -47,6 +51,7 @@ def main():
             resume_checkpoint=checkpoint,
             flags=options.of_the_run(),
             preview=create_preview(options, data.dataset.class_names),
+            validate=validation,
         )
         save_config(get_blob_logdir(), "image_train", options, data.dataset.class_names)
         log_start(loop, data.dataset)

@@ -16,9 +16,10 @@ from improved_diffusion.utils.log_formats import number
 from improved_diffusion.utils.streams import show
 
 PANELS = [  # title, {column: its label}, logarithmic
-    ("loss", {"loss": ""}, True),
+    ("loss", {"loss": "", "valid_loss": "held out"}, True),
     ("squared error", {"mse": ""}, True),
     ("variational bound, bits/dim", {"vb": ""}, True),
+    ("bound of held-out images, bits/dim", {"valid_bpd": ""}, True),
     ("loss by quartile of t", {f"loss_q{i}": f"q{i}" for i in range(4)}, True),
     ("norm of the gradients", {"grad_norm": ""}, True),
     ("images/s", {"images/s": ""}, False),

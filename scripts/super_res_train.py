@@ -4,12 +4,16 @@ Train a super-resolution model on images: it enlarges them from --small_size to 
     python scripts/super_res_train.py --data_dir photos --large_size 256 --small_size 64 --log_dir runs/large
 """
 
+import functools
+
 from improved_diffusion import dist_util
 from improved_diffusion.cli.dry_run import print_dry_run
+from improved_diffusion.cli.estimate import memory_warnings
 from improved_diffusion.cli.parser import create_parser, logging_to, parse_flags, run
 from improved_diffusion.cli.run_config import resumed, save_config
-from improved_diffusion.image_datasets import load_data, load_superres_data
+from improved_diffusion.image_datasets import load_data, load_superres_data, low_res
 from improved_diffusion.inference.preview import Preview
+from improved_diffusion.metrics.validation import create_validation
 from improved_diffusion.options import SuperResTrainOptions
 from improved_diffusion.resample import create_named_schedule_sampler
 from improved_diffusion.script_util import configure_compute, create_diffusion, sr_create_model_and_diffusion
@@ -36,9 +40,12 @@ def main():
         **options.arguments_of(load_data),
     )
     sampler = create_named_schedule_sampler(options.training.schedule_sampler, diffusion)
+    enlarged_from = functools.partial(low_res, options.model.small_size)
+    validation = create_validation(options, diffusion, data.dataset.class_names, enlarged_from)
     checkpoint = options.call(open_checkpoint, model=model)
 
-    with logging_to(options.general.log_dir, this_run.notes, checkpoints=True):
+    notes = [*this_run.notes, *memory_warnings(options, sr_create_model_and_diffusion)]
+    with logging_to(options.general.log_dir, notes, checkpoints=True):
         loop = options.call(
             TrainLoop,
             model=model.to(dist_util.dev()),
@@ -48,6 +55,7 @@ def main():
             resume_checkpoint=checkpoint,
             flags=options.of_the_run(),
             preview=create_preview(options, data),
+            validate=validation,
         )
         save_config(get_blob_logdir(), "super_res_train", options, data.dataset.class_names)
         log_start(loop, data.dataset)

@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import json
 import re
 import shlex
 import sys
@@ -9,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 import torch as th
-from harness import ROOT, load_script
+from harness import ROOT, TINY, load_script, save_weights
 from PIL import Image
 from test_script_util import ORIGINAL_FLAGS
 
@@ -38,8 +39,19 @@ PROGRAMS = {
 }
 
 
+def make_run(folder):
+    """The run that the program of recipes.md reads, with a tiny network."""
+    folder.mkdir(parents=True)
+    sizes = {**TINY, "image_size": 64, "attention_resolutions": "32"}
+    save_weights(folder / "ema_0.999_030000.pt", **sizes)
+    (folder / "config.json").write_text(json.dumps({"script": "image_train", "flags": sizes, "class_names": None}))
+
+
 @pytest.mark.parametrize("program", PROGRAMS.values(), ids=PROGRAMS)
-def test_the_programs_run(program):
+def test_the_programs_run(program, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if "runs/photos64" in program:
+        make_run(tmp_path / "runs" / "photos64")
     names = {}
     exec(compile(program.replace("range(1000)", "range(3)"), "example", "exec"), names)
     tensors = {name: value for name, value in names.items() if isinstance(value, th.Tensor)}
@@ -60,7 +72,7 @@ def script_calls():
     for document, text in TEXTS.items():
         text = text.replace("\\\n", " ")
         for name, rest in re.findall(
-            r"(?:^|`|\$ )(?:python|torchrun .*|mpiexec .*) scripts/(\w+)\.py ([^`\n]*)", text, re.M
+            r"(?:^|`|\$ )(?:python|torchrun .*|mpiexec .*|srun .*) scripts/(\w+)\.py ([^`\n]*)", text, re.M
         ):
             if "..." not in rest and "SOURCE" not in rest:
                 yield pytest.param(name, shlex.split(rest, comments=True), id=f"{document}: {name} {rest}")
@@ -130,7 +142,8 @@ def known_flags():
 def test_flags_that_are_named_exist(document):
     launchers = {"nproc_per_node", "nnodes", "node_rank", "master_addr", "max_restarts", "ntasks", "gpus"}
     benchmarks = re.findall(r"^    (\w+)=", (ROOT / "benchmarks/run.py").read_text(), flags=re.MULTILINE)
-    named = set(re.findall(r"(?<![\w-])--([a-z]\w+)", TEXTS[document]))
+    text = re.sub(r"^#SBATCH.*|`--requeue`|--kill-on-bad-exit", "", TEXTS[document], flags=re.MULTILINE)  # Slurm's
+    named = set(re.findall(r"(?<![\w-])--([a-z]\w+)", text))
     assert named <= known_flags() | launchers | {*benchmarks, "variants", "out_dir"}  # the last is the example's
 
 

@@ -43,7 +43,7 @@ FLAGS_ALLOWED = {
 PRIVATE_ALLOWED = {
     ("nn", "th._foreach_mul_"): "the multi-tensor kernels have no public name; optimizers and timm use this one",
     ("nn", "th._foreach_add_"): "as above",
-    ("cli.dry_run", "torch.utils._python_dispatch.TorchDispatchMode"): "torch documents the mode under this name only",
+    ("utils.memory", "torch.utils._python_dispatch.TorchDispatchMode"): "torch documents the mode under this name only",
 }
 
 

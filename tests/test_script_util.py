@@ -82,7 +82,9 @@ NEW_FLAGS = dict(
     dry_run=False,
 )
 NEW_DATA_FLAGS = dict(NEW_FLAGS, num_workers=-1, labels="auto", pin_memory=True)
-NEW_TRAINING_FLAGS = dict(NEW_DATA_FLAGS, max_steps=0, keep_checkpoints=0, random_flip=False, preview_samples=16)
+NEW_TRAINING_FLAGS = dict(
+    NEW_DATA_FLAGS, max_steps=0, keep_checkpoints=0, random_flip=False, valid_dir="", preview_samples=16
+)
 NEW_SAMPLING_FLAGS = dict(NEW_FLAGS, save_images=False, sampler="ancestral", sampling_steps=0, spacing="lam", eta=None)
 NEW_BY_SCRIPT = {
     "image_train": NEW_TRAINING_FLAGS,

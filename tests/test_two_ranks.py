@@ -53,6 +53,19 @@ def test_gradient_is_that_of_all_batches(two_ranks):
         assert found["gradient error"] < 1e-6
 
 
+def test_ranks_agree_on_the_microbatch_that_fits(two_ranks):
+    for found in two_ranks[1:]:
+        assert (found["microbatch"], found["microbatch auto is that"]) == (1, True)
+
+
+def test_ranks_evaluate_held_out_images_together(two_ranks):
+    folder, *found = two_ranks
+    assert found[0]["held out"] == found[1]["held out"]
+    rows = [row["valid_loss"] for row in read_rows(folder / "valid") if "valid_loss" in row]
+    assert rows == [values["valid_loss"] for values in found[0]["held out"]] and len(rows) == 2
+    assert all(rank["as without held out"] for rank in found)
+
+
 def test_ranks_hold_the_same_parameters(two_ranks):
     _, *found = two_ranks
     assert found[0]["parameters"] == found[1]["parameters"]

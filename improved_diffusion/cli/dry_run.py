@@ -1,16 +1,15 @@
-"""Print a run's flags, model size, memory and timesteps, without computing anything."""
+"""Print a run's flags, model size, memory, computation, timesteps and data, without computing anything."""
 
 import dataclasses
-import weakref
 from collections.abc import Callable
-from typing import Any
-
-import torch as th
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from .. import dist_util
-from ..options import ScriptOptions, TrainingOptions
+from ..image_datasets import load_data, load_data_once
+from ..logger import Logger
+from ..training.describe import counted
+from ..utils.memory import available_memory
 from ..utils.streams import show
+from .estimate import advise, estimate_memory, flags_that_fit, forward_flops, mib, on_meta
 from .run_config import Run
 
 
@@ -19,10 +18,10 @@ def print_dry_run(run: Run, create: Callable) -> None:
     Print the summary of a run on rank 0.
 
     :param create: factory of (model, diffusion).
+    :raises InputError: after the rest, if the data cannot be read.
     """
     options = run.options
-    with th.device("meta"):
-        model, diffusion = options.call(create)
+    model, diffusion = on_meta(options, create)
     if dist_util.rank() != 0:
         return
     for note in run.notes:
@@ -33,66 +32,40 @@ def print_dry_run(run: Run, create: Callable) -> None:
         for name, value in dataclasses.asdict(group).items():
             show(f"  --{name} {value!r}" if value in ("", None) else f"  --{name} {value}")
     show(f"parameters: {sum(p.numel() for p in model.parameters()):,}")
-    held, peak = (f"{size / 2**20:,.0f} MiB" for size in estimate_memory(model, options))
     training = hasattr(options, "training")
+    flops = forward_flops(model, options) / 1e9
+    more = f", about {3 * flops:,.1f} of a training step" if training else ""
+    show(f"GFLOPs per image: {flops:,.1f} of a forward pass{more}")
+    held, peak = estimate_memory(model, options)
     parts, step = ("weights, moments and averages", "training step") if training else ("the weights", "step")
-    needed = f"{held} for {parts}, {peak} more at the peak of a {step}, libraries not counted"
+    needed = f"{mib(held)} for {parts}, {mib(peak)} more at the peak of a {step}, libraries not counted"
     show(f"memory of a rank, estimated: {needed}")
+    available = available_memory(dist_util.dev())
+    if available is not None:
+        advice = advise(flags_that_fit(options, create, available))
+        show(f"memory of {dist_util.dev()}: {mib(available)} free; {advice}")
     steps = diffusion.timestep_map
     shown = steps if len(steps) <= 12 else [*steps[:6], "...", *steps[-3:]]
     show(f"timesteps: {len(steps)} of {diffusion.original_num_steps}: {', '.join(map(str, shown))}")
+    if hasattr(options, "data") and options.data.data_dir:
+        _show_data(run)
 
 
-def estimate_memory(model: Any, options: ScriptOptions) -> tuple[int, int]:
-    """
-    Bytes that a run (holds permanently, allocates in addition at the peak of a step).
-
-    :param model: on the device "meta".
-    """
+def _show_data(run):
+    """Open the data as the run does, and decode an image."""
+    options, training = run.options, getattr(run.options, "training", None)
     values = options.values()
-    training: TrainingOptions | None = getattr(options, "training", None)
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    half = values["use_fp16"] * weights // 2
-    batch_size = values["batch_size"]
-    if training is not None:
-        held = weights * (3 + len(training.ema_rate.split(","))) + half  # weights, two moments, averages
-        batch_size = training.microbatch if training.microbatch > 0 else batch_size
-    else:
-        held = half or weights
-    if values["use_fp16"] or values["use_bf16"]:  # for bf16 too: meta has no autocast, and the sizes are the same
-        model.convert_to_fp16()
     size = values.get("image_size") or values["large_size"]
-    shape = (batch_size, values["image_channels"], size, size)
-    with th.device("meta"), _LiveBytes() as live, th.set_grad_enabled(training is not None):
-        kwargs: dict[str, th.Tensor] = {}
-        if "small_size" in values:
-            kwargs["low_res"] = th.zeros(*shape[:2], values["small_size"], values["small_size"])
-        if values["class_cond"]:
-            kwargs["y"] = th.zeros(batch_size, dtype=th.long)
-        out = model.train(training is not None)(th.zeros(shape), th.zeros(batch_size), **kwargs)
-        if training is not None:
-            out.sum().backward()
-    return held, live.peak
-
-
-class _LiveBytes(TorchDispatchMode):
-    """Measure the peak of the bytes in tensors created within the mode."""
-
-    def __init__(self):
-        super().__init__()
-        self.now = self.peak = 0
-        self._known = weakref.WeakSet()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, (tuple, list)) else (out,):
-            storage = tensor.untyped_storage() if isinstance(tensor, th.Tensor) else None
-            if storage is not None and storage not in self._known:
-                self._known.add(storage)
-                self.now += storage.nbytes()
-                weakref.finalize(storage, self._free, storage.nbytes())
-        self.peak = max(self.peak, self.now)
-        return out
-
-    def _free(self, size):
-        self.now -= size
+    arguments = dict(image_size=size, class_names=run.class_names, num_workers=0)
+    data = options.call(load_data if training else load_data_once, **arguments)
+    for note in Logger.EARLY:
+        show(note)
+    Logger.EARLY.clear()
+    x_start, _ = data.dataset[0]
+    names = data.dataset.class_names
+    classes = f" of {counted(len(names), 'class', 'classes')}" if names else ""
+    show(f"data: {counted(data.dataset.num_images, 'image')}{classes}, decoded to {'x'.join(map(str, x_start.shape))}")
+    if training and training.valid_dir:
+        arguments.update(class_names=names, data_dir=training.valid_dir)
+        data = options.call(load_data_once, **arguments)
+        show(f"held-out data: {counted(data.dataset.num_images, 'image')}")

@@ -19,7 +19,7 @@ from ..script_util import str2bool, whole_number
 from ..utils import errors, streams
 from ..utils.errors import InputError, TrainingError, first_line
 from ..utils.files import FolderLock, checkpoint_url, is_remote, user_path
-from .presets import PRESETS
+from .presets import COSTS, PRESETS
 
 Opts = TypeVar("Opts", bound=ScriptOptions)
 
@@ -62,7 +62,11 @@ class FlagParser(argparse.ArgumentParser):
 
 def create_parser(options: ScriptOptions, description: str | None) -> FlagParser:
     """A parser with a flag for each option. The values of `options` are the defaults."""
-    epilog = "Counts may be written as 1e6. The default is in brackets."
+    costs = "; ".join(f"{name}: {cost}" for name, cost in COSTS.items())
+    epilog = (
+        "Counts may be written as 1e6. The default is in brackets. The presets, with their parameters, memory to train "
+        f"with one image in a pass, and operations of a forward pass of an image: {costs}."
+    )
     parser = FlagParser(description=description, epilog=epilog)
     general, *others = (getattr(options, field.name) for field in dataclasses.fields(options))
     for group in [*others, general]:
@@ -75,8 +79,20 @@ def create_parser(options: ScriptOptions, description: str | None) -> FlagParser
 def add_flag(parser, row: Option, default: Any) -> None:
     """Add an option's flag to a parser or argument group."""
     read, metavar = (path_argument, "PATH") if row.path else READERS[row.type]
+    if row.valid is not None and row.valid.words:
+        read, metavar = _or_word(read, row.valid.words), "|".join([metavar, *row.valid.words])
     shown = f" [{default}]" if default not in ("", None) else ""
     parser.add_argument(f"--{row.name}", default=default, type=read, metavar=metavar, help=row.help + shown)
+
+
+def _or_word(read, words):
+    """A reader of `read`'s values and of some words."""
+
+    def read_or_keep(text):
+        return text if text in words else read(text)
+
+    read_or_keep.__name__ = read.__name__  # which argparse shows
+    return read_or_keep
 
 
 @dataclass(frozen=True)

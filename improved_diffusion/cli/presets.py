@@ -25,3 +25,14 @@ PRESETS: dict[str, dict] = {  # batch_size is the total over ranks
         **_NOT_RESCALED,
     ),
 }
+
+# Computed by estimate.preset_cost(), which takes seconds; tests compare
+COSTS: dict[str, str] = {  # parameters, memory to train with one image a pass, operations of a forward pass of an image
+    "imagenet64": "121M, 2.4 GiB, 79 GFLOPs",
+    "imagenet64_vlb": "121M, 2.4 GiB, 79 GFLOPs",
+    "imagenet64_cond": "273M, 5.3 GiB, 178 GFLOPs",
+    "cifar10": "53M, 1.0 GiB, 17 GFLOPs",
+    "cifar10_vlb": "53M, 1.0 GiB, 17 GFLOPs",
+    "upsample256": "280M, 7.6 GiB, 1120 GFLOPs",
+    "lsun_bedroom": "114M, 3.7 GiB, 497 GFLOPs",
+}

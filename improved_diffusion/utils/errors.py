@@ -52,6 +52,6 @@ def is_compiler_error(error: BaseException) -> bool:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a GPU or the machine is out of memory."""
-    # on the CPU torch raises RuntimeError
-    texts = ("out of memory", "can't allocate memory", "not enough memory")
+    # on the CPU torch raises RuntimeError; cuBLAS and cuDNN have names of their own
+    texts = ("out of memory", "can't allocate memory", "not enough memory", "STATUS_ALLOC_FAILED")
     return isinstance(error, MemoryError) or any(text in str(error) for text in texts)

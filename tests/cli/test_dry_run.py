@@ -4,10 +4,21 @@ import re
 
 import pytest
 import torch as th
-from harness import TINY, build, flags, run_script, save_weights
+from harness import TINY, build, flags, run_script, save_weights, write_images
+from training import assert_same
 
-from improved_diffusion.cli.dry_run import estimate_memory
+from improved_diffusion.cli import dry_run
+from improved_diffusion.cli import estimate as estimate_module
+from improved_diffusion.cli.estimate import (
+    estimate_memory,
+    flags_that_fit,
+    forward_flops,
+    memory_warnings,
+    on_meta,
+)
 from improved_diffusion.options import SampleOptions, TrainOptions
+from improved_diffusion.script_util import create_model_and_diffusion
+from improved_diffusion.training.checkpoints import rng_state
 
 
 def printed(tmp_path, capfd, script, **values):
@@ -20,8 +31,8 @@ def printed(tmp_path, capfd, script, **values):
 @pytest.mark.parametrize("script", ["image_train", "super_res_train"])
 def test_training_is_described_and_nothing_is_written(tmp_path, capfd, script):
     sizes = dict(image_size=8) if script == "image_train" else dict(large_size=8, small_size=4)
-    out = printed(tmp_path, capfd, script, **TINY, **sizes, lr="1e-3", data_dir="nowhere", timestep_respacing="5")
-    for line in ("  --num_channels 32", "  --lr 0.001", "  --data_dir nowhere", "  --seed None", "  --log_dir ''"):
+    out = printed(tmp_path, capfd, script, **TINY, **sizes, lr="1e-3", timestep_respacing="5")
+    for line in ("  --num_channels 32", "  --lr 0.001", "  --data_dir ''", "  --seed None", "  --log_dir ''"):
         assert f"{line}\n" in out
     model, _ = build(**TINY, image_size=8)
     count = sum(p.numel() for p in model.parameters()) + (864 if script == "super_res_train" else 0)
@@ -80,7 +91,8 @@ def test_the_peak_follows_what_a_step_keeps():
     weights, _, peak = estimate(True)
     assert peak > weights  # the gradients
     assert 1.5 < estimate(True, batch_size=32)[2] / estimate(True, batch_size=16)[2] < 2.5
-    assert estimate(True, batch_size=8, microbatch=4)[2] == peak
+    assert peak < estimate(True, batch_size=8, microbatch=4)[2] <= peak + weights  # gradients, from the second pass
+    assert estimate(True, microbatch="auto")[2] == peak
     assert estimate(True, batch_size=64, use_checkpoint=True)[2] < 0.7 * estimate(True, batch_size=64)[2]
     assert estimate(False)[2] < peak / 2
 
@@ -100,3 +112,126 @@ def test_the_estimate_is_what_autograd_keeps():
     activations = sum(size for pointer, size in kept.items() if pointer not in weights)
     size, _, peak = estimate(True, batch_size=32)
     assert activations < peak < 1.5 * activations + size
+
+
+# ---------------------------------------------------------------- operations
+
+
+def test_operations_are_those_of_convolutions_and_products():
+    """2 per multiplication and addition, whatever the batch."""
+    convolution = th.nn.Conv2d(3, 6, 3, padding=1, device="meta")
+
+    class Net(th.nn.Module):
+        def forward(self, x, t):
+            return convolution(x)
+
+    for batch_size in (1, 4):
+        options = TrainOptions().replace(image_size=8, batch_size=batch_size)
+        assert forward_flops(Net(), options) == 2 * 8 * 8 * 6 * 3 * 9
+
+
+def test_operations_are_printed(tmp_path, capfd):
+    out = printed(tmp_path, capfd, "image_train", **TINY, image_size=8)
+    forward, step = map(float, re.search(r"GFLOPs per image: ([\d.]+) .*? ([\d.]+)", out).groups())
+    assert step == pytest.approx(3 * forward, abs=0.2)
+
+
+# ---------------------------------------------------------------- does it fit?
+
+
+SMALL = TrainOptions().replace(**TINY, image_size=8, batch_size=64)
+
+
+@pytest.fixture
+def linear(monkeypatch):
+    """An estimate of 100 bytes and 10 an image in a pass, a quarter of them with recomputation."""
+
+    def estimated(model, options):
+        values = options.values()
+        size = values.get("microbatch", -1)
+        size = values["batch_size"] if size in (-1, "auto") else size
+        return 100, 10 * size // (4 if values["use_checkpoint"] else 1)
+
+    monkeypatch.setattr(estimate_module, "estimate_memory", estimated)
+
+
+@pytest.mark.parametrize(
+    ("available", "changed"),
+    [
+        (740, {}),
+        (739, {"microbatch": 32}),
+        (420, {"microbatch": 32}),
+        (419, {"microbatch": 16}),
+        (110, {"microbatch": 1}),
+        (109, {"microbatch": 2, "use_checkpoint": True}),
+        (99, None),
+    ],
+)
+def test_the_proposal_is_the_largest_microbatch_that_fits(linear, available, changed):
+    assert flags_that_fit(SMALL, create_model_and_diffusion, available) == changed
+
+
+def test_sampling_is_offered_a_smaller_batch(linear):
+    options = SampleOptions().replace(**TINY, image_size=8, batch_size=64)
+    assert flags_that_fit(options, create_model_and_diffusion, 300) == {"batch_size": 16}
+
+
+def test_the_proposal_is_by_the_estimate():
+    memory = sum(estimate_memory(on_meta(SMALL, create_model_and_diffusion)[0], SMALL))
+    assert flags_that_fit(SMALL, create_model_and_diffusion, memory) == {}
+    assert flags_that_fit(SMALL, create_model_and_diffusion, memory - 1) == {"microbatch": 32}
+
+
+def test_the_devices_memory_is_compared(tmp_path, capfd, monkeypatch, linear):
+    words = dict(TINY, image_size=8, batch_size=64)
+    for available, line in [(300, "--microbatch 16 fits"), (2**40, "memory of cpu: 1,048,576 MiB free; it fits")]:
+        monkeypatch.setattr(dry_run, "available_memory", lambda device, available=available: available)
+        assert f"{line}\n" in printed(tmp_path, capfd, "image_train", **words)
+    monkeypatch.setattr(dry_run, "available_memory", lambda device: None)
+    assert "memory of cpu" not in printed(tmp_path, capfd, "image_train", **words)
+
+
+@pytest.mark.parametrize("microbatch", [-1, 64, "auto"])
+def test_a_run_warns_only_where_the_memory_is_too_small(monkeypatch, linear, microbatch):
+    options = SMALL.replace(microbatch=microbatch)
+    before = rng_state()
+    for available, flag in [(2**40, None), (740, None), (739, "--microbatch 32"), (99, "--use_bf16")]:
+        monkeypatch.setattr(estimate_module, "available_memory", lambda device, available=available: available)
+        lines = memory_warnings(options, create_model_and_diffusion)
+        assert [flag in line for line in lines] == ([True] if flag and microbatch != "auto" else [])
+    assert_same(rng_state(), before)
+
+
+def test_a_training_run_begins_with_the_warning(tmp_path, capfd, monkeypatch):
+    words = dict(TINY, image_size=8, batch_size=4, max_steps=1, num_workers=0, preview_samples=0)
+    words["data_dir"] = write_images(tmp_path / "images")
+    monkeypatch.setattr(estimate_module, "available_memory", lambda device: 2**20)
+    assert run_script("image_train", flags(**words), tmp_path / "log") == 0
+    log = (tmp_path / "log" / "log.txt").read_text()
+    assert log.index("cpu has 1 MiB free") < log.index("next checkpoint")
+
+
+# ---------------------------------------------------------------- data
+
+
+def test_the_data_are_opened_counted_and_decoded(tmp_path, capfd):
+    images = write_images(tmp_path / "images", count=6)
+    (images / "later.webp").write_bytes(b"left out")
+    words = dict(TINY, class_cond=True, num_classes=2, data_dir=images, batch_size=4)
+    out = printed(tmp_path, capfd, "image_train", **words, image_size=8)
+    assert "data: 6 images of 2 classes, decoded to 3x8x8\n" in out and "webp" in out
+    out = printed(tmp_path, capfd, "super_res_train", **words, large_size=16, small_size=8)
+    assert "data: 6 images of 2 classes, decoded to 3x16x16\n" in out
+
+
+@pytest.mark.parametrize("problem", ["missing", "few", "damaged"])
+def test_data_that_a_run_would_refuse_are_refused(tmp_path, capfd, problem):
+    images = write_images(tmp_path / "images", count=6)
+    if problem == "damaged":
+        (images / "a_000.png").write_bytes(b"no image")
+    words = dict(TINY, image_size=8, batch_size=7 if problem == "few" else 2, dry_run=True)
+    words["data_dir"] = tmp_path / "missing" if problem == "missing" else images
+    assert run_script("image_train", flags(**words), tmp_path / "log") == 2
+    out, err = capfd.readouterr()
+    assert "timesteps: 24 of 24" in out  # the rest comes first
+    assert err.count("\n") == 1 and str(words["data_dir"]) in err

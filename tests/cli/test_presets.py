@@ -6,7 +6,8 @@ import pytest
 import torch as th
 from harness import ROOT
 
-from improved_diffusion.cli.presets import PRESETS
+from improved_diffusion.cli.estimate import preset_cost
+from improved_diffusion.cli.presets import COSTS, PRESETS
 from improved_diffusion.options import SuperResTrainOptions, TrainOptions
 from improved_diffusion.script_util import create_model_and_diffusion, sr_create_model_and_diffusion
 
@@ -52,3 +53,13 @@ def test_the_documents_table_has_each_presets_flags():
         assert {flag: float(v) if flag == "lr" else v for flag, v in shown.items()} == {
             flag: v if flag == "lr" else str(v) for flag, v in PRESETS[name].items()
         }, name
+
+
+@pytest.mark.slow
+def test_the_costs_are_those_that_are_computed():
+    assert {name: preset_cost(name) for name in PRESETS} == COSTS
+
+
+def test_the_documents_table_has_each_presets_cost():
+    text = (ROOT / "docs/published_models.md").read_text(encoding="utf-8")
+    assert dict(re.findall(r"^\| `(\w+)` \| (\d+M, [^|]+ GFLOPs) \|", text, flags=re.MULTILINE)) == COSTS

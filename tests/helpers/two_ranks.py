@@ -15,10 +15,11 @@ from pathlib import Path
 
 import torch as th
 from torch.nn.parallel import DistributedDataParallel
-from training import NoiselessDiffusion, TinyNet, batches, make_loop, train
+from training import NoiselessDiffusion, TinyNet, batches, make_diffusion, make_loop, train
 
 from improved_diffusion import dist_util, logger
 from improved_diffusion.image_datasets import load_data
+from improved_diffusion.metrics.validation import Validation
 from improved_diffusion.utils import attendance
 from improved_diffusion.utils.errors import TrainingError
 
@@ -94,6 +95,44 @@ def runs(folder, images):
     }
 
 
+class Limited(TinyNet):
+    """Out of memory above 4 samples on rank 0, above 1 on rank 1."""
+
+    def forward(self, x, t):
+        if len(x) > (1 if dist_util.rank() else 4):
+            raise th.OutOfMemoryError("CUDA out of memory")
+        return super().forward(x, t)
+
+
+def microbatches(folder):
+    """The ranks agree on what fits on each of them, and then do what a run with that number does."""
+    found = {}
+    for size in ("auto", 1):
+        dist_util.seed_everything(3)
+        found[size] = train(folder / f"microbatch {size}", model=Limited(), microbatch=size)
+    auto, given = ([p.tolist() for p in found[size].model.parameters()] for size in ("auto", 1))
+    return {"microbatch": found["auto"].microbatch, "microbatch auto is that": auto == given}
+
+
+def held_out(folder):
+    """A run with held-out images, three on rank 0 and two on rank 1, has the weights of one without."""
+    diffusion, x = make_diffusion(8, "cosine"), next(batches(5))[0]
+    images = {number: (x[number], {}) for number in range(dist_util.rank(), 5, 2)}
+    measure, values, found = Validation(diffusion, diffusion, images), [], {}
+
+    def validate(*args):
+        values.append(measure(*args))
+        return values[-1]
+
+    for name in ("valid", "plain"):
+        dist_util.seed_everything(3)
+        model = TinyNet(dropout=0.2)
+        parameters = dict(model=model, validate=validate if name == "valid" else None, save_interval=2)
+        found[name] = train(folder / name, **parameters)
+    valid, plain = ([p.tolist() for p in found[name].model.parameters()] for name in ("valid", "plain"))
+    return {"held out": values, "as without held out": valid == plain}
+
+
 def divergence(folder):
     """A loss that is not finite on rank 1 alone ends both."""
     changes = {3: math.nan} if dist_util.rank() == 1 else None
@@ -124,7 +163,8 @@ def main(folder, images):
     dist_util.setup_dist()
     dist_util.setup_dist()
     dist_util.seed_everything(5)
-    answers = exchange() | gradient_error() | runs(folder, images) | divergence(folder) | waiting(folder)
+    answers = exchange() | gradient_error() | runs(folder, images) | microbatches(folder)
+    answers |= held_out(folder) | divergence(folder) | waiting(folder)
     (folder / f"rank{dist_util.rank()}.json").write_text(json.dumps(answers))
     dist_util.leave()  # as scripts do: left to the interpreter's end, gloo has aborted once in some 80 starts
 

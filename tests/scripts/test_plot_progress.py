@@ -76,6 +76,17 @@ def test_there_is_a_panel_for_what_is_there(tmp_path):
     assert heights == [1, 2, 3, 2]  # two panels a row
 
 
+def test_held_out_images_have_a_line_beside_the_loss_and_a_panel(tmp_path):
+    plain = log(tmp_path / "a", "step,loss")
+    valid = log(tmp_path / "b", "step,loss,valid_loss,valid_bpd", height=3.0)
+    pictures = []
+    for logdir in (plain, valid):
+        assert plot(logdir) == 0
+        pictures.append(picture(f"{logdir}/progress.png"))
+    assert pictures[0].shape == pictures[1].shape == (350, 1200, 3)  # the bound's panel is the second of the row
+    assert (pictures[0][:, 700:] == 255).all() and (pictures[1][:, 700:] < 255).any()
+
+
 @pytest.mark.parametrize("name", ["_a", "$a", "$a$", "a_b^c", "ä \\frac"])
 def test_a_folders_name_is_text(tmp_path, name):
     plain, odd = log(tmp_path / "a"), log(tmp_path / name)
@@ -170,6 +181,7 @@ def refused(capfd, says):
 def test_the_columns_are_those_that_training_logs(tmp_path):
     words = dict(TINY, image_size=8, learn_sigma=True, batch_size=8, max_steps=4, log_interval=2, num_workers=0)
     words.update(data_dir=write_images(tmp_path / "images", count=8), preview_samples=0)
+    words["valid_dir"] = write_images(tmp_path / "held out", count=2)
     assert run_script("image_train", flags(**words), tmp_path / "run") == 0
     columns = {
         column for row in load_script("plot_progress").read_progress(tmp_path / "run").values() for column in row
