@@ -311,14 +311,39 @@ class ComputeOptions(Group):
             raise InputError("use_fp16 True and use_bf16 True: choose one of them")
 
 
+LOG_DIR_HELP = "folder for all output; default: OPENAI_LOGDIR, else a new one in runs/"
+
+
 @dataclass(frozen=True)
 class GeneralOptions(Group):
     """Options of one call of a script, not stored in config.json."""
 
     title = "general"
     preset: str = option("", "defaults of a published model, see docs/published_models.md")
-    log_dir: str = option("", "folder for all output; default: OPENAI_LOGDIR, else a new one in runs/")
+    log_dir: str = option("", LOG_DIR_HELP)
     dry_run: bool = option(False, "print flags, model size, memory, FLOPs and timesteps, open the data, and exit")
+
+
+@dataclass(frozen=True)
+class OutputFolderOptions(Group):
+    title = "general"
+    log_dir: str = option("", LOG_DIR_HELP)
+
+
+@dataclass(frozen=True)
+class EvaluationOptions(Group):
+    title = "evaluation"
+    samples: str = path_option("npz of images, packed images, folder or statistics", required="images to evaluate")
+    reference: str = path_option("the same, to compare with", required="images to compare with")
+    image_size: int = option(
+        0, "scale and crop a folder's images to this size, in pixels; 0 = that of the other images",
+        minimum=0, maximum=MAX_PIXELS,
+    )  # fmt: skip
+    features: str = option("lite0", "network: lite0, inception, or a function of yours, module:function")
+    feature_weights: str = path_option("weights of inception; default: torch-fidelity's download")
+    batch_size: int = option(50, "images per batch on each rank", minimum=1, maximum=2**24)
+    num_workers: int = option(-1, "processes that decode; 0 = the main process; -1 = 1, or 0 if packed", minimum=-1)
+    save_stats: str = path_option("npz file to write the statistics of the reference to, for later calls")
 
 
 @dataclass(frozen=True)
@@ -412,3 +437,9 @@ class LikelihoodScriptOptions(ScriptOptions):
     diffusion: DiffusionOptions = DiffusionOptions()
     likelihood: LikelihoodOptions = LikelihoodOptions()
     compute: ComputeOptions = ComputeOptions()
+
+
+@dataclass(frozen=True)
+class EvalOptions(ScriptOptions):
+    general: OutputFolderOptions = OutputFolderOptions()  # type: ignore[assignment]
+    evaluation: EvaluationOptions = EvaluationOptions()
