@@ -291,6 +291,21 @@ class TrainOutputOptions(Group):
 
 
 @dataclass(frozen=True)
+class ImageTrainOutputOptions(TrainOutputOptions):
+    eval_samples: int = option(0, "samples compared with eval_reference at each checkpoint; 0 = none", minimum=0)
+    eval_reference: str = path_option("images or statistics, as of image_eval.py")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.eval_samples == 1:
+            raise InputError("eval_samples 1: give 2 or more, or 0 for none")
+        if self.eval_samples and not self.eval_reference:
+            raise InputError(f"eval_samples {self.eval_samples}: give eval_reference, what to compare them with")
+        if self.eval_reference and not self.eval_samples:
+            raise InputError(f"eval_reference {self.eval_reference}: give eval_samples, the number of samples")
+
+
+@dataclass(frozen=True)
 class SampleOutputOptions(Group):
     title = "output"
     save_images: bool = option(False, "also write each sample as a PNG file")
@@ -401,13 +416,14 @@ class TrainOptions(ScriptOptions):
     model: ModelOptions = ModelOptions()
     diffusion: DiffusionOptions = DiffusionOptions()
     training: TrainingOptions = TrainingOptions()
-    output: TrainOutputOptions = TrainOutputOptions()
+    output: ImageTrainOutputOptions = ImageTrainOutputOptions()
     compute: ComputeOptions = ComputeOptions()
 
 
 @dataclass(frozen=True)
 class SuperResTrainOptions(TrainOptions):
     model: SuperResModelOptions = SuperResModelOptions()  # type: ignore[assignment]
+    output: TrainOutputOptions = TrainOutputOptions()  # type: ignore[assignment]
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,9 @@
 """Compare two sets of images: their statistics, in one pass over the images by all ranks, and the distances."""
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch as th
@@ -10,15 +12,16 @@ from .. import dist_util, logger
 from ..utils.errors import InputError
 from ..utils.files import write_files
 from ..utils.progress import Progress
-from .features import FeatureNetwork
+from .features import FeatureNetwork, Outputs
 from .frechet import Moments, frechet_distance
 from .image_sets import ImageSet
 from .inception_score import inception_score
-from .kernel import kernel_distance
+from .kernel import SUBSETS, kernel_distance
 from .precision_recall import NEIGHBOURS, precision_recall
 
 MAX_FEATURES = 50_000  # that are kept of a set, spread evenly over it, for all but the Fréchet distances
 # outputs of a network with Fréchet distances -> the names of mean and covariance in files, as OpenAI's
+KEPT = ("features", "logits")
 MOMENTS = {"features": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
 
 
@@ -43,7 +46,7 @@ class Statistics:
 
 def check_statistics(images: ImageSet, network: str) -> None:
     """:raises InputError: if a file has statistics of another network, and no images."""
-    found = _network_of(images)
+    found = network_of(images)
     if not images.has_images and found != network:
         raise InputError(f"{images.path}: has statistics of features {found}, not of {network}")
 
@@ -57,7 +60,7 @@ def statistics_of(images: ImageSet, network: FeatureNetwork) -> Statistics:
     """
     check_statistics(images, network.name)
     found = Statistics(network.name, images.count, images.shape)
-    given = images.arrays if images.arrays is not None and _network_of(images) == network.name else {}
+    given = images.arrays if images.arrays is not None and network_of(images) == network.name else {}
     if images.has_images:
         found.moments, found.kept = _evaluate(images, network)
     elif "kept" in given:
@@ -70,61 +73,86 @@ def statistics_of(images: ImageSet, network: FeatureNetwork) -> Statistics:
 
 
 def _evaluate(images, network):
-    rank, count = dist_util.rank(), images.count
+    share = len(range(dist_util.rank(), images.count, dist_util.world_size()))
+    with Progress(f"features of {images.path}", share, "images", logger.log, show=dist_util.rank() == 0) as progress:
+
+        def outputs():
+            for numbers, batch in images.batches():
+                if len(batch):
+                    yield numbers, network(batch)
+                    progress.update(len(batch))
+
+        return gather(outputs(), images.count)
+
+
+def gather(outputs: Iterable[tuple[np.ndarray, Outputs]], count: int) -> tuple[Any, Any]:
+    """
+    Moments and kept features of all ranks. A collective.
+
+    :param outputs: batches of this rank's images: their numbers, int [n], and the outputs of a FeatureNetwork.
+    :param count: number of images over all ranks.
+    :return: Statistics.moments and Statistics.kept.
+    """
     limit = min(count, MAX_FEATURES)
     moments: dict[str, Moments] = {}
-    numbers, kept = [th.zeros(0, dtype=th.long)], {}
-    share = len(range(rank, count, dist_util.world_size()))
-    with Progress(f"features of {images.path}", share, "images", logger.log, show=rank == 0) as progress:
-        for indices, batch in images.batches():
-            if not len(batch):
-                continue
-            outputs = {name: value.float().cpu() for name, value in network(batch).items()}
-            for name in MOMENTS.keys() & outputs.keys():
-                moments.setdefault(name, Moments()).update(outputs[name])
-            spread = indices * limit % count < limit
-            numbers.append(th.from_numpy(indices[spread]))
-            for name in ("features", "logits"):
-                if name in outputs:
-                    kept.setdefault(name, []).append(outputs[name][spread])
-            progress.update(len(batch))
-    of_ranks = dist_util.all_gather_object((moments, th.cat(numbers), {k: th.cat(v) for k, v in kept.items()}))
+    kept: dict[str, list[th.Tensor]] = {"numbers": [th.zeros(0, dtype=th.long)]}
+    for numbers, batch in outputs:
+        spread = numbers * limit % count < limit
+        kept["numbers"].append(th.from_numpy(numbers[spread]))
+        for name, value in batch.items():
+            value = value.float().cpu()
+            if name in MOMENTS:
+                moments.setdefault(name, Moments()).update(value)
+            if name in KEPT:
+                kept.setdefault(name, []).append(value[spread])
+    of_ranks = dist_util.all_gather_object((moments, {name: th.cat(parts) for name, parts in kept.items()}))
     merged: dict[str, Moments] = {}
-    for its_moments, _, _ in of_ranks:
+    for its_moments, _ in of_ranks:
         for name, part in its_moments.items():
             merged.setdefault(name, Moments()).merge(part)
-    order = th.cat([its_numbers for _, its_numbers, _ in of_ranks]).argsort()
-    names = of_ranks[0][2]
-    in_order = {name: th.cat([k[name] for _, _, k in of_ranks if name in k])[order] for name in names}
+    order = th.cat([its["numbers"] for _, its in of_ranks]).argsort()
+    found = [name for name in KEPT if any(name in its for _, its in of_ranks)]
+    in_order = {name: th.cat([its[name] for _, its in of_ranks if name in its])[order] for name in found}
     return {name: (m.mean, m.covariance()) for name, m in merged.items()}, in_order
 
 
-def _network_of(images):
+def network_of(images: ImageSet) -> str | None:
+    """The network of a file's statistics; None if it has none. Files of others are of Inception."""
     if images.arrays is None or "mu" not in images.arrays:
         return None
     return str(images.read("network")[0]) if "network" in images.arrays else "inception"
 
 
-def compare(samples: Statistics, reference: Statistics) -> dict[str, float]:
+def distances(samples: Statistics, reference: Statistics, subsets: int = SUBSETS) -> dict[str, float]:
     """
-    All metrics that the statistics allow, {name: value}. Only those of Inception are called FID, sFID and KID.
+    The Fréchet distances and the kernel distance, {name: value}. Only those of Inception are called FID, sFID and KID.
 
+    :param subsets: of the kernel distance.
     :raises InputError: if the statistics are of different features.
     """
-    suffix = "" if samples.network == "inception" else f"-{samples.network}"
-    names = {"features": f"FD{suffix}" if suffix else "FID", "spatial": "sFID"}
-    metrics: dict[str, float] = {}
+    inception = samples.network == "inception"
+    names = {"features": "FID" if inception else f"FD-{samples.network}", "spatial": "sFID"}
+    found: dict[str, float] = {}
     for output in MOMENTS:
         if output in samples.moments and output in reference.moments:
-            metrics[names[output]] = frechet_distance(samples.moments[output], reference.moments[output])
+            found[names[output]] = frechet_distance(samples.moments[output], reference.moments[output])
+    if "features" in samples.kept and "features" in reference.kept:
+        name = "KID" if inception else f"KID-{samples.network}"
+        kernel = kernel_distance(samples.kept["features"], reference.kept["features"], subsets)
+        found[name], found[f"{name} std"] = kernel
+    return found
+
+
+def compare(samples: Statistics, reference: Statistics) -> dict[str, float]:
+    """distances(), precision and recall, and for Inception the score of the samples."""
+    found = distances(samples, reference)
     if "features" in samples.kept and "features" in reference.kept:
         x, y = samples.kept["features"], reference.kept["features"]
-        metrics[f"KID{suffix}"], metrics[f"KID{suffix} std"] = kernel_distance(x, y)
         if min(len(x), len(y)) > NEIGHBOURS:
-            metrics["precision"], metrics["recall"] = precision_recall(x, y)
+            found["precision"], found["recall"] = precision_recall(x, y)
     if "logits" in samples.kept:
-        metrics["inception score"] = inception_score(samples.kept["logits"])
-    return metrics
+        found["inception score"] = inception_score(samples.kept["logits"])
+    return found
 
 
 def warnings_of(samples: Statistics, reference: Statistics) -> list[str]:
