@@ -20,7 +20,7 @@ from speed import sample, train
 from startup import startup
 
 from improved_diffusion import dist_util
-from improved_diffusion.cli.parser import FlagParser, run
+from improved_diffusion.cli.parser import FlagParser, path_argument, run
 from improved_diffusion.utils.errors import InputError
 
 COMMANDS = dict(train=train, sample=sample, load=load, memory=memory, startup=startup)
@@ -80,7 +80,8 @@ def create_argparser():
         "--quick", action="store_true", help="smallest sizes, one repetition: a check, not a measurement"
     )
     results = os.path.join(os.path.dirname(os.path.abspath(__file__)), "results")
-    parser.add_argument("--out", default=results, help=f"folder for the JSON (default: {os.path.relpath(results)})")
+    out_help = f"folder for the JSON (default: {os.path.relpath(results)})"
+    parser.add_argument("--out", default=results, type=path_argument, help=out_help)
     parser.add_argument(
         "--variants", type=names, help=f"of train, sample and memory, comma-separated: {', '.join(VARIANTS)}"
     )

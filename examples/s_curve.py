@@ -20,7 +20,7 @@ import torch as th
 from torch import nn
 
 from improved_diffusion import dist_util, logger
-from improved_diffusion.cli.parser import FlagParser, run
+from improved_diffusion.cli.parser import FlagParser, path_argument, run
 from improved_diffusion.gaussian_diffusion import GaussianDiffusion, LossType, ModelMeanType, ModelVarType
 from improved_diffusion.nn import timestep_embedding
 from improved_diffusion.script_util import whole_number
@@ -174,7 +174,8 @@ def draw(clouds, titles, out_dir, name):
 
 def create_argparser():
     parser = FlagParser(description=__doc__.partition(":")[0])
-    parser.add_argument("--out_dir", default="s_curve", help="folder for the pictures, the log and the checkpoint")
+    out_help = "folder for the pictures, the log and the checkpoint"
+    parser.add_argument("--out_dir", default="s_curve", type=path_argument, help=out_help)
     parser.add_argument("--steps", type=whole_number, default=8000, help="number of training steps")
     parser.add_argument("--seed", type=int, default=0, help="seed of data, weights and samples")
     return parser

@@ -14,12 +14,15 @@ from PIL import Image  # noqa: F401 (part of this module, as in the original)
 from torch.utils.data import DataLoader, Dataset, default_collate  # noqa: F401 (as above)
 
 from . import dist_util, logger
-from .data.folders import Paths, find_images, label_images, list_images
+from .data.damaged import without_damaged
+from .data.folders import Paths, find_images, is_image, label_images, list_images
 from .data.images import check_images, read_image, scale_and_crop
 from .data.loader import BatchesInOrder, BatchStream
 from .data.packed import Mapped, is_packed, read_packed
+from .data.sources import processes
 from .utils.errors import InputError
 from .utils.files import is_remote
+from .utils.streams import counted
 
 _list_image_files_recursively = list_images  # the original's name
 
@@ -39,6 +42,7 @@ def load_data(
     random_flip: bool = False,
     pin_memory: bool = True,
     labels: str = "auto",
+    skip_damaged: bool = False,
 ) -> BatchStream:
     """
     Endless batches of this rank's share of the images.
@@ -56,15 +60,17 @@ def load_data(
     :param random_flip: mirror each image horizontally with probability 1/2. Order and other random numbers stay.
     :param pin_memory: with a GPU, batches in page-locked memory, for faster copies.
     :param labels: what the class of an image is: the prefix of its file name, its folder, or auto (label_images()).
+    :param skip_damaged: decode each image once, now, and leave out those that cannot be. A collective.
     :return: an iterator of (float32 [N, C, H, W] in [-1, 1], {"y": int64 [N]} or {}) with state_dict() and
              load_state_dict(). Its dataset has num_images (of all ranks) and class_names.
     :raises InputError: at once, if the folder is missing or has unreadable images, too many classes or fewer images
                         than a batch; if packed images are damaged or of another size.
     """
-    dataset = _open_dataset(data_dir, image_size, class_cond, image_channels, num_classes, class_names, labels)
+    workers = num_workers if skip_damaged else None
+    dataset = _open_dataset(data_dir, image_size, class_cond, image_channels, num_classes, class_names, labels, workers)
     if len(dataset) < batch_size:
         share = f" for this one of {dist_util.world_size()} ranks" if dist_util.world_size() > 1 else ""
-        problem = f"{data_dir}: {len(dataset)} images{share} are fewer than a batch"
+        problem = f"{data_dir}: {counted(len(dataset), 'image')}{share}: fewer than a batch"
         raise InputError(f"{problem}; give batch_size {len(dataset)} or less, or more images")
     num_workers = _workers(num_workers, dataset)
     collate_fn = functools.partial(_collate, add_conditions=add_conditions)
@@ -100,26 +106,60 @@ def load_data_once(
     class_names: list[str] | None = None,
     pin_memory: bool = True,
     labels: str = "auto",
+    skip_damaged: bool = False,
 ) -> BatchesInOrder:
     """
     One epoch of load_data(deterministic=True); the last batch may be smaller.
 
     :param limit: use only the first `limit` images.
+    :param skip_damaged: as in load_data().
     :raises InputError: as load_data(), except for fewer images than a batch.
     """
-    dataset = _open_dataset(data_dir, image_size, class_cond, image_channels, num_classes, class_names, labels, limit)
+    images = data_dir, image_size, class_cond, image_channels
+    workers = num_workers if skip_damaged else None
+    dataset = _open_dataset(*images, num_classes, class_names, labels, workers, limit)
     return BatchesInOrder(dataset, batch_size, _workers(num_workers, dataset), _collate, pin_memory)
+
+
+def open_images(
+    path: str, image_size: int, class_cond: bool, image_channels: int, num_classes: int | None = None,
+    class_names: list[str] | None = None, labels: str = "auto", limit: int | None = None,
+) -> "ImageDataset | PackedDataset":  # fmt: skip
+    """
+    The images of a folder, of one image file or packed, all of them on each rank. Parameters as in load_data_once().
+
+    :return: a data set with pixels(i), uint8 [S, S, C], and local_classes, int64 [N], or None.
+    :raises InputError: as load_data_once().
+    """
+    arguments = (path, image_size, class_cond, image_channels, num_classes, class_names, labels)
+    return _open_dataset(*arguments, limit=limit, whole=True)
 
 
 def _workers(num_workers, dataset):
     return dataset.default_workers if num_workers < 0 else num_workers
 
 
-def _open_dataset(data_dir, image_size, class_cond, image_channels, num_classes, class_names, labels_by, limit=None):
+def _open_dataset(
+    data_dir,
+    image_size,
+    class_cond,
+    image_channels,
+    num_classes,
+    class_names,
+    labels_by,
+    checkers=None,
+    limit=None,
+    whole=False,
+):
+    """
+    :param checkers: processes that look for damaged images, to leave them out; None to refuse them.
+    :param whole: all images on each rank, and `data_dir` may be an image file.
+    """
     if not data_dir:
         raise InputError("no data_dir: give a folder of images, or packed images")
-    share = slice(dist_util.rank(), limit, dist_util.world_size())
-    packed, labels, names = is_packed(data_dir), None, None
+    share = slice(None, limit) if whole else slice(dist_util.rank(), limit, dist_util.world_size())
+    one_file = whole and is_image(data_dir)
+    packed, labels, names = is_packed(data_dir) and not one_file, None, None
     if packed:
         images, labels, names = read_packed(data_dir, with_labels=class_cond)
         size, channels = images.shape[2:]
@@ -128,7 +168,11 @@ def _open_dataset(data_dir, image_size, class_cond, image_channels, num_classes,
             advice = "scale the source with scripts/prepare.py images"
             raise InputError(f"{data_dir}: {found} with {image_channels}; {advice}")
     else:
-        images, notes = find_images(data_dir)
+        images, notes = ([data_dir], []) if one_file else find_images(data_dir)
+        if checkers is not None:
+            checkers = checkers if checkers >= 0 else max(1, processes(-1) // dist_util.world_size())
+            images, damaged = without_damaged(data_dir, images, checkers)
+            notes += damaged
         if class_cond:
             labels, names, note = label_images(data_dir, images, labels_by, class_names)
             notes += [note] if note else []
@@ -150,7 +194,8 @@ def _open_dataset(data_dir, image_size, class_cond, image_channels, num_classes,
         dataset = PackedDataset(images[share], labels)
     else:
         dataset = ImageDataset(image_size, images[share], classes=labels, image_channels=image_channels)
-        check_images(dataset.local_images)
+        if checkers is None:
+            check_images(dataset.local_images)
     dataset.num_images, dataset.class_names = len(images), names
     return dataset
 

@@ -176,7 +176,8 @@ def configure(dir: str | None = None, format_strs: list[str] | None = None, comm
 
     :param dir: default: $OPENAI_LOGDIR, else a new temporary directory.
     :param format_strs: names for make_output_format(). Default: $OPENAI_LOG_FORMAT or stdout,log,csv on rank 0,
-                        $OPENAI_LOG_FORMAT_MPI or log on other ranks.
+                        $OPENAI_LOG_FORMAT_MPI or log on other ranks. A stdout that neither names shows a line per row
+                        on a terminal, instead of a table.
     :param comm: as in Logger.
     :param log_suffix: part of file names; ranks above 0 append "-rank001" etc.
     :raises InputError: for an invalid directory or format name.
@@ -191,13 +192,14 @@ def configure(dir: str | None = None, format_strs: list[str] | None = None, comm
     if rank > 0:
         log_suffix += f"-rank{rank:03d}"
         variable, names = "OPENAI_LOG_FORMAT_MPI", "log"
+    by_default = format_strs is None and variable not in os.environ
     if format_strs is None:
         format_strs = [name.strip() for name in os.environ.get(variable, names).split(",")]
     for name in filter(None, format_strs):
         check_format(name)
     try:
         os.makedirs(dir, exist_ok=True)
-        outputs = [make_output_format(name, dir, log_suffix) for name in format_strs if name]
+        outputs = [make_output_format(name, dir, log_suffix, by_default) for name in format_strs if name]
     except OSError as e:
         raise InputError(f"log_dir {dir}: cannot be a folder for logs ({e.strerror})") from None
 

@@ -138,6 +138,7 @@ def rows(group: Any) -> tuple[Option, ...]:
 
 
 LABELS = ("auto", "prefix", "folder")
+SKIP_DAMAGED_HELP = "decode each image once at the start, and leave out those that cannot be decoded"
 LABELS_HELP = "what the class of an image is: the prefix of its file name, its folder, or auto"
 
 
@@ -148,6 +149,7 @@ class DataOptions(Group):
     num_workers: int = option(-1, "processes that decode; 0 = the main process; -1 = 1, or 0 if packed", minimum=-1)
     labels: str = option("auto", LABELS_HELP, choices=LABELS)
     pin_memory: bool = option(True, "with a GPU: load batches into page-locked memory, for faster copies")
+    skip_damaged: bool = option(False, SKIP_DAMAGED_HELP)
 
 
 @dataclass(frozen=True)
@@ -278,7 +280,10 @@ class ClassSamplingOptions(SamplingOptions):
 
 @dataclass(frozen=True)
 class SuperResSamplingOptions(SamplingOptions):
-    base_samples: str = path_option("small images, written by image_sample.py", required="an npz file of images")
+    num_samples: int = option(10000, "number of images to draw; not given: each image once", minimum=1, maximum=2**31)
+    base_samples: str = path_option(
+        "small images: an npz file of image_sample.py, a folder, an image, or packed", required="an npz file of images"
+    )
 
 
 @dataclass(frozen=True)
@@ -340,6 +345,12 @@ class GeneralOptions(Group):
 
 
 @dataclass(frozen=True)
+class TrainGeneralOptions(GeneralOptions):
+    config: str = path_option("config.json of another run: defaults of all flags but those of this group")
+    overwrite: bool = option(False, "start over in the folder of another run, whose files move to a subfolder")
+
+
+@dataclass(frozen=True)
 class OutputFolderOptions(Group):
     title = "general"
     log_dir: str = option("", LOG_DIR_HELP)
@@ -370,6 +381,7 @@ class PrepareOptions(Group):
     image_channels: int = option(3, "3 for RGB, 1 for greyscale", choices=(1, 3))
     num_workers: int = option(-1, "processes that decode images; 0 = the main process; -1 = one per core", minimum=-1)
     labels: str = option("auto", LABELS_HELP, choices=LABELS)
+    skip_damaged: bool = option(False, SKIP_DAMAGED_HELP)
     max_images: int = option(0, "number of images; 0 = all", minimum=0)
     class_name: str = option("", "class in file names; default: the name of SRC up to its first _")
     split: str = option("", "train or val; default: train if SRC has it", choices=("", "train", "val"))
@@ -412,6 +424,7 @@ class ScriptOptions:
 
 @dataclass(frozen=True)
 class TrainOptions(ScriptOptions):
+    general: TrainGeneralOptions = TrainGeneralOptions()
     data: DataOptions = DataOptions()
     model: ModelOptions = ModelOptions()
     diffusion: DiffusionOptions = DiffusionOptions()

@@ -16,12 +16,13 @@ from torch import nn
 
 from . import gaussian_diffusion as gd
 from .networks import NETWORKS
-from .options import MAX_CHANNELS, DiffusionOptions, ModelOptions, SuperResModelOptions, rows
+from .options import MAX_CHANNELS, MAX_PIXELS, DiffusionOptions, ModelOptions, SuperResModelOptions, rows
 from .respace import SpacedDiffusion, space_timesteps
 from .unet import SuperResModel, UNetModel  # noqa: F401 (as above)
 from .utils.errors import InputError
 
 NUM_CLASSES = 1000
+MAX_LEVELS = MAX_PIXELS.bit_length()  # more cannot be halved
 MIN_LINEAR_STEPS = 20  # the linear schedule ends at beta = 20 / steps, which is at most 1
 
 CHANNEL_MULT = {  # by image size: width of each level in num_channels
@@ -179,7 +180,10 @@ def _create_network(
 
 def _channel_mult(size_name, size, channel_mult):
     if channel_mult:
-        return _numbers("channel_mult", channel_mult, float)
+        values = _numbers("channel_mult", channel_mult, float)
+        if len(values) > MAX_LEVELS:
+            raise InputError(f"channel_mult has {len(values)} levels; give {MAX_LEVELS} or less")
+        return values
     if size not in CHANNEL_MULT:
         sizes = ", ".join(map(str, CHANNEL_MULT))
         raise InputError(f"{size_name} {size} has no default channel_mult ({sizes} have); give one such as 1,2,2")

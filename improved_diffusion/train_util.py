@@ -39,10 +39,12 @@ from .training.position import Position
 from .training.signals import StopSignals
 from .training.statistics import StepStatistics, log_loss_dict  # noqa: F401 (the second is the original's)
 from .training.stopping import stop_run, try_next
-from .training.weights import copy_with, load_weights
+from .training.waiting import Waiting
+from .training.weights import copy_with, is_young, load_weights
 from .utils.errors import is_out_of_memory
 from .utils.files import checkpoint_url
 from .utils.progress import Progress
+from .utils.streams import show_at_once
 
 # In float16 the loss is multiplied by 2^lg_loss_scale, lest small gradients vanish. The scale grows
 # slowly, is halved whenever a gradient overflows, and begins high enough to find its place quickly.
@@ -77,26 +79,31 @@ class TrainLoop:
     :param max_steps: the same without touching the learning rate.
     :param keep_checkpoints: number of the newest checkpoints to keep; 0 = all.
     :param flags: a dict of plain values that describe the run, for the state file; a resumed run logs which changed.
-    :param preview: called on rank 0 after each save, with a function that gives a copy of the network with the first
-                    average's weights, the folder, and the step of the save.
+    :param preview: called on rank 0 after each save of a trained network, with a function that returns a copy of it,
+                    the folder, the step, the name of the copy's weights ("ema_0.9999", or "model" while that average
+                    is_young()), and a function that returns whether the run is to stop.
     :param validate: called on all ranks before each save but that of an interruption, with the network and a function
                      that tells, on all ranks, whether a signal has come; returns what to log, {} for nothing.
     :param evaluate: the same after validate, with a function that gives a copy of the network with the first average's
                      weights instead of the network.
+    :param loading_advice: logged once, if the steps wait for the data much of the time; "" for nothing.
     :raises InputError: if the checkpoint cannot be read or does not belong to this model.
     """
 
     # Here, since a subclass may have the original's __init__:
     max_steps, keep_checkpoints, flags = 0, 0, {}  # type: ignore[var-annotated]
     preview = validate = evaluate = None
+    loading_advice = ""
     position = functools.cached_property(lambda self: Position())
     _statistics = functools.cached_property(lambda self: StepStatistics())
+    _waiting = functools.cached_property(lambda self: Waiting())
     _overflows_in_a_row = 0
     _checkpoint = False  # to continue from; None for none, False before it is looked for
     _last_checkpoint = None  # path of the last good one
     _before_batch = None  # state of data and random numbers
     _computing = None  # within a step: whether it has changed nothing but gradients and random numbers
     _progress = None
+    _signals = None  # StopSignals, within run_loop()
     _auto_microbatch, _measured_before = False, None  # the latter by the run that is resumed
 
     def __init__(
@@ -122,6 +129,7 @@ class TrainLoop:
         flags=None,
         preview=None,
         validate=None,
+        loading_advice="",
         evaluate=None,
     ):
         self.model, self.diffusion, self.data = model, diffusion, data
@@ -137,6 +145,7 @@ class TrainLoop:
         self.schedule_sampler = schedule_sampler or UniformSampler(diffusion)
         self.max_steps, self.keep_checkpoints = max_steps, keep_checkpoints
         self.flags, self.preview, self.validate, self.evaluate = dict(flags or {}), preview, validate, evaluate
+        self.loading_advice = loading_advice
 
         self.step = self.resume_step = 0
         self.global_batch = self.batch_size * dist_util.world_size()
@@ -223,9 +232,9 @@ class TrainLoop:
         unreported = {"resume_checkpoint", "seed", "lr", "weight_decay"}  # the last two by the optimizer
         resume.log_changes(state.get("flags", {}), {k: v for k, v in self.flags.items() if k not in unreported})
         self._parts().load_state_dict(state, self.step)
-        finished = self.step >= (self.last_step() or math.inf)
-        if self._checkpoint.is_in(get_blob_logdir()) and not finished:
-            logger.get_current().drop_from("step", self.step)  # rows that will be written again
+        if self._checkpoint.is_in(get_blob_logdir()):  # drop the rows that will be written again
+            finished = self.step >= (self.last_step() or math.inf)  # then the row of the closing checkpoint stays
+            logger.get_current().drop_from("step", self._checkpoint.step + 1 if finished else self.step)
 
     def _parts(self):
         parts = dict(schedule_sampler=self.schedule_sampler, data=self.data, statistics=self._statistics)
@@ -260,9 +269,10 @@ class TrainLoop:
         """
         done, show = self.position.updates, dist_util.rank() == 0
         with (
-            StopSignals() as stop,
+            StopSignals(show_at_once if show else None) as stop,
             Progress("training", self.last_step(), "steps", None, done, show) as self._progress,
         ):
+            self._signals = stop
             batch = self._next_batch(stop)
             if batch is not None and self._auto_microbatch:
                 self._measure_microbatch(*batch)
@@ -295,6 +305,8 @@ class TrainLoop:
         values = dict(self.validate(self.model, stopped)) if self.validate is not None else {}
         if self.evaluate is not None:
             values.update(self.evaluate(self._first_average, stopped))
+        if values:
+            logger.get_current().pending = None  # losses are for the next row of the log
         for key, value in values.items():
             logger.logkv(key, value)
         return bool(values)
@@ -318,7 +330,8 @@ class TrainLoop:
         self._before_batch = self._parts().local_state("data", "rng")
         batch = error = None
         if stop.received is None and self.position.updates < (self.last_step() or math.inf):
-            batch, error = try_next(self.data, stop)
+            with self._waiting.for_data():
+                batch, error = try_next(self.data, stop)
         if dist_util.any_rank(stop.received is not None or error is not None):
             self._stop(stop.received, error)
         return batch
@@ -465,6 +478,9 @@ class TrainLoop:
             logger.logkv("images/s", rate)
             self._progress.show(**{name: means[name][0] for name in ("loss",) if name in means}, **{"images/s": rate})
         self._statistics, logger.get_current().pending = StepStatistics(), None
+        if self.loading_advice and (share := self._waiting.is_much()):
+            logger.log(f"{share:.0%} of the time the steps wait for data: {self.loading_advice}")
+            self.loading_advice = ""
 
     def _check_finite(self, means):
         if self.use_fp16:
@@ -511,8 +527,8 @@ class TrainLoop:
         emas, optimizer = dict(zip(self.ema_rate, averages, strict=True)), self.opt.state_dict()
         path = checkpoints.save_set(directory, label, model=model, emas=emas, optimizer=optimizer, state=state)
         logger.log(f"saved {path} and its ema, opt and state")
-        if self.preview is not None:
-            self.preview(lambda: copy_with(self.model, averages[0]), directory, label)
+        if label > 0 or self._checkpoint:  # the network is trained
+            self._draw_preview(model, averages[0], label)
         if self.keep_checkpoints and not self._overflows_in_a_row:
             checkpoints.delete_old_sets(directory, label, self.keep_checkpoints)
         return path
@@ -520,9 +536,19 @@ class TrainLoop:
     def draw_missing_preview(self):
         """Draw the preview of the checkpoint that the run continues, if it was killed before it drew it."""
         start, directory = self._checkpoint, get_blob_logdir()
-        here = self.preview is not None and start and start.is_in(directory)
+        here = self.preview is not None and start and start.is_in(directory) and start.step > 0
         if here and self.preview.is_missing(directory, start.step):
-            self.preview(self._first_average, directory, start.step)
+            weights = map(self._master_params_to_state_dict, (self.master_params, self.ema_params[0]))
+            self._draw_preview(*weights, start.step)
+
+    def _draw_preview(self, model, average, step):
+        if self.preview is not None:
+            rate, newest = self.ema_rate[0], is_young(self.ema_rate[0], self.position.updates)
+            name, weights = ("model", model) if newest else (f"ema_{rate}", average)
+            self.preview(lambda: copy_with(self.model, weights), get_blob_logdir(), step, name, self._is_stopping)
+
+    def _is_stopping(self):
+        return self._signals is not None and self._signals.received is not None
 
 
 def get_blob_logdir():

@@ -7,6 +7,9 @@ OpenAI's reference batches). The results go to the log and to metrics.json; docs
     python scripts/image_eval.py --samples runs/a/samples_10000x64x64x3.npz --reference photos64.packed
 """
 
+if __name__ == "__main__" and not __package__:
+    import _start  # noqa: F401
+
 import json
 
 from improved_diffusion import dist_util, logger

@@ -7,6 +7,9 @@ xstart_mse_terms.npz. Each image counts once.
     python scripts/image_nll.py --model_path runs/a/ema_0.9999_200000.pt --data_dir test --batch_size 16
 """
 
+if __name__ == "__main__" and not __package__:
+    import _start  # noqa: F401
+
 from improved_diffusion import dist_util, logger
 from improved_diffusion.cli.parser import create_parser, logging_to, parse_flags, run
 from improved_diffusion.cli.trained import load_trained
@@ -16,6 +19,7 @@ from improved_diffusion.inference.parts import Parts
 from improved_diffusion.metrics.likelihood import evaluate_bpd
 from improved_diffusion.options import LikelihoodScriptOptions
 from improved_diffusion.script_util import create_model_and_diffusion
+from improved_diffusion.utils.streams import counted
 
 
 def main():
@@ -32,7 +36,7 @@ def main():
         logger.log("evaluating...")
         means, count = options.call(evaluate_bpd, model=model, diffusion=diffusion, data=data, parts=parts)
         if dist_util.rank() == 0:
-            logger.log(f"total bpd over {count} images: {means.pop('total_bpd').item():.4f} bits/dim")
+            logger.log(f"total bpd over {counted(count, 'image')}: {means.pop('total_bpd').item():.4f} bits/dim")
             for name, terms in means.items():
                 logger.log(f"saved {save_arrays(f'{name}_terms.npz', terms.numpy())}")
 

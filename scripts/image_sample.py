@@ -5,9 +5,15 @@ beside it.
     python scripts/image_sample.py --model_path runs/a/ema_0.9999_200000.pt --num_samples 16 --timestep_respacing 100
 """
 
+if __name__ == "__main__" and not __package__:
+    import _start  # noqa: F401
+
+import functools
+
 import torch as th
 
 from improved_diffusion import dist_util, logger
+from improved_diffusion.cli.cost import log_cost
 from improved_diffusion.cli.parser import create_parser, logging_to, parse_flags, run
 from improved_diffusion.cli.trained import load_trained
 from improved_diffusion.inference.arrays import refuse_old_images, write_samples
@@ -60,6 +66,7 @@ def main():
             sampler=options.sampling.sampler_name,
             sampler_options=options.sampling.sampler_options,
             parts=parts,
+            after_first_batch=functools.partial(log_cost, flags.given, options, diffusion),
         )
         if dist_util.rank() == 0:
             write_samples(images, drawn, class_names, options.output.save_images)

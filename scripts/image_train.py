@@ -7,13 +7,18 @@ Training writes checkpoints, a log and previews to --log_dir, until --max_steps 
 --resume_checkpoint auto continues it.
 """
 
+if __name__ == "__main__" and not __package__:
+    import _start  # noqa: F401
+
 import torch as th
 
 from improved_diffusion import dist_util
 from improved_diffusion.cli.dry_run import print_dry_run
 from improved_diffusion.cli.estimate import memory_warnings
+from improved_diffusion.cli.pack_first import loading_advice
 from improved_diffusion.cli.parser import create_parser, logging_to, parse_flags, run
 from improved_diffusion.cli.run_config import resumed, save_config
+from improved_diffusion.cli.run_folder import claim_folder
 from improved_diffusion.image_datasets import load_data
 from improved_diffusion.inference.preview import Preview
 from improved_diffusion.metrics.sample_distance import create_sample_distance
@@ -43,7 +48,8 @@ def main():
     checkpoint = options.call(open_checkpoint, model=model)
 
     notes = [*this_run.notes, *memory_warnings(options, create_model_and_diffusion)]
-    with logging_to(options.general.log_dir, notes, checkpoints=True):
+    claim = claim_folder(checkpoint, options.general.overwrite)
+    with logging_to(options.general.log_dir, notes, claim):
         loop = options.call(
             TrainLoop,
             model=model.to(dist_util.dev()),
@@ -53,6 +59,7 @@ def main():
             resume_checkpoint=checkpoint,
             flags=options.of_the_run(),
             preview=create_preview(options, data.dataset.class_names),
+            loading_advice=loading_advice(options),
             validate=validation,
             evaluate=evaluation,
         )

@@ -6,6 +6,9 @@ Works on running and interrupted runs: the last row of a step counts; truncated 
 missing columns are skipped.
 """
 
+if __name__ == "__main__" and not __package__:
+    import _start  # noqa: F401
+
 import csv
 import math
 import os

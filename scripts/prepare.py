@@ -7,6 +7,9 @@ or to packed images if the name of OUT ends in .packed.
 Repeat the command to continue an interrupted folder. Packed images are whole or absent.
 """
 
+if __name__ == "__main__" and not __package__:
+    import _start  # noqa: F401
+
 import inspect
 
 from improved_diffusion.cli.parser import FlagParser, add_flag, path_argument, run

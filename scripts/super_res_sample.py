@@ -1,14 +1,21 @@
 """
-Enlarge images with a trained super-resolution model. The input is an npz file such as image_sample.py writes.
+Enlarge images with a trained super-resolution model: those of an npz file such as image_sample.py writes, of a folder,
+one image file, or packed images.
 
-Sample i is made from image i. With more samples than images, the images repeat in order.
+Sample i is made from image i: by default one of each. With more samples than images, the images repeat in order.
 
     python scripts/super_res_sample.py --model_path ema_0.9999_200000.pt --base_samples samples_16x64x64x3.npz
 """
 
+if __name__ == "__main__" and not __package__:
+    import _start  # noqa: F401
+
+import functools
+
 import torch as th
 
 from improved_diffusion import dist_util, logger
+from improved_diffusion.cli.cost import log_cost
 from improved_diffusion.cli.parser import create_parser, logging_to, parse_flags, run
 from improved_diffusion.cli.trained import load_trained
 from improved_diffusion.inference.arrays import load_base_samples, refuse_old_images, write_samples
@@ -16,6 +23,7 @@ from improved_diffusion.inference.generate import generate
 from improved_diffusion.inference.parts import Parts
 from improved_diffusion.options import SuperResSampleOptions
 from improved_diffusion.script_util import sr_create_model_and_diffusion
+from improved_diffusion.utils.streams import counted
 
 
 def main():
@@ -29,8 +37,11 @@ def main():
         size=options.model.small_size,
         channels=options.model.image_channels,
         num_classes=options.model.num_classes if options.model.class_cond else None,
-        num_samples=options.sampling.num_samples,
+        num_samples=options.sampling.num_samples if "num_samples" in flags.given else None,
+        class_names=this_run.class_names,
     )
+    if "num_samples" not in flags.given:
+        options = options.replace(num_samples=len(base_images))
     base = {"images": base_images} if base_labels is None else {"images": base_images, "labels": base_labels}
 
     def conditions(numbers, _):
@@ -46,7 +57,9 @@ def main():
     ):
         if options.output.save_images and parts.done < options.sampling.num_samples:
             dist_util.broadcast_from_rank_0(refuse_old_images)
-        logger.log(f"creating {options.sampling.num_samples} samples from {len(base_images)} images...")
+        logger.log(
+            f"creating {counted(options.sampling.num_samples, 'sample')} from {counted(len(base_images), 'image')}..."
+        )
         size = options.model.large_size
         images, labels = options.call(
             generate,
@@ -57,6 +70,7 @@ def main():
             sampler=options.sampling.sampler_name,
             sampler_options=options.sampling.sampler_options,
             parts=parts,
+            after_first_batch=functools.partial(log_cost, flags.given, options, diffusion),
         )
         if dist_util.rank() == 0:
             write_samples(images, labels, this_run.class_names, options.output.save_images)

@@ -4,13 +4,18 @@ Train a super-resolution model on images: it enlarges them from --small_size to 
     python scripts/super_res_train.py --data_dir photos --large_size 256 --small_size 64 --log_dir runs/large
 """
 
+if __name__ == "__main__" and not __package__:
+    import _start  # noqa: F401
+
 import functools
 
 from improved_diffusion import dist_util
 from improved_diffusion.cli.dry_run import print_dry_run
 from improved_diffusion.cli.estimate import memory_warnings
+from improved_diffusion.cli.pack_first import loading_advice
 from improved_diffusion.cli.parser import create_parser, logging_to, parse_flags, run
 from improved_diffusion.cli.run_config import resumed, save_config
+from improved_diffusion.cli.run_folder import claim_folder
 from improved_diffusion.image_datasets import load_data, load_superres_data, low_res
 from improved_diffusion.inference.preview import Preview
 from improved_diffusion.metrics.validation import create_validation
@@ -45,7 +50,8 @@ def main():
     checkpoint = options.call(open_checkpoint, model=model)
 
     notes = [*this_run.notes, *memory_warnings(options, sr_create_model_and_diffusion)]
-    with logging_to(options.general.log_dir, notes, checkpoints=True):
+    claim = claim_folder(checkpoint, options.general.overwrite)
+    with logging_to(options.general.log_dir, notes, claim):
         loop = options.call(
             TrainLoop,
             model=model.to(dist_util.dev()),
@@ -55,6 +61,7 @@ def main():
             resume_checkpoint=checkpoint,
             flags=options.of_the_run(),
             preview=create_preview(options, data),
+            loading_advice=loading_advice(options),
             validate=validation,
         )
         save_config(get_blob_logdir(), "super_res_train", options, data.dataset.class_names)

@@ -13,7 +13,7 @@ import time
 import numpy as np
 import pytest
 import torch as th
-from harness import FULL, environment, on_a_full_disk
+from harness import FULL, environment, on_a_full_disk, on_a_terminal
 
 from improved_diffusion import logger
 from improved_diffusion.logger import HumanOutputFormat, KVWriter, Logger, SeqWriter
@@ -363,6 +363,43 @@ def test_default_formats(tmp_path, capsys):
     logger.configure(tmp_path / "d")
     assert sorted(os.listdir(tmp_path / "d")) == ["log.txt", "progress.csv"]
     assert capsys.readouterr().out == f"Logging to {tmp_path / 'd'}\n"
+
+
+@pytest.mark.parametrize("asked_for", [None, "argument", "environment"])
+def test_a_terminal_shows_a_line_per_row_unless_tables_are_asked_for(tmp_path, monkeypatch, asked_for):
+    """log.txt has the table."""
+    terminal = on_a_terminal(monkeypatch)
+    monkeypatch.setattr(sys, "stdout", terminal)
+    if asked_for == "environment":
+        monkeypatch.setenv("OPENAI_LOG_FORMAT", "stdout,log")
+    logger.configure(str(tmp_path), ["stdout", "log"] if asked_for == "argument" else None)
+    for key, value in {"step": 7, "samples": 32, "loss": 0.12345, "loss_q0": 0.5, "lr": "low"}.items():
+        logger.logkv(key, value)
+    logger.dumpkvs()
+    shown, table = terminal.getvalue(), (tmp_path / "log.txt").read_text()
+    assert "| loss_q0 | 0.5      |\n" in table
+    if asked_for:
+        assert shown == table
+    else:
+        assert shown.splitlines()[1:] == ["step 7: loss 0.123, lr low"]
+
+
+def test_a_stdout_that_can_only_write(tmp_path, monkeypatch):
+    class Tee:
+        def __init__(self):
+            self.text = ""
+
+        def write(self, text):
+            self.text += text
+
+        def flush(self):
+            pass
+
+    monkeypatch.setattr(sys, "stdout", Tee())
+    logger.configure(str(tmp_path))
+    logger.logkv("loss", 1.0)
+    logger.dumpkvs()
+    assert "| loss | 1        |\n" in sys.stdout.text
 
 
 def test_formats_from_the_environment(tmp_path, monkeypatch, capsys):

@@ -81,9 +81,16 @@ NEW_FLAGS = dict(
     log_dir="",
     dry_run=False,
 )
-NEW_DATA_FLAGS = dict(NEW_FLAGS, num_workers=-1, labels="auto", pin_memory=True)
+NEW_DATA_FLAGS = dict(NEW_FLAGS, num_workers=-1, labels="auto", pin_memory=True, skip_damaged=False)
 NEW_TRAINING_FLAGS = dict(
-    NEW_DATA_FLAGS, max_steps=0, keep_checkpoints=0, random_flip=False, valid_dir="", preview_samples=16
+    NEW_DATA_FLAGS,
+    max_steps=0,
+    keep_checkpoints=0,
+    random_flip=False,
+    valid_dir="",
+    preview_samples=16,
+    config="",
+    overwrite=False,
 )
 NEW_SAMPLING_FLAGS = dict(NEW_FLAGS, save_images=False, sampler="ancestral", sampling_steps=0, spacing="lam", eta=None)
 NEW_BY_SCRIPT = {
@@ -270,6 +277,7 @@ def test_a_linear_schedule_of_20_steps_ends_in_pure_noise():
         (dict(image_size=48), ["image_size 48", "32, 64, 128, 256, 512", "channel_mult"]),
         (dict(image_size=48, channel_mult="1,2,2,2,2,2"), ["image_size 48", "halved 5 times", "multiple of 32"]),
         (dict(image_size=0, channel_mult="1"), ["image_size 0"]),
+        (dict(image_size=8, channel_mult=",".join(["1"] * 10**5)), ["channel_mult", "100000 levels", "17"]),
         (dict(channel_mult="1,x"), ["channel_mult", "'1,x'", "positive numbers"]),
         (dict(channel_mult="1,-2"), ["channel_mult", "'1,-2'", "positive numbers"]),
         (dict(channel_mult="1,,2"), ["channel_mult", "positive numbers"]),

@@ -6,9 +6,8 @@ from collections.abc import Callable
 from .. import dist_util
 from ..image_datasets import load_data, load_data_once
 from ..logger import Logger
-from ..training.describe import counted
 from ..utils.memory import available_memory
-from ..utils.streams import show
+from ..utils.streams import counted, show
 from .estimate import advise, estimate_memory, flags_that_fit, forward_flops, mib, on_meta
 from .run_config import Run
 

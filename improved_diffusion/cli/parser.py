@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import dataclasses
 import datetime
-import difflib
 import itertools
 import os
 import signal
@@ -14,12 +13,15 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from .. import dist_util, logger
-from ..options import Option, ScriptOptions, check, rows
+from ..options import Option, ScriptOptions, TrainOptions, check, rows
 from ..script_util import str2bool, whole_number
 from ..utils import errors, streams
 from ..utils.errors import InputError, TrainingError, first_line
 from ..utils.files import FolderLock, checkpoint_url, is_remote, user_path
+from .config_file import flags_of_another
+from .flag_names import answer
 from .presets import COSTS, PRESETS
+from .run_folder import check_outside
 
 Opts = TypeVar("Opts", bound=ScriptOptions)
 
@@ -32,6 +34,7 @@ def path_argument(text: str) -> str:
         raise argparse.ArgumentTypeError(str(e)) from None
 
 
+KINDS = {"True|False": "True or False", "N": "a whole number", "X": "a number", "PATH": "a path"}  # by metavar
 READERS = {bool: (str2bool, "True|False"), int: (whole_number, "N"), float: (float, "X"), str: (str, "TEXT")}
 
 
@@ -46,15 +49,27 @@ class FlagParser(argparse.ArgumentParser):
 
     def parse_args(self, args=None, namespace=None):
         args, unknown = self.parse_known_args(args, namespace)
+        parser = self._chosen(args)
         for word in unknown:
             flag = word.partition("=")[0]
             if flag.startswith("--"):
-                near = [known for known in self._option_string_actions if known.startswith(flag)]
-                near += difflib.get_close_matches(flag, self._option_string_actions, n=1)
-                self.error(f"there is no flag {flag}; {f'did you mean {near[0]}?' if near else 'see --help'}")
+                parser.error(f"there is no flag {flag}; {answer(flag, parser._option_string_actions)}")
         if unknown:
-            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+            parser.error(f"unrecognized arguments: {' '.join(unknown)}")
         return args
+
+    def parse_known_args(self, args=None, namespace=None):
+        words = list(sys.argv[1:] if args is None else args)
+        for word, following in itertools.zip_longest(words, words[1:], fillvalue="--"):
+            action = self._option_string_actions.get(word)
+            if action is not None and action.nargs is None and following.startswith("--"):
+                self.error(f"{word} is given without a value: give {KINDS.get(action.metavar, 'one')}")
+        return super().parse_known_args(words, namespace)
+
+    def _chosen(self, args):
+        """The parser of the subcommand that is given, if this one has some."""
+        commands = [action for action in self._actions if isinstance(action.choices, dict)]
+        return commands[0].choices[getattr(args, commands[0].dest)] if commands else self
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message}\n")  # without argparse's usage text
@@ -118,16 +133,18 @@ def parse_flags(parser: FlagParser, options: Opts) -> Flags[Opts]:
     given = {name for name, value in vars(parser.parse_args()).items() if value is not absent}
     try:
         preset = _preset(args.get("preset"), options, given)
+        if args.get("config"):
+            args.update({k: v for k, v in flags_of_another(args["config"], options).items() if k not in given})
         args.update(preset)
         for row in rows(type(options)):
             check(row, args[row.name])
         options = options.replace(**args)
     except InputError as e:
-        parser.error(f"--{e}")
+        parser.error(_with_flag(str(e)) if args.get("config") else f"--{e}")
     try:
-        log_directory(options.general.log_dir)
-        if hasattr(options, "training"):
-            checkpoint_url()
+        log_dir = log_directory(options.general.log_dir)
+        if isinstance(options, TrainOptions):
+            check_outside(options, log_dir)
     except InputError as e:
         parser.error(_with_flag(str(e)))
     for row in rows(type(options)):
@@ -164,22 +181,25 @@ def _preset(name, options, given):
 
 
 @contextlib.contextmanager
-def logging_to(log_dir: str, notes=(), checkpoints: bool = False):
+def logging_to(log_dir: str, notes=(), claim: Callable[[str, str], list[str]] | None = None):
     """
     Within a with block, log to a folder: log_dir, else OPENAI_LOGDIR, else a new runs/SCRIPT-DATE-TIME.
 
     :param notes: first lines of the log.
-    :param checkpoints: the block writes checkpoints; rank 0 locks their folder.
+    :param claim: for a block that writes checkpoints. Rank 0 locks their folder, and calls it with the folder for logs
+                  and that for checkpoints, before anything is written there; it returns further first lines.
     :raises InputError: if another run has locked it.
     """
     log_dir = log_directory(log_dir)
     # a collective: also ranks whose environment names a folder call it
     directory = dist_util.broadcast_from_rank_0(lambda: log_dir or _new_directory())
-    blob_dir = checkpoint_url() if checkpoints else ""
+    blob_dir = checkpoint_url() if claim else ""
     lock = FolderLock(blob_dir or log_dir or directory)
-    if checkpoints:
+    if claim:
         dist_util.broadcast_from_rank_0(lock.acquire)
     try:
+        if claim:
+            notes = [*notes, *dist_util.broadcast_from_rank_0(claim, log_dir or directory, lock.directory)]
         logger.configure(log_dir or directory)
         for note in [dist_util.describe(), *notes]:
             logger.log(note)
@@ -226,6 +246,8 @@ def run(main: Callable[[], object]) -> None:
     other exceptions keep their traceback.
     """
     streams.reserve()
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # by scripts/_start.py
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         try:
             main()

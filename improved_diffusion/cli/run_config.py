@@ -1,7 +1,5 @@
 """
-config.json: the flags of a run, beside its weights. They are the defaults of later command lines that use the run.
-
-    {"script": "image_train", "flags": {"image_size": 64, ...}, "class_names": ["cat", "dog"] or null}
+The flags of a run, from the config.json beside its weights: the defaults of later command lines that use the run.
 
 For weights without config.json, such as the original's, the shapes of the tensors give some of the flags.
 """
@@ -16,18 +14,19 @@ from typing import Any, Generic, TypeVar
 import blobfile as bf
 
 from .. import dist_util
-from ..options import Option, ScriptOptions, rows
+from ..options import Option, ScriptOptions, TrainingOptions, rows
 from ..script_util import CHANNEL_MULT
 from ..training.checkpoints import has_checkpoint, is_of_a_run
-from ..training.weights import infer_architecture
+from ..training.weights import infer_architecture, is_young
 from ..utils.errors import InputError
 from ..utils.files import checkpoint_url, write_files
+from .advice import doubts
+from .config_file import CONFIG, read_config
 from .parser import Flags, log_directory
 from .presets import PRESETS
+from .run_folder import check_unused
 
 Opts = TypeVar("Opts", bound=ScriptOptions)
-
-CONFIG = "config.json"
 
 # may differ from the run's: they affect training only, or each use of a model
 FREE = {"timestep_respacing", "dropout", "use_checkpoint", "use_kl", "rescale_learned_sigmas"}
@@ -60,43 +59,30 @@ def save_config(directory: str, script: str, options: ScriptOptions, class_names
     dist_util.broadcast_from_rank_0(write_files, directory, {CONFIG: lambda f: f.write(text)})
 
 
-def read_config(directory: str) -> dict[str, Any] | None:
-    """The config.json of a folder; None if there is none. :raises InputError: if it is damaged."""
-    path = bf.join(directory, CONFIG)
-    if not bf.exists(path):
-        return None
-    try:
-        with bf.BlobFile(path, "rb") as f:
-            config = json.loads(f.read())
-        flags, names = config["flags"], config["class_names"]
-        if not isinstance(flags, dict) or not (names is None or isinstance(names, list)):
-            raise ValueError("no flags in it")
-        count = len(names or [])
-        if not all(isinstance(name, str) for name in names or []) or count > flags.get("num_classes", math.inf):
-            raise ValueError("class_names are not names, or more than num_classes")
-        if names == []:
-            raise ValueError("class_names are none; null stands for unknown ones")
-    except (ValueError, KeyError, TypeError, OSError, RecursionError) as e:
-        problem = f"not the flags of a run ({type(e).__name__}: {e})"
-        raise InputError(f"{path}: {problem}; delete it, and give the flags instead") from None
-    return config
-
-
 def resumed(flags: Flags[Opts]) -> Run[Opts]:
     """Resolve the options of a training script. Model flags default to those of the resumed run. A collective."""
-    checkpoint = flags.options.values()["resume_checkpoint"]
+    run = _resumed(flags)
+    return dataclasses.replace(run, notes=(*run.notes, *doubts(run.options, flags.given)))
+
+
+def _resumed(flags):
+    values = flags.options.values()
+    if not values["dry_run"]:
+        check_unused(flags.options, log_directory(values["log_dir"]))
+    checkpoint, other = values["resume_checkpoint"], values["config"]
+    new = Run(flags.options, notes=(f"flags that are not given: {other}",) if other else ())
     if not checkpoint:
-        return Run(flags.options)
+        return new
     directory = bf.dirname(checkpoint)
     if checkpoint == "auto":
         directory = checkpoint_url() or log_directory(flags.options.general.log_dir)
         if not directory:
             raise InputError("resume_checkpoint auto: give log_dir, the folder of the run")
         if not dist_util.broadcast_from_rank_0(has_checkpoint, directory):  # config.json is of a run that saved nothing
-            return Run(flags.options)
+            return new
     config = dist_util.broadcast_from_rank_0(read_config, directory)
     if config is None:
-        return Run(flags.options)
+        return new
     run = _from_config(flags, config, directory)
     # a new run from other weights, such as an average, may have other classes
     keeps_classes = (checkpoint == "auto" or is_of_a_run(checkpoint)) and run.options.values()["class_cond"]
@@ -118,7 +104,7 @@ def of_weights(flags: Flags[Opts], weights: dict[str, Any]) -> Run[Opts]:
         _check_size(flags, run.options.values(), bf.join(bf.dirname(path), CONFIG), infer_architecture(shapes))
     else:
         run = _from_shapes(flags, path, shapes)
-    return dataclasses.replace(run, notes=(*run.notes, *_warnings(bf.basename(path))))
+    return dataclasses.replace(run, notes=(*run.notes, *_warnings(bf.basename(path), config), *doubts(run.options)))
 
 
 def _model_rows(options: ScriptOptions) -> dict[str, Option]:
@@ -200,14 +186,19 @@ def _format(values):
     return ", ".join(f"{name} {value}" for name, value in sorted(values.items()))
 
 
-def _warnings(name):
+def _warnings(name, config):
     """Warn of weights that give poor samples, by their file name."""
-    if re.fullmatch(r"model\d+\.pt", name):
+    if raw := re.fullmatch(r"model(\d+)\.pt", name):
+        (row,) = (row for row in rows(TrainingOptions) if row.name == "ema_rate")
+        rates = config["flags"].get("ema_rate") if config else None
+        rates = rates if isinstance(rates, str) and row.valid and row.valid.accepts(rates) else row.default
+        if is_young(float(rates.split(",")[0]), int(raw[1])):
+            return []
         return [f"WARNING: {name} has raw weights; the ema_ file of the same step gives better samples"]
     ema = re.fullmatch(r"ema_(0\.\d+)_(\d+)\.pt", name)
-    if ema:
+    if ema and is_young(float(ema[1]), int(ema[2])):
         horizon = math.ceil(1 / (1 - float(ema[1])) - 1e-6)
-        if int(ema[2]) < horizon:
-            seen = f"averages over about {horizon} steps, but has seen {int(ema[2])}"
-            return [f"WARNING: {name} {seen}: its samples still resemble those of the untrained model"]
+        seen = f"averages over about {horizon} steps, but has seen {int(ema[2])}, not {3 * horizon}"
+        better = f"model{ema[2]}.pt gives better samples"
+        return [f"WARNING: {name} {seen}: its samples resemble those of the untrained model; {better}"]
     return []

@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -12,13 +13,17 @@ from PIL import Image
 from ..options import LABELS
 from ..utils.errors import InputError, first_line
 from ..utils.files import is_remote
+from ..utils.streams import printable
 from .images import FORMATS
 
 ENDINGS = ("jpg", "jpeg", "png", "gif")  # the original's
 FURTHER_ENDINGS = ("webp", "bmp", "tif", "tiff", "jfif")  # read where a folder has none of the original's
-UNREAD_ENDINGS = ("avif", "heic", "heif", "jp2", "jxl", "pgm", "ppm", "tga")
+HEIC_ENDINGS = ("heic", "heif")  # of phones
+RAW_ENDINGS = ("arw", "cr2", "cr3", "dng", "nef", "orf", "raf", "rw2")  # of cameras
+UNREAD_ENDINGS = (*HEIC_ENDINGS, *RAW_ENDINGS, "avif", "jp2", "jxl", "pgm", "ppm", "tga")
+LOOKS = 10  # files of each other ending whose headers tell whether they are images
 HIDDEN_FOLDERS = ("__MACOSX", ".ipynb_checkpoints", ".AppleDouble", ".thumbnails", "@eaDir")  # copies of images
-HIDDEN_PREFIX = "._"  # of what macOS writes beside each file on other file systems
+HIDDEN_PREFIX = "."  # of files, such as the ._ files of macOS
 
 SHARD = re.compile(r"((part|shard|batch|chunk|split)s?[-_ ]?)?\d+", re.IGNORECASE)
 PART_OF_A_DATASET = re.compile(r"(.*[^a-z])?(train|val|valid|test|eval)(ing|idation)?([^a-z].*)?", re.IGNORECASE)
@@ -57,6 +62,11 @@ class Paths(Sequence):
 # ---------------------------------------------------------------- files
 
 
+def is_image(path: str) -> bool:
+    """Whether a path is that of an image file, by its ending, and not of a folder."""
+    return _ending(path) in (*ENDINGS, *FURTHER_ENDINGS) and not bf.isdir(path)
+
+
 def find_images(folder: str) -> tuple[list[str], list[str]]:
     """
     list_images() of a folder or a URL for blobfile.
@@ -73,7 +83,7 @@ def find_images(folder: str) -> tuple[list[str], list[str]]:
     notes = files.notes()
     if not files.chosen():
         problem = f"{folder}: holds no images ({', '.join((*ENDINGS, *FURTHER_ENDINGS))})"
-        raise InputError("; ".join([problem, *(note.removeprefix(f"{folder}: ") for note in notes)]))
+        raise InputError("; ".join([problem, *(note.removeprefix(printable(f"{folder}: ")) for note in notes)]))
     return files.chosen(), notes
 
 
@@ -107,19 +117,20 @@ class _Files:
 
     def __init__(self, folder, once=False):
         self.folder, self._once = folder, once
-        self.images, self.others, self.hidden, self.links = [], [], [], []  # paths
+        self.images, self.further, self.hidden, self.links = [], [], [], []  # paths
+        self._others: dict[str, list[str]] = {}  # ending -> the first LOOKS paths
+        self._counts: Counter = Counter()  # ending -> number of paths
         self._root = folder if is_remote(folder) else os.path.realpath(folder)
         self._visited = {self._root}
         self._walk(folder, self._root, (self._root,))
 
     def _walk(self, folder, real, above):
         """:param above: the real paths of the folders that lead here."""
-        for name, path, kind in sorted(entry for entry in _entries(folder) if entry[2]):
-            is_folder = kind in ("folder", "link")
-            if name in HIDDEN_FOLDERS if is_folder else name.startswith(HIDDEN_PREFIX):
+        for name, path, kind in sorted(_entries(folder)):
+            if kind == "file":
+                self._add(name, path)
+            elif name in HIDDEN_FOLDERS:
                 self.hidden.append(path)
-            elif not is_folder:
-                (self.images if kind == "image" else self.others).append(path)
             else:
                 target = os.path.realpath(path) if kind == "link" else os.path.join(real, name)
                 if not self._once and target in above:
@@ -130,25 +141,49 @@ class _Files:
                 self._visited.add(target)
                 self._walk(path, target, (*above, target))
 
+    def _add(self, name, path):
+        ending = _ending(name)
+        if ending in (*ENDINGS, *FURTHER_ENDINGS):
+            hidden = name.startswith(HIDDEN_PREFIX)
+            (self.hidden if hidden else self.images if ending in ENDINGS else self.further).append(path)
+            return
+        if ending.isdigit() or len(ending) > 12:  # scan.0001 and a.b c have none
+            ending = ""
+        self._counts[ending] += 1
+        if len(paths := self._others.setdefault(ending, [])) < LOOKS:
+            paths.append(path)
+
     def _is_inside(self, target):
         return os.path.join(target, "").startswith(os.path.join(self._root, ""))
 
     def chosen(self):
         """The paths to read."""
-        return self.images or [path for path in self.others if _ending(path) in FURTHER_ENDINGS]
+        return self.images or self.further
 
     def notes(self):
         read = ENDINGS if self.images else FURTHER_ENDINGS
-        unread = [path for path in self.others if _ending(path) not in ("", *read)]
-        unnamed = [path for path in self.others if not _ending(path)]
-        if unnamed and _is_readable(unnamed[0]):  # one look; README and LICENSE are no images
-            unread += unnamed
+        unread = self.further[:] if self.images else []
+        count = len(unread)
+        for ending, paths in self._others.items():
+            seen = paths if ending in UNREAD_ENDINGS else [path for path in paths if _is_readable(path)]
+            if seen and ending not in HEIC_ENDINGS:
+                unread.append(seen[0])
+                count += self._counts[ending]
+        heic = [path for ending in HEIC_ENDINGS for path in self._others.get(ending, ())]
         found = [
-            (unread, f"not read: their names do not end in {', '.join(read)}"),
-            (self.hidden, "left out: hidden copies of other programs"),
-            (self.links, "left out: links to folders that are read already"),
-        ]  # fmt: skip
-        return [f"{self.folder}: {len(paths):,} {what} (such as {paths[0]})" for paths, what in found if paths]
+            (sum(self._counts[ending] for ending in HEIC_ENDINGS), heic, "HEIC file", "convert to JPEG to use"),
+            (count, unread, "file", f"the name does not end in {', '.join(read)}"),
+            (len(self.hidden), self.hidden, "hidden file or folder", ""),
+            (len(self.links), self.links, "link", "to a folder that is read already"),
+        ]
+        lines = [f"{self.folder}: left out: {_counted(n, paths, *words)}" for n, paths, *words in found if n]
+        return [printable(line) for line in lines]
+
+
+def _counted(count, paths, noun, reason):
+    plural = " or ".join(f"{word}s" for word in noun.split(" or "))
+    example = f"{'such as ' * (count > 1)}{paths[0]}"
+    return f"{count:,} {noun if count == 1 else plural} ({example}){f': {reason}' if reason else ''}"
 
 
 def _is_readable(path):
@@ -162,28 +197,22 @@ def _is_readable(path):
 
 
 def _entries(folder):
-    """(name, path, kind) of each file and folder; the kind is image, other, folder or link (to a folder)."""
+    """(name, path, kind) of each file and folder; the kind is file, folder or link (to a folder)."""
     if is_remote(folder):
         for name in bf.listdir(folder):
             path = bf.join(folder, name)
-            if (kind := _kind(name)) != "image" and bf.isdir(path):
-                kind = "folder"
-            yield name.rstrip("/"), path, kind
+            yield name.rstrip("/"), path, "folder" if _ending(name) not in ENDINGS and bf.isdir(path) else "file"
         return
     with os.scandir(folder) as entries:
         for entry in entries:
+            kind = "file"
             # scandir() knows the type of all but links; a stat() per file would take minutes for millions
-            if (kind := _kind(entry.name)) != "image":
+            if _ending(entry.name) not in ENDINGS:
                 if entry.is_dir(follow_symlinks=False):
                     kind = "folder"
                 elif entry.is_symlink() and os.path.isdir(entry.path):
                     kind = "link"
             yield entry.name, entry.path, kind
-
-
-def _kind(name):
-    ending = _ending(name)
-    return "image" if ending in ENDINGS else "other" if ending in ("", *FURTHER_ENDINGS, *UNREAD_ENDINGS) else None
 
 
 def _ending(path):
@@ -233,7 +262,7 @@ def label_images(
         return (*_numbered(prefixes), "")
     labels, found = _numbered(folders)
     counted = f"{len(found):,} class{'es' * (len(found) != 1)}"
-    return labels, found, f"{folder}: {counted}, by folder: {_shown(found)}"
+    return labels, found, printable(f"{folder}: {counted}, by folder: {_shown(found)}")
 
 
 def _is_folder_the_class(folder, names, prefixes, folders, nested, known):

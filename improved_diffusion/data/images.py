@@ -4,6 +4,7 @@ import io
 import os
 import stat
 import time
+import warnings
 
 import blobfile as bf
 import numpy as np
@@ -18,12 +19,26 @@ MAX_PIXELS = 2**28  # of an image file: 16,384 x 16,384, 0.8 GB when decoded
 CHECKED_IMAGES = 2000  # check_images() decodes at most this many images
 CHECK_SECONDS = 10  # for at most this long
 LONG = 64  # sides longer than this many times the shorter one are cropped before scaling
+ORIENTATION = 0x0112  # of EXIF: how a camera was held
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 RETRY_PAUSES = (0.1, 1, 3)  # seconds before a failed read is retried, such as while a file server restarts
 
 # Pillow's limits are for uploads by strangers: scans and panoramas exceed them
 if Image.MAX_IMAGE_PIXELS is not None:
     Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, MAX_PIXELS)
 PngImagePlugin.MAX_TEXT_CHUNK = max(PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY)
+
+
+class DamagedImageError(InputError):
+    """A file that was read cannot be decoded as an image."""
 
 
 def check_images(paths: list[str]) -> None:
@@ -46,21 +61,39 @@ def read_image(path: str, retry: bool = True) -> Image.Image:
 
     :param retry: retry failed reads after each of RETRY_PAUSES. Damaged content is not read twice.
     """
+    try:
+        return decode_image(_read_file(path, retry), path)
+    except DamagedImageError as e:
+        raise DamagedImageError(f"{e}; skip_damaged True leaves such images out") from e.__cause__
+
+
+def damage(path: str) -> str:
+    """
+    Why an image file cannot be decoded, in a line that begins with its path; "" if it can.
+
+    :raises InputError: if it cannot be read: it may be intact.
+    """
+    try:
+        decode_image(_read_file(path), path)
+    except DamagedImageError as e:
+        return str(e)
+    return ""
+
+
+def _read_file(path, retry=True):
     for pause in (*(RETRY_PAUSES if retry else ()), None):
         try:
             if not is_remote(path) and not stat.S_ISREG(os.stat(path).st_mode):  # reading a pipe would wait
                 raise InputError(f"{path}: cannot be read as an image (not a regular file)")
             # for local files blobfile would add a tenth of the decoding time
             with bf.BlobFile(path, "rb") if is_remote(path) else open(path, "rb") as f:
-                content = f.read()
-            break
+                return f.read()
         except (MemoryError, InputError):
             raise
         except Exception as e:  # cloud storage raises errors of all kinds
             if pause is None:
                 raise InputError(f"{path}: cannot be read as an image ({first_line(e)})") from e
             time.sleep(pause)
-    return decode_image(content, path)
 
 
 def decode_image(content: bytes, name: str) -> Image.Image:
@@ -68,27 +101,17 @@ def decode_image(content: bytes, name: str) -> Image.Image:
     Decode an image file.
 
     :param name: for messages.
-    :return: a PIL image in mode "RGB" or "L".
-    :raises InputError: if the file is not an image of FORMATS, damaged, too large, or of unclear range.
+    :return: a PIL image in mode "RGB" or "L", upright by its EXIF orientation.
+    :raises DamagedImageError: if the file is not an image of FORMATS, damaged, too large, or of unclear range.
     """
     try:
         image: Image.Image = Image.open(io.BytesIO(content), formats=FORMATS)
         if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
             raise Image.DecompressionBombError
         image.load()
-        if image.mode in ("RGB", "L"):
-            return image
-        if image.mode.startswith("I;") or (image.mode == "I" and image.format == "PNG"):  # 16 bits
-            return Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
-        if image.mode in ("I", "F"):
-            return Image.fromarray(_to_uint8(np.asarray(image)))
-        if (
-            image.mode in ("LA", "La", "PA", "RGBA", "RGBa")
-            or "transparency" in image.info
-            or _has_alpha_palette(image)
-        ):
-            return _on_white(image)
-        return image.convert("RGB")
+        turn = UPRIGHT.get(_orientation(image))  # most files have none, or 1
+        image = _to_rgb_or_grey(image)
+        return image if turn is None else image.transpose(turn)
     except MemoryError:
         raise  # the file may be intact
     except Exception as e:  # decoders raise anything from SyntaxError to struct.error
@@ -97,7 +120,28 @@ def decode_image(content: bytes, name: str) -> Image.Image:
             problem = f"not one of {', '.join(FORMATS)}"
         elif isinstance(e, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
             problem = f"more than {Image.MAX_IMAGE_PIXELS:,} pixels; scale it down, or crop it"
-        raise InputError(f"{name}: cannot be read as an image ({problem})") from e
+        raise DamagedImageError(f"{name}: cannot be read as an image ({problem})") from e
+
+
+def _orientation(image):
+    """The EXIF orientation; None if there is none, or EXIF is damaged: the pixels may be intact."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return image.getexif().get(ORIENTATION)
+    except Exception:  # as for damaged images
+        return None
+
+
+def _to_rgb_or_grey(image):
+    if image.mode in ("RGB", "L") and "transparency" not in image.info:
+        return image
+    if image.mode.startswith("I;") or (image.mode == "I" and image.format == "PNG"):  # 16 bits
+        return Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        return Image.fromarray(_to_uint8(np.asarray(image)))
+    has_alpha = image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or _has_alpha_palette(image)
+    return _on_white(image) if has_alpha or "transparency" in image.info else image.convert("RGB")
 
 
 def _to_uint8(values):

@@ -161,6 +161,7 @@ def _ignore_signals(worker):
 
     A terminal or scheduler signals all processes of a run, but training needs batches until it has saved.
     """
+    signal.set_wakeup_fd(-1)  # a forked worker has its parent's, and would tell it of the worker's own signals
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "SIGHUP"):  # not on Windows
         signal.signal(signal.SIGHUP, signal.SIG_IGN)

@@ -10,9 +10,9 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from ..utils.errors import InputError, first_line
-from ..utils.files import is_remote, write_files
+from ..utils.files import is_inside, is_remote, write_files
 from ..utils.progress import Progress
-from ..utils.streams import show
+from ..utils.streams import counted, show
 from .images import to_image
 from .loader import BatchesInOrder
 from .packed import ENDING, OLD_ENDING, check_new, write_packed
@@ -41,7 +41,7 @@ def write(source: Source | Mapping[str, Source], out: str) -> None:
         else:
             _check_folder(path, part)
         for note in part.notes:
-            print(note)
+            show(note)
     for path, part in parts.items():
         (_pack if packed else _write_folder)(path, part)
 
@@ -57,7 +57,7 @@ def _pack(path, source):
     size, _, channels = source.shape
     megabytes = len(source) * size * size * channels / 1e6
     form = f"{size}x{size} with {channels} channels, {megabytes:.1f} MB"
-    show(f"wrote {len(source)} images of {_classes(len(source.classes))}, {form}: {path}")
+    show(f"wrote {counted(len(source), 'image')} of {_classes(len(source.classes))}, {form}: {path}")
 
 
 def _classes(count):
@@ -72,10 +72,8 @@ def _check_folder(path, source):
             raise InputError(
                 f"class {name!r}: cannot start file names; give a name without _, / and leading dot, or pack the images"
             )
-    if source.folder and not is_remote(source.folder):
-        inside = os.path.realpath(source.folder)
-        if os.path.commonpath([inside, os.path.realpath(path)]) == inside:
-            raise InputError(f"{path}: is inside {source.folder}, the source; give a folder outside")
+    if source.folder and is_inside(path, source.folder):
+        raise InputError(f"{path}: is inside {source.folder}, the source; give a folder outside")
     try:
         os.makedirs(path, exist_ok=True)
     except OSError as e:
@@ -91,7 +89,7 @@ def _write_folder(path, source):
             kept += sum(existed)
             progress.update(len(existed))
     classes = _classes(len(np.unique(source.labels)))
-    show(f"wrote {len(source)} images of {classes} to {path}{f' ({kept} existed before)' * (kept > 0)}")
+    show(f"wrote {counted(len(source), 'image')} of {classes} to {path}{f' ({kept} existed before)' * (kept > 0)}")
 
 
 class _Files(Dataset):

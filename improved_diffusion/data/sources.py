@@ -22,6 +22,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from ..utils.errors import InputError, first_line
+from .damaged import without_damaged
 from .folders import Paths, find_images, label_images
 from .images import decode_image, read_image, scale_and_crop, to_image
 from .packed import is_packed, read_npz, read_packed
@@ -253,13 +254,16 @@ class Images(Source):
     up to the first underscore, or its folder. Packed images keep the pixels, labels and order of the folder.
     """
 
-    def __init__(self, src: str, *, image_size=64, image_channels=3, num_workers=-1, labels="auto"):
+    def __init__(self, src: str, *, image_size=64, image_channels=3, num_workers=-1, labels="auto", skip_damaged=False):
         self.shape, self.num_workers = (image_size, image_size, image_channels), processes(num_workers)
         if is_packed(src):
             self._images, self.labels, self.classes = read_packed(src, with_labels=True)  # type: ignore[assignment]
             self._open: Callable = to_image
         else:
             paths, notes = find_images(src)
+            if skip_damaged:
+                paths, damaged = without_damaged(src, paths, self.num_workers)
+                notes += damaged
             self.labels, self.classes, note = label_images(src, paths, labels)
             self._images, self.folder, self._open = Paths(paths), src, read_image  # type: ignore[assignment]
             self.notes = [*notes, note] if note else notes

@@ -1,17 +1,24 @@
 """Files of samples and other arrays."""
 
+import contextlib
 import functools
+import os
 
 import blobfile as bf
 import numpy as np
 import torch as th
 
 from .. import logger
+from ..data.folders import is_image
 from ..data.packed import read_npz
+from ..image_datasets import open_images
 from ..utils.errors import InputError, first_line
 from ..utils.files import list_folder, write_files
 from ..utils.progress import Progress
+from ..utils.streams import counted
 from .pictures import grid, sample_names, write_pngs
+
+FIRST = "first_samples.png"  # until the picture of all samples is there
 
 
 def to_uint8(x: th.Tensor) -> th.Tensor:
@@ -32,6 +39,8 @@ def write_samples(
     path = save_samples(images, labels)
     picture = bf.basename(path).replace(".npz", ".png")
     write_pngs(logger.get_dir(), {picture: grid(images, labels)})
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(bf.join(logger.get_dir(), FIRST))
     logger.log(f"saved {path}")
     logger.log(f"saved {bf.join(logger.get_dir(), picture)}")
     if save_images:
@@ -39,7 +48,13 @@ def write_samples(
             for name, image in zip(sample_names(len(images), labels, class_names), images, strict=True):
                 write_pngs(_folder(), {name: image})
                 progress.update()
-        logger.log(f"saved {len(images)} PNG files in {_folder()}")
+        logger.log(f"saved {counted(len(images), 'PNG file')} in {_folder()}")
+
+
+def write_first_samples(images: np.ndarray, labels: np.ndarray | None = None) -> str:
+    """Write a picture of the first batch, which write_samples() replaces. Return its path."""
+    write_pngs(logger.get_dir(), {FIRST: grid(images, labels)})
+    return bf.join(logger.get_dir(), FIRST)
 
 
 def refuse_old_images() -> None:
@@ -59,16 +74,24 @@ def save_arrays(name: str, *arrays: np.ndarray) -> str:
 
 
 def load_base_samples(
-    path: str, *, size: int, channels: int, num_classes: int | None = None, num_samples: int | None = None
-) -> tuple[np.ndarray, np.ndarray | None]:
+    path: str, *, size: int, channels: int, num_classes: int | None = None, num_samples: int | None = None,
+    class_names: list[str] | None = None,
+) -> tuple[np.ndarray, np.ndarray | None]:  # fmt: skip
     """
-    Load the input of a super-resolution model from a file in the format of save_samples().
+    Load the input of a super-resolution model from a file in the format of save_samples(); a folder of images or one
+    image, scaled and cropped to `size`; or packed images.
 
     :param num_classes: of a class-conditional model.
     :param num_samples: load the first images only, at most this many; None for all.
+    :param class_names: of the model, if known: labels of a folder index them.
     :return: (uint8 [N, size, size, channels], labels, int64 [N]; None without num_classes).
     :raises InputError: if the file is missing, or its arrays are not of these types and shapes.
     """
+    if path and (is_image(path) or bf.isdir(path)):
+        dataset = open_images(
+            path, size, num_classes is not None, channels, num_classes, class_names, limit=num_samples
+        )  # fmt: skip
+        return np.stack([dataset.pixels(i) for i in range(len(dataset))]), dataset.local_classes
 
     file = f"base_samples {path}"
 

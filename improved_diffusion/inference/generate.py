@@ -1,6 +1,7 @@
 """Draw samples in batches, over all ranks."""
 
 import collections
+import time
 from collections.abc import Callable, Iterable
 
 import numpy as np
@@ -11,6 +12,7 @@ from ..samplers import SAMPLERS, evaluations
 from ..script_util import configure_compute
 from ..utils.errors import InputError
 from ..utils.progress import Progress, count_calls
+from ..utils.streams import counted
 from .arrays import to_uint8
 from .parts import Parts
 
@@ -81,6 +83,7 @@ def pad_batches(model: Callable, batch_size: int) -> Callable:
 def generate(
     diffusion, model, *, shape, num_samples, batch_size, conditions, sampler="ancestral", sampler_options=None,
     clip_denoised=True, seed=None, parts: Parts | None = None, model_path="the model", use_fp16=False,
+    after_first_batch: Callable[[np.ndarray, np.ndarray | None, int, float], None] | None = None,
 ):  # fmt: skip
     """
     Draw samples in batches over all ranks. A collective, in inference mode: for guidance by gradients call the
@@ -96,6 +99,8 @@ def generate(
                  generator, batch by batch.
     :param parts: where to keep samples batch by batch, and continue; None for memory.
     :param model_path, use_fp16: of the network, for messages.
+    :param after_first_batch: called on rank 0 with the images and labels of the first batch of all ranks, the number of
+                              samples that this call draws, and the seconds that the batch took. Not for a last batch.
     :return: on rank 0 (uint8 [num_samples, H, W, C], labels, int64 [num_samples], or None), else (None, None). With
              parts they are mapped from its files.
     :raises InputError: if samples are not finite.
@@ -104,9 +109,11 @@ def generate(
     rank, world, device = dist_util.rank(), dist_util.world_size(), dist_util.dev()
     rounds = range(parts.done if parts else 0, num_samples, batch_size * world)
     sampler_options = sampler_options or {}
-    calls = len(rounds) * evaluations(sampler, diffusion, sampler_options.get("steps"))
+    steps, left = evaluations(sampler, diffusion, sampler_options.get("steps")), max(0, num_samples - rounds.start)
+    logger.log(f"{counted(left, 'sample')} of {counted(steps, 'evaluation')}, {batch_size * world:,} at a time")
+    calls, began = len(rounds) * steps, time.monotonic()
     with Progress("sampling", calls, "steps", logger.log, show=rank == 0) as progress:
-        model = count_calls(model, progress)
+        model = Finite(count_calls(model, progress))
         for first in rounds:
             share = min(batch_size, -(-(num_samples - first) // world))  # spreads the last round over all ranks
             start = min(first + share * rank, num_samples)
@@ -118,7 +125,7 @@ def generate(
                 x_T = (noise_fn or th.randn_like)(x)
                 options = dict(model_kwargs=kwargs, noise_fn=noise_fn, clip_denoised=clip_denoised)
                 x = SAMPLERS[sampler](diffusion, model, x_T, **options, **sampler_options)
-            if dist_util.any_rank(not x.isfinite().all()):
+            if dist_util.any_rank(not (model.so_far and x.isfinite().all())):
                 raise not_finite(model_path, use_fp16)
             gathered = {"images": dist_util.all_gather(to_uint8(x))}
             if dist_util.any_rank("y" in kwargs):  # a rank without samples may have no labels
@@ -131,12 +138,28 @@ def generate(
             else:
                 for name, values in rows.items():
                     kept[name].append(values)
-            logger.log(f"created {done} samples")
+            logger.log(f"created {done} sample{'s' * (done != 1)}")
+            if after_first_batch and rank == 0 and first == rounds.start and done < num_samples:
+                after_first_batch(rows["images"], rows.get("labels"), left, time.monotonic() - began)
     if rank > 0:
         return None, None
     if parts is not None:
         return parts.rows("images"), parts.rows("labels")
     return np.concatenate(kept["images"]), np.concatenate(kept["labels"]) if "labels" in kept else None
+
+
+class Finite:
+    """Calls a network. so_far is whether all outputs were finite: clipping hides infinite ones from the samples."""
+
+    def __init__(self, model: Callable):
+        self._model = model
+        self.so_far: bool | th.Tensor = True  # a tensor on the network's device, so that no step waits for it
+
+    def __call__(self, *args, **kwargs):
+        out = self._model(*args, **kwargs)
+        if isinstance(out, th.Tensor):  # otherwise the diffusion refuses it
+            self.so_far = out.isfinite().all() & self.so_far
+        return out
 
 
 def not_finite(model_path: str, use_fp16: bool) -> InputError:

@@ -27,6 +27,7 @@ from ..training.checkpoints import rng_state, set_rng_state
 from ..utils.errors import InputError, first_line
 from ..utils.files import FolderLock, write_files
 from ..utils.safe_load import read_state_dict
+from ..utils.streams import counted
 
 PREFIX, STATE = "parts-", "state.pt"
 # options that do not change the result, or that name files known by their content
@@ -86,7 +87,7 @@ class Parts:
             shutil.rmtree(self.directory, ignore_errors=True)
         else:
             where = f"the same command with log_dir {self._log_dir} continues"
-            logger.log(f"{self.done} finished samples are kept in {self.directory}: {where}")
+            logger.log(f"{counted(self.done, 'finished sample')} in {self.directory}: {where}")
 
     def save(self, done: int, rows: dict[str, np.ndarray] | None = None, values: Any = None) -> None:
         """
@@ -116,7 +117,7 @@ class Parts:
         self._lock.acquire()
         state = self._read(self.directory)
         if state is not None:
-            logger.log(f"continuing behind {state['done']} finished samples in {self.directory}")
+            logger.log(f"continuing behind {counted(state['done'], 'finished sample')} in {self.directory}")
             return state
         for name in sorted(os.listdir(self._log_dir)):
             other, state = os.path.join(self._log_dir, name), None
@@ -127,10 +128,8 @@ class Parts:
                 continue
             theirs = {**dict.fromkeys(self._identity), **state["identity"]}
             differ = [option for option, value in theirs.items() if value != self._identity.get(option)]
-            logger.warn(
-                f"{other} has {state['done']} finished samples of a run that differs in {', '.join(differ)}: this run "
-                "starts over; the folder stays for that one"
-            )
+            theirs = f"{other} has {counted(state['done'], 'finished sample')} of a run that differs in"
+            logger.warn(f"{theirs} {', '.join(differ)}: this run starts over; the folder stays for that one")
         # without a log_dir each run has a new folder, and one that was killed could not name its own
         beside = os.path.join(glob.escape(os.path.dirname(self._log_dir)), "*", os.path.basename(self.directory), STATE)
         for path in sorted(glob.glob(beside)):

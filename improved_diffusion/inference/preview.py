@@ -4,18 +4,20 @@ from collections.abc import Callable
 
 import blobfile as bf
 import torch as th
+import torch.nn.functional as F
 
 from .. import dist_util, logger
 from ..samplers import SAMPLERS
 from ..solvers import default_steps
 from ..utils.errors import first_line
+from ..utils.streams import counted
 from .arrays import to_uint8
 from .generate import SampleNoise
 from .pictures import grid, write_pngs
 
 SEED = 0  # fixed: successive pictures show the same samples improve
 SAMPLER, STEPS = "dpm++2m-sde", 10  # stochastic: errs less while the network is trained briefly
-FILENAME = "preview_{:06d}.png"
+FILENAMES = "preview_{:06d}.png", "preview_{:06d}_model.png"  # of an average, of the newest weights
 
 
 class Preview:
@@ -25,36 +27,64 @@ class Preview:
     :param diffusion: of all timesteps.
     :param shape: of one sample, (C, H, W).
     :param count: number of samples.
-    :param conditions: keyword arguments of the model, tensors [count, ...].
+    :param conditions: keyword arguments of the model, tensors [count, ...]. Those of super-resolution, "low_res", are
+                       shown on the left of their samples.
     """
 
     def __init__(self, diffusion, shape: tuple[int, int, int], count: int, conditions: dict[str, th.Tensor]):
         self.diffusion, self.shape, self.count, self.conditions = diffusion, shape, count, conditions
 
-    def __call__(self, make_model: Callable, directory: str, step: int) -> None:
+    def __call__(
+        self,
+        make_model: Callable,
+        directory: str,
+        step: int,
+        weights: str = "ema",
+        stopping: Callable[[], bool] = lambda: False,
+    ) -> None:
         """
-        Write preview_{step}.png to a folder, and log it. An error is only logged.
+        Write preview_{step}.png to a folder, preview_{step}_model.png for the newest weights, and log it. An error is
+        only logged.
 
         :param make_model: returns the network, in eval() mode.
+        :param weights: "model" for the newest, else the name of an average.
+        :param stopping: returns whether the run is to stop. Between two steps of the sampler, the preview ends then.
         """
+
+        def stop_if_wanted(*_):
+            if stopping():
+                raise _Stopped
+
         try:
-            picture = grid(self._draw(make_model()))
-            name = FILENAME.format(step)
+            stop_if_wanted()
+            steps = min(STEPS, default_steps(self.diffusion))
+            cost = f"{counted(self.count, 'sample')} in {counted(steps, 'evaluation')} of {weights}"
+            logger.log(f"drawing a preview of step {step}: {cost}...")
+            picture = grid(self._draw(make_model(), steps, stop_if_wanted))
+            name = FILENAMES[weights == "model"].format(step)
             write_pngs(directory, {name: picture})
             logger.get_current().writeimage("preview", picture, step)
             logger.log(f"drew {bf.join(directory, name)}")
+        except _Stopped:
+            logger.log(f"no preview of step {step}: the run stops; it is drawn when the run continues")
         except Exception as e:  # out of memory, a full disk, other conditions
             logger.warn(f"no preview of step {step}: {first_line(e)}")
 
     def is_missing(self, directory: str, step: int) -> bool:
         """Whether the preview of a step is missing, as after a kill."""
-        return not bf.exists(bf.join(directory, FILENAME.format(step)))
+        return not any(bf.exists(bf.join(directory, name.format(step))) for name in FILENAMES)
 
     @th.inference_mode()
-    def _draw(self, model):
+    def _draw(self, model, steps, callback=None):
         device, noise_fn = dist_util.dev(), SampleNoise(SEED, range(self.count))
         x_T = noise_fn(th.empty(self.count, *self.shape, device=device))
         kwargs = {name: value.to(device) for name, value in self.conditions.items()}
-        steps = min(STEPS, default_steps(self.diffusion))
-        sample = SAMPLERS[SAMPLER](self.diffusion, model, x_T, model_kwargs=kwargs, noise_fn=noise_fn, steps=steps)
+        options = dict(model_kwargs=kwargs, noise_fn=noise_fn, steps=steps, callback=callback)
+        sample = SAMPLERS[SAMPLER](self.diffusion, model, x_T, **options)
+        if "low_res" in kwargs:
+            sample = th.cat([F.interpolate(kwargs["low_res"], self.shape[1:], mode="nearest"), sample], dim=-1)
         return to_uint8(sample).cpu().numpy()
+
+
+class _Stopped(Exception):
+    pass

@@ -6,7 +6,7 @@ from typing import Any
 import torch as th
 
 from .. import dist_util, logger
-from ..inference.generate import SampleNoise, not_finite
+from ..inference.generate import Finite, SampleNoise, not_finite
 from ..inference.parts import Parts
 from ..utils.progress import Progress, count_calls
 
@@ -38,7 +38,7 @@ def evaluate_bpd(
         data.skip(max(0, -(-(done - rank) // world)))  # this rank's images are those of index rank, rank + world, ...
     steps = len(data) * diffusion.num_timesteps
     with Progress("evaluating", steps, "steps", logger.log, show=rank == 0) as progress:
-        model = count_calls(model, progress)
+        model = Finite(count_calls(model, progress))
         for _ in range(max(dist_util.all_gather_object(len(data)))):
             batch, cond = next(data, (th.empty(0), {}))  # a rank may have no image left
             added = {name: th.zeros_like(value, device=device) for name, value in sums.items()}
@@ -52,12 +52,12 @@ def evaluate_bpd(
                 kwargs = dict(clip_denoised=clip_denoised, model_kwargs=cond, noise_fn=noise_fn)
                 metrics = diffusion.calc_bpd_loop(model, batch, **kwargs)
                 added = {name: metrics[name].double().sum(dim=0) for name in sums}
-            dist_util.barrier()  # on the CPU, where missing ranks are named
+            broken = dist_util.any_rank(not model.so_far)  # on the CPU, where missing ranks are named
             done += int(dist_util.all_reduce_sum(th.tensor(len(batch), device=device)))
             sums = {name: value + dist_util.all_reduce_sum(added[name]).cpu() for name, value in sums.items()}
-            if not all(value.isfinite().all() for value in sums.values()):
+            if broken or not all(value.isfinite().all() for value in sums.values()):
                 raise not_finite(model_path, use_fp16)
             if parts is not None:
                 parts.save(done, values=sums)
-            logger.log(f"done {done} samples: bpd={sums['total_bpd'].item() / done}")
+            logger.log(f"done {done} sample{'s' * (done != 1)}: bpd={sums['total_bpd'].item() / done}")
     return {name: value / done for name, value in sums.items()}, done

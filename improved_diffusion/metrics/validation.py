@@ -1,7 +1,6 @@
 """The loss and the bound of held-out images during training: overfitting shows as their rise."""
 
 import copy
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +14,7 @@ from ..options import TrainOptions
 from ..script_util import create_diffusion
 from ..training.checkpoints import rng_state, set_rng_state
 from ..utils.errors import InputError
-from ..utils.files import is_remote
+from ..utils.files import is_inside
 
 MAX_IMAGES = 64
 LOSS_TIMESTEPS = 4  # per image
@@ -104,7 +103,7 @@ def create_validation(
     if not valid_dir:
         return None
     data_dir = options.data.data_dir
-    if _is_within(valid_dir, data_dir) or _is_within(data_dir, valid_dir):
+    if is_inside(valid_dir, data_dir) or is_inside(data_dir, valid_dir):
         raise InputError(f"valid_dir {valid_dir}: has images that data_dir {data_dir} has too; give a folder beside it")
     size = values.get("image_size") or values["large_size"]
     arguments = dict(data_dir=valid_dir, image_size=size, class_names=class_names, batch_size=BATCH_SIZE, num_workers=0)
@@ -116,11 +115,3 @@ def create_validation(
     timesteps = str(min(BOUND_TIMESTEPS, options.diffusion.diffusion_steps))
     chain = create_diffusion(options.diffusion, timestep_respacing=timesteps)
     return Validation(diffusion, chain, images, add_conditions)
-
-
-def _is_within(path, folder):
-    """Whether a local path is a folder or in it."""
-    if is_remote(path) or is_remote(folder):
-        return path.rstrip("/") == folder.rstrip("/")
-    path, folder = os.path.realpath(path), os.path.realpath(folder)
-    return os.path.join(path, "").startswith(os.path.join(folder, ""))

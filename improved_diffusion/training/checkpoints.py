@@ -215,7 +215,7 @@ def delete_old_sets(directory, step, keep):
         for name in sorted(names, key=_order_of_deletion) if goes else ():
             _delete(bf.join(directory, name))
     for name in () if is_remote(directory) else list_folder(directory):
-        if re.fullmatch(rf"preview_\d{{6,}}\.png{re.escape(TEMPORARY)}", name):
+        if re.fullmatch(rf"preview_\d{{6,}}(_model)?\.png{re.escape(TEMPORARY)}", name):
             _delete(bf.join(directory, name))
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from .. import dist_util, logger
-from ..utils.streams import printable
+from ..utils.streams import counted, printable
 
 
 def log_start(loop, dataset) -> None:
@@ -28,11 +28,6 @@ def log_start(loop, dataset) -> None:
         f"{f'to step {last}' if last else 'until it is stopped'}; "
         f"next checkpoint: step {loop.position.next_save(loop.save_interval, last)}, then every {loop.save_interval}"
     )
-
-
-def counted(n: int, singular: str, plural: str = "") -> str:
-    """A number and its noun: 1 image, 2,000 images."""
-    return f"{n:,} {singular if n == 1 else plural or singular + 's'}"
 
 
 def describe_classes(names: Sequence[str], only=None) -> str:

@@ -1,5 +1,6 @@
 """The largest microbatch that fits into memory, found by trying."""
 
+import copy
 import math
 import platform
 import traceback
@@ -34,7 +35,7 @@ def largest_microbatch(loop, batch: th.Tensor, cond: dict[str, th.Tensor], at_mo
         held = [th.empty_like(p) for p in loop.master_params for _ in range(count)]
         if dist_util.dev().type == "cpu":
             size = _size_by_extrapolation(loop, batch, cond, size, sum(tensor.nbytes for tensor in held))
-        while dist_util.any_rank(bool(problem := _problem(loop, batch, cond, size))):
+        while dist_util.any_rank(bool(problem := _problem(loop, loop.model, batch, cond, size))):
             if size == 1:
                 raise TrainingError(
                     f"microbatch auto: one sample does not fit into memory ({problem or 'on another rank'}); "
@@ -50,10 +51,10 @@ def largest_microbatch(loop, batch: th.Tensor, cond: dict[str, th.Tensor], at_mo
     return size
 
 
-def _problem(loop, batch, cond, size):
+def _problem(loop, model, batch, cond, size):
     """Try a step. :return: "" if it fits, else the error's first line."""
     try:
-        _passes(loop, batch, cond, size)
+        _passes(loop.diffusion, model, batch, cond, size)
         return ""
     except Exception as e:
         if not is_out_of_memory(e):
@@ -66,7 +67,7 @@ def _problem(loop, batch, cond, size):
             th.cuda.empty_cache()  # blocks of other sizes would not be of use
 
 
-def _passes(loop, batch, cond, size):
+def _passes(diffusion, model, batch, cond, size):
     """The first two microbatches of a step: the second finds the first one's gradients in memory."""
     device = dist_util.dev()
     batch, cond = batch.to(device), {k: v.to(device) for k, v in cond.items()}
@@ -74,16 +75,16 @@ def _passes(loop, batch, cond, size):
         part = slice(start, start + size)
         t = th.zeros(len(batch[part]), dtype=th.long, device=device)
         kwargs = {k: v[part] for k, v in cond.items()}
-        loop.diffusion.training_losses(loop.model, batch[part], t, model_kwargs=kwargs)["loss"].sum().backward()
+        diffusion.training_losses(model, batch[part], t, model_kwargs=kwargs)["loss"].sum().backward()
 
 
 def _size_by_extrapolation(loop, batch, cond, size, held):
     """The largest size on a CPU, by the memory that passes of one and of two samples take."""
     hosts, available = dist_util.all_gather_object(platform.node()), available_memory(dist_util.dev())
-    peaks = []
+    model, peaks = copy.copy(loop.model), []  # without the compiled call: torch.compile gives up within LiveBytes
     for count in (1, 2):
         with LiveBytes() as live:
-            problem = _problem(loop, batch[:count], {k: v[:count] for k, v in cond.items()}, count)
+            problem = _problem(loop, model, batch[:count], {k: v[:count] for k, v in cond.items()}, count)
         peaks.append(math.inf if problem else live.peak)
     if available is not None:
         mine = available / hosts.count(platform.node())

@@ -12,6 +12,7 @@ import torch as th
 from .. import dist_util, logger
 from ..data.loader import BatchStream
 from ..resample import LossSecondMomentResampler
+from ..utils.streams import counted
 from .checkpoints import (
     ema_filename,
     is_in,
@@ -275,8 +276,8 @@ class CheckpointIO:
             self.load_local_state({name: state[name][rank] for name in self.parts if name != self.SHARED})
             return
         logger.warn(
-            f"the checkpoint is of {ranks} ranks, now there are {dist_util.world_size()}: the data begin again, and "
-            f"so do the random numbers, from step {step} and the seed, if one is given"
+            f"the checkpoint is of {counted(ranks, 'rank')}, now there are {dist_util.world_size()}: the data begin "
+            f"again, and so do the random numbers, from step {step} and the seed, if one is given"
         )
         dist_util.reseed(step)
         self.parts["statistics"].load_state_dicts(state["statistics"])

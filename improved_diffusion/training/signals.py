@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 
 NAMES = ("SIGTERM", "SIGINT", "SIGHUP")
 SIGNALS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))  # Windows has no SIGHUP
@@ -18,9 +19,13 @@ class StopSignals:
     Within `with StopSignals() as stop:`, a first signal only sets stop.received, and a later one ends
     the process at once. SIGCHLD is handled within `with stop.children():` only. Outside the main thread, signals stay
     as they are.
+
+    :param announce: called with a line at the first signal, in another thread: the step that is to be finished may
+                     take minutes. It must not wait, since the second signal is noticed in the same thread.
     """
 
-    def __init__(self):
+    def __init__(self, announce: Callable[[str], None] | None = None):
+        self._announce = announce
         self.received = None  # the first signal's name
         self._first = None  # when it came
         self._child_handler = None
@@ -95,6 +100,9 @@ class StopSignals:
         first = None
         while (byte := os.read(self._pipe[0], 1)) != END:
             if byte[0] in SIGNALS:
+                if first is None and self._announce:
+                    name = signal.Signals(byte[0]).name
+                    self._announce(f"{name}: the run stops after this step and a checkpoint; again to stop at once")
                 first = first or time.monotonic()
                 if time.monotonic() - first > SAME_WISH:
                     os._exit(128 + byte[0])

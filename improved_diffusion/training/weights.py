@@ -8,6 +8,7 @@ from typing import Any
 import torch as th
 
 from .. import dist_util
+from ..script_util import CHANNEL_MULT
 from ..utils.errors import InputError
 from .contents import check_weights
 
@@ -28,12 +29,15 @@ def read_weights(path: str) -> dict[str, th.Tensor]:
 
 
 def _is_state_dict(contents):
-    return isinstance(contents, dict) and all(isinstance(value, th.Tensor) for value in contents.values())
+    return isinstance(contents, dict) and all(
+        isinstance(value, th.Tensor) and not value.is_nested  # nested tensors have no shape
+        for value in contents.values()
+    )
 
 
 def _where_weights_are(contents):
     for name, value in contents.items() if isinstance(contents, dict) else ():
-        if value and _is_state_dict(value) and isinstance(name, str):
+        if _is_state_dict(value) and value and isinstance(name, str):
             return f"its entry {name[:40]!r} may be them: save that to a file of its own"
     return "give a model*.pt or ema_*.pt file"
 
@@ -48,6 +52,14 @@ def unwrapped(state_dict: dict[str, th.Tensor], model: th.nn.Module | None = Non
         return state_dict
     plain = {re.sub(r"^(module\.|_orig_mod\.)+|(?<=\.)_orig_mod\.", "", str(name)): v for name, v in state_dict.items()}
     return plain if len(plain) == len(state_dict) else state_dict
+
+
+def is_young(rate: float, updates: int) -> bool:
+    """
+    Whether an average has seen fewer than 3 / (1 - rate) updates. It consists by over 5 % of the initial weights then,
+    and gives worse samples than the newest ones.
+    """
+    return updates < 3 / (1 - rate) - 1e-6
 
 
 def load_weights(model: th.nn.Module, state_dict: dict[str, th.Tensor], path: str) -> None:
@@ -125,20 +137,26 @@ def _prefix(there, here):
 
 def _likely_cause(there, here):
     """The first option in which the architectures of two {name: shape} differ; "" if none is seen."""
-    names, there, here = there, infer_architecture(there), infer_architecture(here)
+    names, model_names = there, here
+    there, here = infer_architecture(there), infer_architecture(here)
     if here is None:
         return ""
     if there is None:
         if any(map(RESBLOCK_UPDOWN.fullmatch, names)):
             return "resblock_updown, an option of guided-diffusion that this network does not have"
-        return "the file: it is not of this kind of model"
+        return "" if names.keys() & model_names.keys() else "the file: it is not of this kind of model"
     if there["super_resolution"] != here["super_resolution"]:
         return "the script: one of the two is a model for super-resolution"
     for name in ("num_channels", "image_channels", "class_cond", "num_classes", "learn_sigma"):
         if there[name] != here[name]:
             return f"{name}, {there[name]} in the file"
-    if (there["num_res_blocks"], there["channel_mult"]) != (here["num_res_blocks"], here["channel_mult"]):
-        return "num_res_blocks or channel_mult (or the image size, which chooses it)"
+    if there["channel_mult"] != here["channel_mult"]:
+        mult = ",".join(f"{m:g}" for m in there["channel_mult"])
+        sizes = [size for size, default in CHANNEL_MULT.items() if default == there["channel_mult"]]
+        cause = f"the image size, which chooses channel_mult: {mult} in the file"
+        return f"{cause} is that of {sizes[0]}" if sizes else f"channel_mult, {mult} in the file"
+    if there["num_res_blocks"] != here["num_res_blocks"]:
+        return f"num_res_blocks, {there['num_res_blocks']} in the file"
     if there["attention_levels"] != here["attention_levels"]:
         return "attention_resolutions, or the image size that they are fractions of"
     if there["use_scale_shift_norm"] != here["use_scale_shift_norm"]:

@@ -27,6 +27,14 @@ def is_remote(path: str) -> bool:
     return "://" in path
 
 
+def is_inside(path: str, folder: str) -> bool:
+    """Whether a path is a folder or lies in it, links resolved. Neither has to exist."""
+    if is_remote(path) or is_remote(folder):
+        return is_remote(path) and f"{path.rstrip('/')}/".startswith(f"{folder.rstrip('/')}/")
+    path, folder = os.path.realpath(path), os.path.realpath(folder)
+    return path == folder or path.startswith(os.path.join(folder, ""))
+
+
 def user_path(path: str) -> str:
     """
     A path that a user gives, with ~ expanded.
@@ -37,7 +45,7 @@ def user_path(path: str) -> str:
         return os.path.expanduser(path)
     try:
         bf.join(bf.dirname(path), "")  # parses it
-    except bf.Error:
+    except (bf.Error, ValueError):  # the latter for https://[
         supported = "gs://BUCKET/..., az://ACCOUNT/CONTAINER/... or https://ACCOUNT.blob.core.windows.net/CONTAINER/..."
         raise InputError(f"{path}: not a URL that can be read; give a local path, {supported}") from None
     return path

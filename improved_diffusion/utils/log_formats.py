@@ -12,6 +12,7 @@ import itertools
 import json
 import math
 import os
+import re
 import sys
 import threading
 from collections.abc import Callable
@@ -92,6 +93,17 @@ class HumanOutputFormat(KVWriter, SeqWriter):
     def close(self):
         if self.own_file:
             self.file.close()
+
+
+class LineOutputFormat(HumanOutputFormat):
+    """A row as one line, for a terminal: the step, and the values without those of quarters of the timesteps."""
+
+    def writekvs(self, kvs):
+        kvs = plain(kvs)
+        keys = [key for key in sorted(kvs, key=str.lower) if not re.fullmatch(r"step|samples|.*_q\d", key)]
+        cells = [f"{key} {kvs[key]:.3g}" if isinstance(kvs[key], float) else f"{key} {kvs[key]}" for key in keys or kvs]
+        step = f"step {kvs['step']}: " if "step" in kvs and keys else ""
+        self.writeseq([step + ", ".join(cells)])
 
 
 class JSONOutputFormat(KVWriter):
@@ -239,16 +251,19 @@ FILE_FORMATS: dict[str, tuple[Callable[[str], Any], str]] = {  # name: (writer, 
 }
 
 
-def make_output_format(format: str, ev_dir: str, log_suffix: str = ""):
+def make_output_format(format: str, ev_dir: str, log_suffix: str = "", lines: bool = False):
     """
     Open "stdout" or one of FILE_FORMATS in the directory ev_dir, which is created.
 
+    :param lines: if stdout is a terminal, show a line per row instead of a table.
     :raises InputError: for any other name, or if the format's library is missing.
     """
     check_format(format)
     os.makedirs(ev_dir, exist_ok=True)
     if format == "stdout":
-        return HumanOutputFormat(sys.stdout or io.StringIO())  # None if closed before Python started
+        stream = sys.stdout or io.StringIO()  # None if closed before Python started
+        on_a_terminal = getattr(stream, "isatty", bool)()  # what replaces stdout may have only write()
+        return LineOutputFormat(stream) if lines and on_a_terminal else HumanOutputFormat(stream)
     writer, name = FILE_FORMATS[format]
     return writer(os.path.join(ev_dir, name.format(log_suffix)))
 

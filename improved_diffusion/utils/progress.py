@@ -40,8 +40,7 @@ class Progress:
         if self._bar is None and self._say and self.total and now - self._last_line >= SECONDS_BETWEEN_LINES:
             self._last_line = now
             seconds = (now - self._start) / (self.done - self._first) * (self.total - self.done)
-            left = f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
-            self._say(f"{self.what}: {self.done} of {self.total} {self.unit}, {left} left")
+            self._say(f"{self.what}: {self.done} of {self.total} {self.unit}, {duration(seconds)} left")
 
     def reach(self, done: int) -> None:
         """Set the count to `done`, unless it is higher."""
@@ -69,6 +68,14 @@ class Progress:
 
     def __exit__(self, *_):
         self.close()
+
+
+def duration(seconds: float) -> str:
+    """A length of time in one unit: 72 s, 2 min, 21 h, 4 days."""
+    for unit, size, below in (("s", 1, 90), ("min", 60, 90), ("h", 3600, 48)):
+        if seconds < below * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds / 86400:,.0f} days"
 
 
 def count_calls(model: Callable, progress: Progress) -> Callable:

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import select
 import sys
 
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
@@ -18,16 +19,35 @@ def printable(text: str, lines: bool = False) -> str:
     return (CONTROL_IN_LINES if lines else CONTROL).sub(lambda m: m[0].encode("unicode_escape").decode(), text)
 
 
+def counted(n: int, singular: str, plural: str = "") -> str:
+    """A number and its noun: 1 image, 2,000 images."""
+    return f"{n:,} {singular if n == 1 else plural or singular + 's'}"
+
+
 def show(text: str, error: bool = False) -> None:
     """Print a line, or several, to stdout or stderr. Nothing happens if that is closed."""
     stream = sys.stderr if error else sys.stdout
     if stream is None:  # closed before Python started
         return
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    text = f"{text}\n".encode(encoding, "backslashreplace").decode(encoding)  # names of files may be of any bytes
     try:
-        stream.write(f"{text}\n")  # one write: other ranks write to the same terminal
+        stream.write(text)  # one write: other ranks write to the same terminal
         stream.flush()
     except (OSError, ValueError):
         silence(stream)
+
+
+def show_at_once(text: str) -> None:
+    """
+    Print a line to stdout without waiting, from any thread: another one may be writing. Nothing happens if stdout is
+    closed or nobody reads it.
+    """
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # no stdout, or no descriptor
+        fd = sys.stdout.fileno()
+        if os.name != "posix" or select.select([], [fd], [], 0)[1]:
+            below = "\n" if os.isatty(fd) else ""  # a progress bar and the terminal's ^C
+            os.write(fd, f"{below}{text}\n".encode())
 
 
 def reserve() -> None:

@@ -107,6 +107,7 @@ def test_startup(benchmark):
         (["train", "--variants", "fp31"], "fp31"),
         (["train", "--batch_sizes", "4,none"], "none"),
         (["train", "--repetitions", "0"], "'0' is not a number above 0"),
+        (["train", "--out", "s3://b/x"], "s3://b/x"),
         (["train", "--device", "cuda"], "--device cuda: there is no GPU here"),
         (
             ["train", "--variants", "plain,diffusers"],

@@ -50,7 +50,9 @@ def refused(monkeypatch, capfd, words, options=None):
         (["--batch_size", "x"], ["--batch_size", "'x'"]),
         (["--batch_size", "0"], ["--batch_size 0", "1 to"]),
         (["--use_kl", "perhaps"], ["--use_kl", "'perhaps'"]),
-        (["--use_kl"], ["--use_kl", "one argument"]),
+        (["--use_kl"], ["--use_kl ", "give True or False"]),
+        (["--use_kl", "--batch_size", "3"], ["--use_kl ", "give True or False"]),
+        (["--lr"], ["--lr ", "a number"]),
         (["--microbatch", "5"], ["--microbatch 5", "batch_size (4)", "-1"]),
         (["--microbatch", "0"], ["--microbatch 0", "batch_size (4)", "-1"]),
         (["--ema_rate", "0.9,1"], ["--ema_rate 0.9,1", "below 1"]),
@@ -315,7 +317,7 @@ def test_urls_in_the_environment_are_named_by_their_variable(monkeypatch, capfd)
 def test_a_tilde_is_expanded_in_every_path(monkeypatch, capfd):
     monkeypatch.setenv("HOME", "/home/me")
     for options in (TrainOptions(), SampleOptions(), SuperResSampleOptions(), LikelihoodScriptOptions()):
-        paths = [row.name for row in rows(type(options)) if row.path]
+        paths = [row.name for row in rows(type(options)) if row.path and row.name != "config"]  # read at once
         words = [word for name in paths for word in (f"--{name}", f"~/{name}")]
         got = values(monkeypatch, words, options)
         assert paths and {name: got[name] for name in paths} == {name: f"/home/me/{name}" for name in paths}

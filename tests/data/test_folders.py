@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import re
 
 import numpy as np
 import pytest
@@ -94,9 +95,23 @@ def test_a_folder_outside_is_read_once_even_if_it_leads_back(tmp_path):
 
 def test_hidden_copies_are_left_out_in_one_line(tmp_path):
     write(tmp_path, "a/x.png", "a/._x.png", "a/.ipynb_checkpoints/x-checkpoint.png", "__MACOSX/a/._x.png", ".b/y.png")
+    write(tmp_path, "a/.trashed-1-x.jpg")
     paths, (line,) = find_images(str(tmp_path))
     assert relative(tmp_path, paths) == [".b/y.png", "a/x.png"]
-    assert str(tmp_path) in line and "3 " in line and "__MACOSX" in line
+    assert str(tmp_path) in line and "4 " in line and "__MACOSX" in line
+
+
+def test_photographs_of_phones_that_pillow_does_not_read_are_counted_in_a_line_of_their_own(tmp_path):
+    write(tmp_path, "a.jpg", "b.HEIC", "c.heif", "d.webp", "e.dng")
+    paths, notes = find_images(str(tmp_path))
+    assert relative(tmp_path, paths) == ["a.jpg"]
+    (heic,) = [note for note in notes if "HEIC" in note]
+    (other,) = [note for note in notes if note != heic]
+    assert "2 " in heic and "b.HEIC" in heic and "JPEG" in heic and "2 " in other and "d.webp" in other
+    os.remove(tmp_path / "a.jpg")
+    os.remove(tmp_path / "d.webp")
+    with pytest.raises(InputError, match=r"no images.*2 HEIC files"):
+        find_images(str(tmp_path))
 
 
 def test_files_of_other_endings_are_named_and_counted_beside_the_originals(tmp_path):
@@ -106,6 +121,15 @@ def test_files_of_other_endings_are_named_and_counted_beside_the_originals(tmp_p
     paths, (line,) = find_images(str(tmp_path))
     assert relative(tmp_path, paths) == ["a.png"]
     assert "3 " in line and "b.webp" in line and "png" in line
+
+
+def test_images_of_any_ending_are_counted_and_other_files_are_not(tmp_path):
+    write(tmp_path, "a.png", "b.jpe", "c.jpg_large", "d.png.1", "e.png.2")
+    for name in ("LICENSE", "a.txt", "a.json", "._a.txt"):
+        (tmp_path / name).write_text("text")
+    paths, (line,) = find_images(str(tmp_path))
+    assert relative(tmp_path, paths) == ["a.png"] and str(tmp_path) in line
+    assert re.search(r": (\d+) ", line)[1] == "5"  # LICENSE has as much of an ending as d.png.1
 
 
 def test_images_without_an_ending_are_counted_too(tmp_path):
@@ -220,6 +244,14 @@ def test_a_resumed_run_keeps_its_reading(case):
     names = {**FOLDER, **UNCLEAR}[case]
     for reading in (prefixes, folders):
         assert label(names, class_names=[*reading(names), "another"])[0] == reading(names)
+
+
+def test_names_in_notes_are_escaped(tmp_path):
+    """A note is a line, and prepare.py prints it."""
+    write(tmp_path, "a\n\x1b[31m/0.png", "a\n\x1b[31m/0.webp", "b/0.png", "b/1.png")
+    paths, (left_out,) = find_images(str(tmp_path))
+    for line in (left_out, label_images(str(tmp_path), paths)[2]):
+        assert line.isprintable() and r"a\n\x1b[31m" in line
 
 
 def test_labels_by_folder_need_folders():

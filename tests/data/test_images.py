@@ -1,5 +1,6 @@
 """Image files from anywhere: what Pillow would run or wait for, and values of other ranges."""
 
+import io
 import os
 import struct
 import subprocess
@@ -10,7 +11,7 @@ import zlib
 import numpy as np
 import pytest
 from harness import write_images
-from PIL import Image, PngImagePlugin
+from PIL import Image, ImageOps, PngImagePlugin
 
 from improved_diffusion.data import images
 from improved_diffusion.data.images import read_image, scale_and_crop
@@ -175,3 +176,74 @@ def test_transparent_pixels_are_white(tmp_path, name, mode):
     expected = np.full((8, 8, 3), 255, np.uint8)
     expected[:4] = 200
     np.testing.assert_array_equal(np.asarray(read_image(str(tmp_path / name))), expected)
+
+
+@pytest.mark.parametrize(("mode", "hidden", "opaque"), [("RGB", (0, 0, 9), (200, 0, 9)), ("L", 9, 200)])
+def test_a_transparent_colour_is_white(tmp_path, mode, hidden, opaque):
+    image = Image.new(mode, (8, 8), hidden)
+    image.paste(opaque, (0, 0, 8, 4))
+    image.save(tmp_path / "a.png", transparency=hidden)
+    expected = np.full((8, 8, 3), 255, np.uint8)
+    expected[:4] = opaque
+    np.testing.assert_array_equal(np.asarray(read_image(str(tmp_path / "a.png"))), expected)
+
+
+# ---------------------------------------------------------------- photographs
+
+
+def exif(orientation):
+    found = Image.Exif()
+    found[images.ORIENTATION] = orientation
+    return found
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_photographs_stand_upright(tmp_path, form, mode):
+    """By each orientation of EXIF, whatever the format."""
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 8, 3)).astype(np.uint8)
+    image = Image.fromarray(pixels).convert(mode)
+    path = str(tmp_path / "a.jpg")
+    words = {"WEBP": dict(lossless=True), "JPEG": dict(quality=95)}.get(form, {})
+    image.save(path, form, **words)
+    plain = read_image(path)
+    for orientation in range(1, 9):
+        image.save(path, form, exif=exif(orientation), **words)
+        content = io.BytesIO((tmp_path / "a.jpg").read_bytes())  # Pillow 13 scrambles mapped files of one channel
+        expected = ImageOps.exif_transpose(Image.open(content)).convert(plain.mode)
+        got = read_image(path)
+        np.testing.assert_array_equal(np.asarray(got), np.asarray(expected))
+        assert got.size == ((8, 16) if orientation < 5 else (16, 8))
+        if orientation == 1:
+            np.testing.assert_array_equal(np.asarray(got), np.asarray(plain))
+
+
+def test_an_image_is_turned_before_it_is_cropped(tmp_path):
+    image = Image.new("RGB", (8, 24), "blue")
+    image.paste("red", (0, 0, 8, 8))  # the top of the file is the right side of the picture
+    image.save(tmp_path / "a.png", exif=exif(6))
+    pixels = np.asarray(read_image(str(tmp_path / "a.png")))
+    assert pixels.shape == (8, 24, 3) and pixels[0, -1].tolist() == [255, 0, 0] and pixels[0, 0].tolist() == [0, 0, 255]
+
+
+@pytest.mark.parametrize(
+    "value", [b"", b"Exif", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0" + bytes(range(64)), exif(0), exif(9)]
+)
+def test_damaged_exif_does_not_damage_the_image(tmp_path, value):
+    image = Image.new("RGB", (8, 16), "red")
+    for form in ("JPEG", "PNG"):
+        image.save(tmp_path / "a.png", form, exif=value)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's own, when it opens the file
+            assert read_image(str(tmp_path / "a.png")).size == (8, 16)
+
+
+def test_draft_mode_of_jpeg_would_change_pixels(tmp_path):
+    """Why it is not used: a DCT of fewer coefficients is not the mean of the pixels."""
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64)).astype(np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.jpg")
+    whole = scale_and_crop(read_image(str(tmp_path / "a.jpg")), 16)
+    for size in (32, 16):
+        with Image.open(tmp_path / "a.jpg") as drafted:
+            drafted.draft("L", (size, size))
+            assert drafted.size == (size, size) and (scale_and_crop(drafted, 16) != whole).any()

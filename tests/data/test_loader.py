@@ -133,6 +133,29 @@ def is_alive(pid):
         return False
 
 
+class WakeupDescriptor(Dataset):
+    """Item i is this process's descriptor for signals."""
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, i):
+        return signal.set_wakeup_fd(-1)
+
+
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="others inherit nothing")
+def test_a_workers_signals_are_not_its_parents(monkeypatch):
+    read_end, write_end = os.pipe()
+    os.set_blocking(write_end, False)
+    before = signal.set_wakeup_fd(write_end)
+    try:
+        assert [batch.tolist() for batch in BatchesInOrder(WakeupDescriptor(), 1, num_workers=1)] == [[-1], [-1]]
+    finally:
+        assert signal.set_wakeup_fd(before) == write_end
+        os.close(read_end)
+        os.close(write_end)
+
+
 def test_signals_where_their_senders_are_not_known(monkeypatch):
     """SIGINT is left to the parent there too, SIGTERM works as ever."""
     monkeypatch.delattr(signal, "sigtimedwait", raising=False)

@@ -1,6 +1,7 @@
 """scripts/prepare.py: how images are written, continued and packed, and that training reads both."""
 
 import inspect
+import io
 import multiprocessing
 import os
 import re
@@ -81,7 +82,16 @@ def test_images_are_written_once(tmp_path, capfd, num_workers):
     assert capfd.readouterr().out.startswith(f"wrote 10 images of 2 classes to {folder} (10 ")
     assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before and again.made == []
     write(Images(count=1), str(tmp_path / "one"))
-    assert capfd.readouterr().out == f"wrote 1 images of 1 class to {tmp_path}/one\n"
+    assert capfd.readouterr().out == f"wrote 1 image of 1 class to {tmp_path}/one\n"
+
+
+def test_what_is_left_out_is_noted_whatever_its_name(tmp_path, monkeypatch):
+    source = Images()
+    source.notes = ["a\udcff: 3 files"]  # no text in UTF-8
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdout", stream)
+    write(source, str(tmp_path / "a"))
+    assert rb"a\udcff: 3 files" in stream.buffer.getvalue()
 
 
 @pytest.mark.parametrize("ending", ["", ".packed"])

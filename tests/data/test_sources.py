@@ -25,6 +25,7 @@ from improved_diffusion.data.packed import read_packed
 from improved_diffusion.data.sources import check_labels, load_pickle, planar
 from improved_diffusion.image_datasets import ImageDataset, load_data_once
 from improved_diffusion.utils.errors import InputError
+from improved_diffusion.utils.streams import counted
 
 
 def prepare(source, *words, **values):
@@ -257,7 +258,7 @@ def test_images_and_classes(tmp_path, capfd, case, ending):
     assert printed.err == "" and len(lines) == len(expected(src))  # progress is for terminals
     for line, (part, images) in zip(lines, expected(src).items(), strict=True):
         (assert_packed if ending else assert_folder)(out / part, images, *[5] * (source == "cifar10" and not ending))
-        assert line.startswith(f"wrote {len(images)} images of ") and str(out / part) in line
+        assert line.startswith(f"wrote {counted(len(images), 'image')} of ") and str(out / part) in line
         size, _, channels = images[0][1].shape
         megabytes = len(images) * size * size * channels / 1e6
         assert not ending or f", {size}x{size} with {channels} channels, {megabytes:.1f} MB: " in line
@@ -270,7 +271,7 @@ def test_digits(tmp_path, capfd, ending):
 
     out, found = tmp_path / f"digits{ending}", load_digits()
     assert prepare("digits", out) == 0
-    assert capfd.readouterr().out.startswith("wrote 1797 images of 10 classes")
+    assert capfd.readouterr().out.startswith("wrote 1,797 images of 10 classes")
     words = dict(batch_size=1797, image_size=16, image_channels=1, class_cond=True, num_workers=0)
     ((x, cond),) = load_data_once(data_dir=str(out), **words)
     order = np.arange(1797) if ending else np.argsort(found.target, kind="stable")  # files are in order of their names

@@ -101,7 +101,9 @@ def test_without_an_extra_it_says_so_at_once(tmp_path, missing):
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("words", [("--steps", "0"), ("--steps", "many"), ("--lr", "1"), ("--seed", "-1")])
+@pytest.mark.parametrize(
+    "words", [("--steps", "0"), ("--steps", "many"), ("--lr", "1"), ("--seed", "-1"), ("--out_dir", "s3://b/x")]
+)
 def test_bad_flags_are_one_line(tmp_path, example, monkeypatch, capfd, words):
     monkeypatch.setattr(sys, "argv", ["s_curve.py", "--out_dir", str(tmp_path / "new"), *words])
     with pytest.raises(SystemExit, match=r"^2$"):

@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from parity_cases import ToyModel, make_diffusion
 
 from improved_diffusion import logger
+from improved_diffusion.data.images import to_image
+from improved_diffusion.data.packed import write_packed
 from improved_diffusion.inference.arrays import (
     load_base_samples,
     load_labelled_samples,
@@ -88,6 +90,16 @@ def test_exactly_num_samples_in_order_with_a_smaller_last_batch(num_samples, bat
     assert labels.tolist() == [100 + i for i in range(num_samples)]
 
 
+@pytest.mark.parametrize(("num_samples", "calls"), [(2, 0), (3, 0), (4, 1), (7, 1)])
+def test_the_first_of_several_batches_is_shown(num_samples, calls):
+    seen = []
+    images, labels = draw(StubDiffusion(), num_samples=num_samples, after_first_batch=lambda *args: seen.append(args))
+    assert len(seen) == calls
+    for first, first_labels, left, seconds in seen:
+        np.testing.assert_array_equal(first, images[:3])
+        assert first_labels.tolist() == labels[:3].tolist() and left == num_samples and seconds > 0
+
+
 def test_ddim_and_clipping_are_passed_on():
     diffusion = StubDiffusion()
     images, _ = draw(diffusion, sampler="ddim", clip_denoised=False)
@@ -129,6 +141,30 @@ def test_samples_that_are_not_finite_end_all_ranks(on_ranks, value, use_fp16):
 
     on_ranks(2, work)
     assert len(refused) == 2 and all(("use_bf16" in line) == use_fp16 and "\n" not in line for line in refused)
+
+
+@pytest.mark.parametrize("sampler", list(SAMPLERS))
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_an_output_that_is_not_finite_ends_every_sampler(sampler, value):
+    """Infinite ones become black or white where the predicted x_start is clipped."""
+    calls = []
+
+    def model(x, t):
+        calls.append(t)
+        return th.full_like(x, value if len(calls) == 2 else 0.5)
+
+    with pytest.raises(InputError, match=r"^a\.pt: "):
+        generate(
+            make_diffusion(8, "cosine"),
+            model,
+            shape=(1, 4, 4),
+            num_samples=2,
+            batch_size=2,
+            conditions=lambda numbers, noise_fn: {},
+            sampler=sampler,
+            sampler_options=None if sampler in ("ancestral", "ddim") else {"steps": 4},
+            model_path="a.pt",
+        )
 
 
 # ---------------------------------------------------------------- random numbers of a sample's own
@@ -361,6 +397,50 @@ def test_base_samples_are_what_save_samples_wrote():
     images, read = load_base_samples(path, size=4, channels=3, num_classes=3)
     np.testing.assert_array_equal(images, IMAGES)
     assert (read.dtype, read.tolist()) == (np.int64, labels.tolist())
+
+
+def folder_of(tmp_path, size=4):
+    (tmp_path / "small").mkdir()
+    for image, name in zip(IMAGES, ["cat_0", "cat_1", "dog_0", "dog_1", "owl_0", "owl_1"], strict=True):
+        to_image(image).resize((size, size), 0).save(tmp_path / "small" / f"{name}.png")
+    return str(tmp_path / "small")
+
+
+def test_base_samples_of_a_folder_of_one_image_and_packed(tmp_path, on_ranks):
+    """All of them on each rank."""
+    folder, packed = folder_of(tmp_path), str(tmp_path / "small.packed")
+    write_packed(packed, [IMAGES], IMAGES.shape, [0, 0, 1, 1, 2, 2], ["cat", "dog", "owl"])
+    for path in (folder, packed):
+        for images, labels in on_ranks(2, lambda rank, path=path: load_base_samples(path, size=4, channels=3)):
+            np.testing.assert_array_equal(images, IMAGES)
+            assert labels is None
+        images, labels = load_base_samples(
+            path, size=4, channels=3, num_classes=5, num_samples=4, class_names=["ant", "cat", "dog", "owl"]
+        )
+        np.testing.assert_array_equal(images, IMAGES[:4])
+        assert labels.tolist() == [1, 1, 2, 2]
+    images, labels = load_base_samples(
+        f"{folder}/dog_0.png", size=4, channels=3, num_classes=5, class_names=["cat", "dog"]
+    )
+    np.testing.assert_array_equal(images, IMAGES[2:3])
+    assert labels.tolist() == [1]
+
+
+def test_base_samples_of_a_folder_are_scaled(tmp_path):
+    images, _ = load_base_samples(folder_of(tmp_path, size=12), size=4, channels=1)
+    assert images.shape == (6, 4, 4, 1)
+
+
+@pytest.mark.parametrize(
+    ("path", "parts"),
+    [("gone.png", ["gone.png"]), ("small", ["owl", "(cat, dog)"]), ("small.packed", ["4x4", "8x8"])],
+)
+def test_folders_that_cannot_work(tmp_path, path, parts):
+    folder_of(tmp_path)
+    write_packed(str(tmp_path / "small.packed"), [IMAGES], IMAGES.shape, [0] * 6, ["cat"])
+    with pytest.raises(InputError) as refusal:
+        load_base_samples(str(tmp_path / path), size=8, channels=3, num_classes=5, class_names=["cat", "dog"])
+    assert all(part in str(refusal.value) for part in (str(tmp_path / path), *parts))
 
 
 def test_labelled_samples_are_what_save_samples_wrote(npz):

@@ -302,3 +302,16 @@ def test_samples_are_not_held_in_memory(tmp_path):
         assert isinstance(parts.rows("images"), np.memmap)
         np.testing.assert_array_equal(parts.rows("images"), images)
         assert parts.rows("labels") is None
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_the_bound_of_an_output_that_is_not_finite(tmp_path, value):
+    """Clipping hides infinite ones from the bound."""
+    calls = []
+
+    def model(x, t, **conditions):
+        calls.append(t)
+        return th.full_like(x, value if len(calls) == 2 else 0.5)
+
+    with pytest.raises(InputError, match="the model: "):
+        evaluate(tmp_path, model=model)

@@ -41,9 +41,9 @@ def bucket(tmp_path, monkeypatch):
     return folder
 
 
-def train(logdir, size="image_size", script="image_train", **changed):
+def train(logdir, size="image_size", script="image_train", folder="run", **changed):
     words = flags(**{**TRAINING, size: 8, "data_dir": f"{BUCKET}/images", **changed})
-    return run_script(script, words, logdir, DIFFUSION_BLOB_LOGDIR=f"{BUCKET}/run")
+    return run_script(script, words, logdir, DIFFUSION_BLOB_LOGDIR=f"{BUCKET}/{folder}")
 
 
 def names(folder):
@@ -59,7 +59,7 @@ def test_training_and_resuming(tmp_path, bucket, workers):
     others = set(names(bucket / "run")) - whole.keys()
     assert len(whole) == 4 * 4 and others == {
         "config.json",
-        *(f"preview_{step:06d}.png" for step in (0, 2, 4, 6)),
+        *(f"preview_{step:06d}_model.png" for step in (2, 4, 6)),
     }
     assert names(tmp_path / "whole") == ["log.txt", "progress.csv"]
 
@@ -77,14 +77,14 @@ def test_auto_and_old_checkpoints(tmp_path, bucket):
     write_images(bucket / "images")
     again = dict(resume_checkpoint="auto", keep_checkpoints=2, num_workers=0)
     assert train(tmp_path / "log", max_steps=4, **again) == 0
-    assert [name for name in names(bucket / "run") if "model" in name] == ["model000002.pt", "model000004.pt"]
+    assert [name for name in names(bucket / "run") if name.startswith("model")] == ["model000002.pt", "model000004.pt"]
     damaged = bucket / "run" / "opt000004.pt"
     damaged.write_bytes(damaged.read_bytes()[:-9])
     assert train(tmp_path / "log", max_steps=6, **again) == 0
     log = (tmp_path / "log" / "log.txt").read_text()
     assert f"the checkpoint of step 4 is left out: {BUCKET}/run/opt000004.pt: not a checkpoint" in log
     assert f"loading model from checkpoint: {BUCKET}/run/model000002.pt..." in log
-    assert [name for name in names(bucket / "run") if "model" in name] == ["model000004.pt", "model000006.pt"]
+    assert [name for name in names(bucket / "run") if name.startswith("model")] == ["model000004.pt", "model000006.pt"]
 
 
 def test_a_store_that_takes_nothing(tmp_path, bucket, monkeypatch, capsys):
@@ -116,10 +116,24 @@ def test_sampling_measuring_and_enlarging(tmp_path, bucket):
 
     (tmp_path / "samples" / "samples_3x8x8x3.npz").rename(bucket / "base.npz")
     enlarging = dict(large_size=16, small_size=8)
-    assert train(tmp_path / "sr", "large_size", "super_res_train", **enlarging, max_steps=1, num_workers=0) == 0
-    words = flags(**SAMPLING, **enlarging, model_path=f"{BUCKET}/run/model000000.pt", base_samples=f"{BUCKET}/base.npz")
+    words = dict(enlarging, max_steps=1, num_workers=0)
+    assert train(tmp_path / "sr", "large_size", "super_res_train", "large", **words) == 0
+    weights = f"{BUCKET}/large/model000000.pt"
+    words = flags(**SAMPLING, **enlarging, model_path=weights, base_samples=f"{BUCKET}/base.npz")
     assert run_script("super_res_sample", words, tmp_path / "large") == 0
     assert np.load(tmp_path / "large" / "samples_3x16x16x3.npz")["arr_0"].std() > 0
+
+
+def test_a_remote_folder_is_of_one_run_and_never_overwritten(tmp_path, bucket, capsys):
+    write_images(bucket / "images")
+    assert train(tmp_path / "a", max_steps=1, num_workers=0) == 0
+    before = snapshot(bucket)
+    for overwrite in (False, True):
+        capsys.readouterr()
+        assert train(tmp_path / "b", max_steps=1, num_workers=0, overwrite=overwrite) == 2
+        err = capsys.readouterr().err
+        assert f"{BUCKET}/run: " in err and "--resume_checkpoint auto" in err and "--overwrite" not in err
+        assert err.count("\n") == 1 and snapshot(bucket) == before
 
 
 def test_a_remote_folder_is_packed_into_a_local_one(tmp_path, bucket, capfd):

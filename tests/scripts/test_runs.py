@@ -156,7 +156,7 @@ def test_a_run_says_what_it_is_and_what_it_wrote(tmp_path, images, capfd):
     )
     for step in (0, 2, 4):
         assert f"saved {folder}/model{step:06d}.pt and its ema, opt and state" in lines
-        assert f"drew {folder}/preview_{step:06d}.png" in lines
+        assert (f"drew {folder}/preview_{step:06d}_model.png" in lines) == (step > 0)
     assert lines[-1] == f"all files are in {folder}"
     assert not (tmp_path / "run").exists()
     with open(folder / "progress.csv") as f:
@@ -181,8 +181,8 @@ def test_previews_of_super_resolution(tmp_path, images):
     words = {**TRAIN, "data_dir": images, "large_size": 8, "small_size": 4, "preview_samples": 3}
     del words["image_size"]
     run("super_res_train", tmp_path / "run", **words)
-    with Image.open(tmp_path / "run" / "preview_000004.png") as picture:
-        assert picture.size == (2 * 50 + 2, 2 * 50 + 2)
+    with Image.open(tmp_path / "run" / "preview_000004_model.png") as picture:
+        assert picture.size == (2 * 98 + 2, 2 * 50 + 2)  # small images on the left of large ones
 
 
 def test_a_continued_run_keeps_the_numbers_of_its_classes(tmp_path, images, trained, capfd):
@@ -249,7 +249,9 @@ def test_checkpoints_elsewhere(tmp_path, images, capfd):
     assert run_script("image_train", words, "unused", DIFFUSION_BLOB_LOGDIR=str(tmp_path / "blob")) == 0
     assert capfd.readouterr().out.endswith(f"all files are in {tmp_path}/log, checkpoints in {tmp_path}/blob\n")
     assert {path.name for path in (tmp_path / "log").iterdir()} == {"log.txt", "progress.csv"}
-    assert {"config.json", "model000004.pt", "preview_000004.png"} <= {p.name for p in (tmp_path / "blob").iterdir()}
+    assert {"config.json", "model000004.pt", "preview_000004_model.png"} <= {
+        p.name for p in (tmp_path / "blob").iterdir()
+    }
 
 
 @pytest.mark.skipif(files.fcntl is None, reason="no fcntl here")
@@ -293,7 +295,7 @@ def test_the_weights_are_enough(tmp_path, images, trained, capfd):
         assert set(arrays["arr_1"].tolist()) == {0, 1, 2}  # of the five that it has room for
     out = capfd.readouterr().out
     assert f"flags of the model: {trained}/config.json" in out and "classes: 0 a, 1 b, 2 c\n" in out
-    assert f"WARNING: {weights.name} averages over about 10 steps, but has seen 4" in out
+    assert f"WARNING: {weights.name} averages over about 10 steps, but has seen 4, not 30" in out
     assert f"saved {tmp_path}/s/samples_40x8x8x3.npz\nsaved {tmp_path}/s/samples_40x8x8x3.png\n" in out
     picture = np.asarray(Image.open(tmp_path / "s" / "samples_40x8x8x3.png"))
     assert picture.shape == (3 * 50 + 2, 10 * 50 + 2, 3) and picture.std() > 10
@@ -426,7 +428,7 @@ def test_two_ranks_share_a_folder_a_picture_and_the_classes(tmp_path, images):
     (folder,) = (tmp_path / "runs").iterdir()
     assert f"Logging to runs/{folder.name}" in out and "10 images of 3 classes" in out and "2 ranks of 4 images" in out
     files = {path.name for path in folder.iterdir()}
-    assert {"config.json", "log.txt", "log-rank001.txt", "preview_000004.png", "ema_0.9_000004.pt"} <= files
+    assert {"config.json", "log.txt", "log-rank001.txt", "preview_000004_model.png", "ema_0.9_000004.pt"} <= files
 
     weights = folder / "ema_0.9_000004.pt"
     out = launch(

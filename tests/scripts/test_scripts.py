@@ -106,7 +106,7 @@ def test_training_leaves_checkpoints_and_a_log(tmp_path, images, changed):
     rates = str(changed.get("ema_rate", "0.9")).split(",")
     names = ["model{}.pt", "opt{}.pt", "state{}.pt", *[f"ema_{rate}_{{}}.pt" for rate in rates]]
     assert sorted(saved) == sorted(name.format(step) for step in ("000000", "000002", "000004") for name in names)
-    pictures = {f"preview_{step:06d}.png" for step in (0, 2, 4)}
+    pictures = {f"preview_{step:06d}_model.png" for step in (2, 4)}  # the average is young
     assert {path.name for path in tmp_path.iterdir()} - set(saved) == {
         "log.txt",
         "progress.csv",
@@ -436,7 +436,7 @@ def measure(capfd, logdir, data, weights, **changed):
     """:return: (images, bits per dimension) that image_nll prints, and the arrays of its files."""
     words = dict(TINY, image_size=8, data_dir=data, model_path=weights, batch_size=4, num_workers=0)
     assert run_script("image_nll", flags(**{**words, **changed}), logdir) == 0
-    found = re.search(r"total bpd over (\d+) images: (\d+\.\d+) bits/dim", capfd.readouterr().out)
+    found = re.search(r"total bpd over (\d+) images?: (\d+\.\d+) bits/dim", capfd.readouterr().out)
     terms = {path.stem: np.load(path)["arr_0"] for path in logdir.glob("*.npz")}
     return int(found[1]), float(found[2]), terms
 
@@ -624,6 +624,18 @@ def test_the_output_keeps_the_order_and_the_labels_of_its_input(tmp_path, steps_
         assert list(arrays) == ["arr_0"]
 
 
+def test_each_image_of_a_folder_is_enlarged_once(tmp_path, steps_taken, crops):
+    """Not 10,000 images in all."""
+    weights = copying_weights(tmp_path / "model.pt", **COPYING)
+    words = dict(COPYING, base_samples=crops, batch_size=5, num_samples=None)
+    count = len(list(crops.iterdir()))
+    name, _ = sample(tmp_path / "log", weights, script="super_res_sample", **words)
+    assert name == f"samples_{count}x16x16x3.npz"
+    assert not (tmp_path / "log" / "first_samples.png").exists()
+    log = (tmp_path / "log" / "log.txt").read_text()
+    assert f"{count} samples of 4 evaluations: about " in log and "first_samples.png" in log
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_super_resolution_from_photographs_and_from_samples(tmp_path, crops, channels):
     words = dict(SUPER, image_channels=channels, class_cond=True, num_classes=2)
@@ -664,7 +676,7 @@ def test_digits_are_drawn_end_to_end(tmp_path, capfd):
 
     folder = tmp_path / "digits"
     assert run_script("prepare", ["digits", str(folder)], tmp_path / "log") == 0
-    assert f"wrote 1797 images of 10 classes to {folder}" in capfd.readouterr().out
+    assert f"wrote 1,797 images of 10 classes to {folder}" in capfd.readouterr().out
     digits = load_digits()
     names = [f"{label}_{i:05d}.png" for i, label in enumerate(digits.target)]
     assert sorted(path.name for path in folder.iterdir()) == sorted(names)

@@ -351,9 +351,15 @@ def test_a_first_save_to_a_url_that_was_cut_off(monkeypatch, left):
 
 
 def test_previews_that_were_cut_off_are_deleted(tmp_path):
-    names = ["preview_000008.png.tmp", "preview_000008.png", "preview_x.png.tmp", "other.png.tmp"]
+    names = [
+        "preview_000008.png.tmp",
+        "preview_000008_model.png.tmp",
+        "preview_000008.png",
+        "preview_x.png.tmp",
+        "other.png.tmp",
+    ]
     for name in names:
         (tmp_path / name).touch()
     write(tmp_path, 8, 1)
     delete_old_sets(str(tmp_path), 8, 1)
-    assert [name for name in names if (tmp_path / name).exists()] == names[1:]
+    assert [name for name in names if (tmp_path / name).exists()] == names[2:]

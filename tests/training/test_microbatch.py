@@ -104,7 +104,7 @@ def test_a_cpu_is_not_filled_to_find_out(tmp_path, monkeypatch):
     for size in (2, 4, 8):
         loop = make_loop(batch_size=8)
         with microbatch.LiveBytes() as live:
-            microbatch._passes(loop, next(batches(8))[0][:size], {}, size)
+            microbatch._passes(loop.diffusion, loop.model, next(batches(8))[0][:size], {}, size)
         needed[size] = live.peak
     net = TinyNet()
     monkeypatch.setattr(microbatch, "available_memory", lambda device: needed[4] + 1000)
@@ -112,6 +112,28 @@ def test_a_cpu_is_not_filled_to_find_out(tmp_path, monkeypatch):
     assert max(net.batch_sizes) == 4
     monkeypatch.setattr(microbatch, "available_memory", lambda device: None)
     assert train(tmp_path / "b", batch_size=8, microbatch="auto", max_steps=1).microbatch == 8
+
+
+def test_a_compiled_network_is_compiled_for_the_steps(tmp_path):
+    """Not for the passes that are measured, after which torch.compile would leave it alone."""
+    graphs = []
+
+    class Net(th.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = th.nn.Conv2d(3, 3, 1)
+
+        def forward(self, x, t):
+            return self.conv(x)
+
+    def backend(graph, inputs):
+        graphs.append([tensor.shape for tensor in inputs if tensor.dim() == 4 and tensor.shape[-1] == 8])
+        return graph.forward
+
+    model = Net()
+    model.compile(backend=backend, dynamic=False)
+    assert train(tmp_path, model=model, microbatch="auto", max_steps=2).microbatch == 4
+    assert graphs == [[(4, 3, 8, 8)]]
 
 
 def test_a_resumed_run_takes_what_the_first_part_took(tmp_path, monkeypatch):

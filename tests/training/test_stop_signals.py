@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import hashlib
 import multiprocessing
 import os
 import signal
@@ -58,6 +59,18 @@ def test_a_signal_is_noted_by_its_name(number):
         signal.raise_signal(number)
         assert stop.received == number.name
     assert stop.received == number.name
+
+
+def test_the_first_signal_is_announced_while_the_main_thread_computes_in_C():
+    """No handler of Python runs there."""
+    announced = []
+    with StopSignals(lambda line: announced.append((line, stop.received))) as stop:
+        threading.Timer(0.01, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        hashlib.pbkdf2_hmac("sha256", b"", b"", 1_000_000)
+        while not announced:
+            time.sleep(0.01)
+    ((line, received),) = announced
+    assert "SIGTERM" in line and received is None
 
 
 @pytest.mark.parametrize("first, second", [(signal.SIGTERM, signal.SIGINT), (signal.SIGINT, signal.SIGTERM)])

@@ -21,6 +21,9 @@ def load(model, path):
 FILE = dict(TINY, image_size=8, class_cond=True, num_classes=5)
 
 
+DEFAULT_MULT = dict(image_size=32, channel_mult="")
+
+
 @pytest.fixture
 def weights(tmp_path):
     """Writes the weights of a model of FILE's flags, with some changed, and gives their path."""
@@ -65,11 +68,13 @@ def test_weights_that_fit_are_loaded(weights):
         (dict(), dict(image_size=16), "attention_resolutions, or the image size"),
         (dict(use_scale_shift_norm=False), dict(), "use_scale_shift_norm, False in the file"),
         (dict(), dict(use_scale_shift_norm=False), "use_scale_shift_norm, True in the file"),
-        (dict(num_res_blocks=2), dict(), "num_res_blocks or channel_mult"),
-        (dict(), dict(num_res_blocks=2), "num_res_blocks or channel_mult"),
-        (dict(channel_mult="1,1"), dict(), "num_res_blocks or channel_mult"),
-        (dict(channel_mult="1,2,2"), dict(), "num_res_blocks or channel_mult"),
-        (dict(), dict(channel_mult="2,2"), "num_res_blocks or channel_mult"),
+        (dict(num_res_blocks=2), dict(), "num_res_blocks, 2 in the file"),
+        (dict(), dict(num_res_blocks=2), "num_res_blocks, 1 in the file"),
+        (dict(channel_mult="1,1"), dict(), "channel_mult, 1,1 in the file"),
+        (dict(channel_mult="1,2,2"), dict(), "channel_mult, 1,2,2 in the file"),
+        (dict(), dict(channel_mult="2,2"), "channel_mult, 1,2 in the file"),
+        (DEFAULT_MULT, dict(DEFAULT_MULT, image_size=64), "the image size, which chooses channel_mult: 1,2,2,2 in the"),
+        (dict(DEFAULT_MULT, image_size=64), DEFAULT_MULT, "the image size, which chooses channel_mult: 1,2,3,4 in the"),
         (dict(super_resolution=True), dict(), "the script: one of the two is a model for super-resolution"),
         (dict(), dict(super_resolution=True), "the script: one of the two is a model for super-resolution"),
         (dict(super_resolution=True, image_channels=1), dict(), "the script: one of the two is a model for"),
@@ -217,6 +222,7 @@ def test_tensors_are_named_with_both_shapes(weights):
         (b"text", ["not a checkpoint"]),
         ([1, 2], ["not the weights of a model", "model*.pt or ema_*.pt"]),
         ({"state": {}, "param_groups": []}, ["not the weights of a model"]),
+        ({"epoch": 3, "weight": th.zeros(2)}, ["not the weights of a model"]),
         ({"weight": th.zeros(2)}, ["does not fit", "it is not of this kind of model"]),
         ({}, ["does not fit", "absent in the file", "it is not of this kind of model"]),
         (argparse.Namespace(a=1), ["refused", "run code"]),
@@ -244,6 +250,23 @@ def test_weights_that_are_no_finite_numbers(weights, change):
     with pytest.raises(InputError, match=r"does not fit the model: out\.2\.bias is ") as refusal:
         load(build(**FILE)[0], path)
     assert str(refusal.value).startswith(path) and "\n" not in str(refusal.value)
+
+
+def test_a_missing_tensor_is_not_blamed_on_the_kind_of_model(weights):
+    path = weights()
+    state_dict = th.load(path, weights_only=True)
+    del state_dict["out.2.bias"]
+    th.save(state_dict, path)
+    with pytest.raises(InputError, match=r"out\.2\.bias \(absent in the file, \w+ in the model\)$"):
+        load(build(**FILE)[0], path)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_tensors_are_no_weights(weights):
+    path = weights()
+    th.save({**th.load(path, weights_only=True), "x": th.nested.nested_tensor([th.zeros(2), th.zeros(3)])}, path)
+    with pytest.raises(InputError, match="not the weights of a model"):
+        read_weights(path)
 
 
 def test_a_folder_as_path(tmp_path):

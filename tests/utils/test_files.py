@@ -351,7 +351,17 @@ def test_urls_that_blobfile_opens_stay(path):
 
 
 @pytest.mark.parametrize(
-    "path", ["s3://b/x", "file:///tmp/x", "http://h/x", "https://huggingface.co/x", "hf://a/b", "gs://", "GS://b/x"]
+    "path",
+    [
+        "s3://b/x",
+        "file:///tmp/x",
+        "http://h/x",
+        "https://huggingface.co/x",
+        "hf://a/b",
+        "gs://",
+        "GS://b/x",
+        "https://[x",
+    ],
 )
 def test_other_urls_are_refused_in_one_line(path):
     with pytest.raises(InputError) as info:

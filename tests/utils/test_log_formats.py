@@ -18,6 +18,7 @@ from improved_diffusion.utils.log_formats import (
     CSVOutputFormat,
     HumanOutputFormat,
     JSONOutputFormat,
+    LineOutputFormat,
     StreamEnded,
     TensorBoardOutputFormat,
     make_output_format,
@@ -66,6 +67,21 @@ def test_table_shortens():
 
 def test_table_keeps_keys_that_shorten_alike():
     assert len(table({"k" * 40: 1, "k" * 50: 2}).splitlines()) == 4
+
+
+@pytest.mark.parametrize(
+    ("kvs", "line"),
+    [
+        ({"step": 5, "loss": 0.5, "Grad": np.float32(1234.5), "mse_q3": 0.1}, "step 5: Grad 1.23e+03, loss 0.5"),
+        ({"accuracy": 1, "note": "a\x1b"}, "accuracy 1, note a\\x1b"),
+        ({"step": 5, "samples": 8}, "step 5, samples 8"),
+        ({}, ""),
+    ],
+)
+def test_a_row_as_a_line(kvs, line):
+    file = io.StringIO()
+    LineOutputFormat(file).writekvs(kvs)
+    assert file.getvalue() == line + "\n"
 
 
 def test_text_file_appends_and_flushes(tmp_path):

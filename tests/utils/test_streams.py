@@ -1,5 +1,8 @@
 """Text for the terminal, and a stdout or stderr that is closed."""
 
+import contextlib
+import io
+import os
 import subprocess
 import sys
 
@@ -34,6 +37,35 @@ def test_show_is_one_write(monkeypatch, capfd, name):
     monkeypatch.setattr(sys, name, None)  # closed before Python started
     streams.show("a", error=name == "stderr")
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(("encoding", "shown"), [("utf-8", "\u00e9\\udcff\na\n"), ("ascii", "\\xe9\\udcff\na\n")])
+def test_show_takes_any_text(monkeypatch, encoding, shown):
+    """What the encoding lacks, as in the name of a file that is not UTF-8, is escaped, and the stream goes on."""
+    stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors="strict")
+    monkeypatch.setattr(sys, "stdout", stream)
+    streams.show("\u00e9\udcff")
+    streams.show("a")
+    assert stream.buffer.getvalue().decode(encoding) == shown
+
+
+def test_a_line_at_once_waits_for_nobody(monkeypatch):
+    """Neither for a reader, where a pipe is full, nor for the buffer, which another thread may hold."""
+    reader, writer = os.pipe()
+    with os.fdopen(reader, "rb") as read, os.fdopen(writer, "w") as write:
+        monkeypatch.setattr(sys, "stdout", write)
+        streams.show_at_once("first")
+        assert os.read(read.fileno(), 100) == b"first\n"
+        os.set_blocking(writer, False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                os.write(writer, b"x" * 4096)
+        os.set_blocking(writer, True)
+        streams.show_at_once("second")
+        assert b"second" not in os.read(read.fileno(), 10**6)
+    streams.show_at_once("closed")
+    monkeypatch.setattr(sys, "stdout", None)
+    streams.show_at_once("none")
 
 
 # without importing torch, which takes seconds

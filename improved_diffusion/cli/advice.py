@@ -1,0 +1,40 @@
+"""Warn of valid flags that together do something else than meant."""
+
+from collections.abc import Collection
+
+from .. import dist_util
+from ..options import ScriptOptions
+from ..script_util import CHANNEL_MULT
+
+
+def doubts(options: ScriptOptions, given: Collection[str] = ()) -> list[str]:
+    """
+    Lines for the start of the log.
+
+    :param given: names of the flags on the command line.
+    """
+    values, lines = options.values(), []
+    if values["use_fp16"] and dist_util.dev().type == "cpu":
+        lines.append("WARNING: --use_fp16 True on a CPU is many times slower than float32")
+    respacing, sampling = values["timestep_respacing"], getattr(options, "sampling", None)
+    if sampling is not None and respacing.startswith("ddim") and sampling.sampler_name != "ddim":
+        problem = f"has the timesteps of DDIM, but the sampler is {sampling.sampler_name}"
+        lines.append(f"WARNING: --timestep_respacing {respacing} {problem}; give --sampler ddim")
+    if hasattr(options, "training"):
+        size = values.get("image_size") or values["large_size"]
+        lines += _attention(values["attention_resolutions"], size, values["channel_mult"], given)
+    return lines
+
+
+def _attention(resolutions, size, channel_mult, given):
+    """Warn of sizes that no level has; of the default only if it gives no attention at all."""
+    mult = channel_mult.split(",") if channel_mult else CHANNEL_MULT.get(size, ())
+    sizes = [size // 2**level for level in range(len(mult))]
+    try:
+        missing = [r for r in map(int, resolutions.split(",")) if size // r not in [2**i for i in range(len(mult))]]
+    except (ValueError, ZeroDivisionError):  # refused when the network is built
+        return []
+    if not missing or not ("attention_resolutions" in given or len(missing) == len(resolutions.split(","))):
+        return []
+    shown, there = ",".join(map(str, missing)), ", ".join(map(str, sizes))
+    return [f"WARNING: --attention_resolutions {shown}: the levels of the network are of sizes {there}: no attention"]

@@ -1,0 +1,73 @@
+"""
+config.json: the flags of a run, in its folder.
+
+    {"script": "image_train", "flags": {"image_size": 64, ...}, "class_names": ["cat", "dog"] or null}
+"""
+
+import json
+import math
+from typing import Any
+
+import blobfile as bf
+
+from ..options import Option, ScriptOptions, check, rows
+from ..utils.errors import InputError
+
+CONFIG = "config.json"
+OF_ITS_RUN = ("resume_checkpoint",)  # flags that a new run does not take from another's file
+
+
+def read_config(directory: str) -> dict[str, Any] | None:
+    """The config.json of a folder; None if there is none. :raises InputError: if it is damaged."""
+    path = bf.join(directory, CONFIG)
+    if not bf.exists(path):
+        return None
+    return _read(path, "delete it, and give the flags instead")
+
+
+def flags_of_another(path: str, options: ScriptOptions) -> dict[str, Any]:
+    """
+    The values in the config.json of another run, as defaults of a new one.
+
+    :param path: the file.
+    :param options: of the new run's script.
+    :raises InputError: if the file is missing, damaged, of another script, or has an invalid value.
+    """
+    known = {row.name: row for row in rows(type(options))}
+    own = {row.name for row in rows(type(options.general))}
+    values = {name: value for name, value in _read(path)["flags"].items() if name not in (*OF_ITS_RUN, *own)}
+    if unknown := sorted(values.keys() - known.keys()):
+        raise InputError(f"{path}: {', '.join(unknown)}: no flag of this script; use the script of that run")
+    return {name: _checked(path, known[name], value) for name, value in values.items()}
+
+
+def _checked(path: str, row: Option, value: Any) -> Any:
+    if row.type is float and type(value) is int:
+        value = float(value)
+    try:
+        if type(value) is not row.type and not (value is None and row.default is None):
+            raise InputError(f"{row.name} cannot be {value!r}")
+        check(row, value)
+    except InputError as e:
+        raise InputError(f"{path}: {e}") from None
+    return value
+
+
+def _read(path, advice="give the config.json of a run"):
+    try:
+        with bf.BlobFile(path, "rb") as f:
+            config = json.loads(f.read())
+        flags, names = config["flags"], config["class_names"]
+        if not isinstance(flags, dict) or not (names is None or isinstance(names, list)):
+            raise ValueError("no flags in it")
+        count = len(names or [])
+        if not all(isinstance(name, str) for name in names or []) or count > flags.get("num_classes", math.inf):
+            raise ValueError("class_names are not names, or more than num_classes")
+        if names == []:
+            raise ValueError("class_names are none; null stands for unknown ones")
+        if len(set(names or [])) < count:
+            raise ValueError("class_names has a name twice")
+    except (ValueError, KeyError, TypeError, OSError, RecursionError) as e:
+        problem = f"not the flags of a run ({type(e).__name__}: {e})"
+        raise InputError(f"{path}: {problem}; {advice}") from None
+    return config
