@@ -8,6 +8,7 @@ SCRIPTS: dict[str, type[ScriptOptions]] = {
     "image_train": options.TrainOptions,
     "image_sample": options.SampleOptions,
     "image_nll": options.LikelihoodScriptOptions,
+    "image_eval": options.EvalOptions,
     "super_res_train": options.SuperResTrainOptions,
     "super_res_sample": options.SuperResSampleOptions,
 }
