@@ -89,23 +89,29 @@ def gather(outputs: Iterable[tuple[np.ndarray, Outputs]], count: int) -> tuple[A
     """
     Moments and kept features of all ranks. A collective.
 
-    :param outputs: batches of this rank's images: their numbers, int [n], and the outputs of a FeatureNetwork.
+    :param outputs: batches of this rank's images, every world_size()-th in order: their numbers, int [n], and the
+                    outputs of a FeatureNetwork.
     :param count: number of images over all ranks.
     :return: Statistics.moments and Statistics.kept.
     """
     limit = min(count, MAX_FEATURES)
+    mine = np.arange(dist_util.rank(), count, dist_util.world_size())
+    mine = mine[mine * limit % count < limit]  # limit numbers over all ranks, evenly spread
     moments: dict[str, Moments] = {}
-    kept: dict[str, list[th.Tensor]] = {"numbers": [th.zeros(0, dtype=th.long)]}
+    kept: dict[str, th.Tensor] = {"numbers": th.from_numpy(mine)}
+    done = 0
     for numbers, batch in outputs:
         spread = numbers * limit % count < limit
-        kept["numbers"].append(th.from_numpy(numbers[spread]))
         for name, value in batch.items():
             value = value.float().cpu()
             if name in MOMENTS:
                 moments.setdefault(name, Moments()).update(value)
             if name in KEPT:
-                kept.setdefault(name, []).append(value[spread])
-    of_ranks = dist_util.all_gather_object((moments, {name: th.cat(parts) for name, parts in kept.items()}))
+                if name not in kept:
+                    kept[name] = th.empty(len(mine), value.shape[1])
+                kept[name][done : done + spread.sum()] = value[spread]
+        done += int(spread.sum())
+    of_ranks = dist_util.all_gather_object((moments, kept))
     merged: dict[str, Moments] = {}
     for its_moments, _ in of_ranks:
         for name, part in its_moments.items():
