@@ -325,6 +325,21 @@ class TrainOutputOptions(Group):
 
 
 @dataclass(frozen=True)
+class ImageTrainOutputOptions(TrainOutputOptions):
+    eval_samples: int = option(0, "samples compared with eval_reference at each checkpoint; 0 = none", minimum=0)
+    eval_reference: str = path_option("images or statistics, as of image_eval.py")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.eval_samples == 1:
+            raise InputError("eval_samples 1: give 2 or more, or 0 for none")
+        if self.eval_samples and not self.eval_reference:
+            raise InputError(f"eval_samples {self.eval_samples}: give eval_reference, what to compare them with")
+        if self.eval_reference and not self.eval_samples:
+            raise InputError(f"eval_reference {self.eval_reference}: give eval_samples, the number of samples")
+
+
+@dataclass(frozen=True)
 class SampleOutputOptions(Group):
     title = "output"
     save_images: bool = option(False, "also write each sample as a PNG file")
@@ -345,13 +360,16 @@ class ComputeOptions(Group):
             raise InputError("use_fp16 True and use_bf16 True: choose one of them")
 
 
+LOG_DIR_HELP = "folder for all output; default: OPENAI_LOGDIR, else a new one in runs/"
+
+
 @dataclass(frozen=True)
 class GeneralOptions(Group):
     """Options of one call of a script, not stored in config.json."""
 
     title = "general"
     preset: str = option("", "defaults of a published model, see docs/published_models.md")
-    log_dir: str = option("", "folder for all output; default: OPENAI_LOGDIR, else a new one in runs/")
+    log_dir: str = option("", LOG_DIR_HELP)
     dry_run: bool = option(False, "print flags, model size, memory, FLOPs and timesteps, open the data, and exit")
 
 
@@ -359,6 +377,28 @@ class GeneralOptions(Group):
 class TrainGeneralOptions(GeneralOptions):
     config: str = path_option("config.json of another run: defaults of all flags but those of this group")
     overwrite: bool = option(False, "start over in the folder of another run, whose files move to a subfolder")
+
+
+@dataclass(frozen=True)
+class OutputFolderOptions(Group):
+    title = "general"
+    log_dir: str = option("", LOG_DIR_HELP)
+
+
+@dataclass(frozen=True)
+class EvaluationOptions(Group):
+    title = "evaluation"
+    samples: str = path_option("npz of images, packed images, folder or statistics", required="images to evaluate")
+    reference: str = path_option("the same, to compare with", required="images to compare with")
+    image_size: int = option(
+        0, "scale and crop a folder's images to this size, in pixels; 0 = that of the other images",
+        minimum=0, maximum=MAX_PIXELS,
+    )  # fmt: skip
+    features: str = option("lite0", "network: lite0, inception, or a function of yours, module:function")
+    feature_weights: str = path_option("weights of inception; default: torch-fidelity's download")
+    batch_size: int = option(50, "images per batch on each rank", minimum=1, maximum=2**24)
+    num_workers: int = option(-1, "processes that decode; 0 = the main process; -1 = 1, or 0 if packed", minimum=-1)
+    save_stats: str = path_option("npz file to write the statistics of the reference to, for later calls")
 
 
 @dataclass(frozen=True)
@@ -418,13 +458,14 @@ class TrainOptions(ScriptOptions):
     model: ModelOptions = ModelOptions()
     diffusion: DiffusionOptions = DiffusionOptions()
     training: TrainingOptions = TrainingOptions()
-    output: TrainOutputOptions = TrainOutputOptions()
+    output: ImageTrainOutputOptions = ImageTrainOutputOptions()
     compute: ComputeOptions = ComputeOptions()
 
 
 @dataclass(frozen=True)
 class SuperResTrainOptions(TrainOptions):
     model: SuperResModelOptions = SuperResModelOptions()  # type: ignore[assignment]
+    output: TrainOutputOptions = TrainOutputOptions()  # type: ignore[assignment]
 
 
 @dataclass(frozen=True)
@@ -463,3 +504,9 @@ class PlanScriptOptions(ScriptOptions):
     diffusion: DiffusionOptions = DiffusionOptions()
     plan: PlanOptions = PlanOptions()
     compute: ComputeOptions = ComputeOptions()
+
+
+@dataclass(frozen=True)
+class EvalOptions(ScriptOptions):
+    general: OutputFolderOptions = OutputFolderOptions()  # type: ignore[assignment]
+    evaluation: EvaluationOptions = EvaluationOptions()

@@ -84,12 +84,15 @@ class TrainLoop:
                     is_young()), and a function that returns whether the run is to stop.
     :param validate: called on all ranks before each save but that of an interruption, with the network and a function
                      that tells, on all ranks, whether a signal has come; returns what to log, {} for nothing.
+    :param evaluate: the same after validate, with a function that gives a copy of the network with the first average's
+                     weights instead of the network.
     :param loading_advice: logged once, if the steps wait for the data much of the time; "" for nothing.
     :raises InputError: if the checkpoint cannot be read or does not belong to this model.
     """
 
     # Here, since a subclass may have the original's __init__:
-    max_steps, keep_checkpoints, flags, preview, validate = 0, 0, {}, None, None  # type: ignore[var-annotated]
+    max_steps, keep_checkpoints, flags = 0, 0, {}  # type: ignore[var-annotated]
+    preview = validate = evaluate = None
     loading_advice = ""
     position = functools.cached_property(lambda self: Position())
     _statistics = functools.cached_property(lambda self: StepStatistics())
@@ -127,6 +130,7 @@ class TrainLoop:
         preview=None,
         validate=None,
         loading_advice="",
+        evaluate=None,
     ):
         self.model, self.diffusion, self.data = model, diffusion, data
         self.batch_size = batch_size
@@ -140,7 +144,7 @@ class TrainLoop:
         self.use_fp16, self.fp16_scale_growth = use_fp16, fp16_scale_growth
         self.schedule_sampler = schedule_sampler or UniformSampler(diffusion)
         self.max_steps, self.keep_checkpoints = max_steps, keep_checkpoints
-        self.flags, self.preview, self.validate = dict(flags or {}), preview, validate
+        self.flags, self.preview, self.validate, self.evaluate = dict(flags or {}), preview, validate, evaluate
         self.loading_advice = loading_advice
 
         self.step = self.resume_step = 0
@@ -293,15 +297,23 @@ class TrainLoop:
                 self._save()
 
     def _validate(self, stop):
-        """Give the logger the values of held-out images. :return: whether there are any."""
-        if self.validate is None:
-            return False
-        values = self.validate(self.model, lambda: dist_util.any_rank(stop.received is not None))
+        """Give the logger the values of held-out images and of samples. :return: whether there are any."""
+
+        def stopped():
+            return dist_util.any_rank(stop.received is not None)
+
+        values = dict(self.validate(self.model, stopped)) if self.validate is not None else {}
+        if self.evaluate is not None:
+            values.update(self.evaluate(self._first_average, stopped))
         if values:
             logger.get_current().pending = None  # losses are for the next row of the log
         for key, value in values.items():
             logger.logkv(key, value)
         return bool(values)
+
+    def _first_average(self):
+        """A copy of the network with the weights of the first average, in eval() mode."""
+        return copy_with(self.model, self._master_params_to_state_dict(self.ema_params[0]))
 
     def _measure_microbatch(self, batch, cond):
         """Set microbatch to what fits. A resumed run takes no more than before, and so draws the same noise."""

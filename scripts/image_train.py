@@ -21,6 +21,7 @@ from improved_diffusion.cli.run_config import resumed, save_config
 from improved_diffusion.cli.run_folder import claim_folder
 from improved_diffusion.image_datasets import load_data
 from improved_diffusion.inference.preview import Preview
+from improved_diffusion.metrics.sample_distance import create_sample_distance
 from improved_diffusion.metrics.validation import create_validation
 from improved_diffusion.options import TrainOptions
 from improved_diffusion.resample import create_named_schedule_sampler
@@ -43,6 +44,7 @@ def main():
     configure_compute(model, use_bf16=options.compute.use_bf16, compile=options.compute.compile)
     data = options.call(load_data, class_names=this_run.class_names)
     validation = create_validation(options, diffusion, data.dataset.class_names)
+    evaluation = create_sample_distance(options, data.dataset.class_names)
     checkpoint = options.call(open_checkpoint, model=model)
 
     notes = [*this_run.notes, *memory_warnings(options, create_model_and_diffusion)]
@@ -59,6 +61,7 @@ def main():
             preview=create_preview(options, data.dataset.class_names),
             loading_advice=loading_advice(options),
             validate=validation,
+            evaluate=evaluation,
         )
         save_config(get_blob_logdir(), "image_train", options, data.dataset.class_names)
         log_start(loop, data.dataset)

@@ -28,6 +28,9 @@ PANELS = [  # title, {column: its label}, logarithmic
     ("norm of the gradients", {"grad_norm": ""}, True),
     ("images/s", {"images/s": ""}, False),
 ]
+# titles and beginnings of columns whose names end in that of the features, on axes of their own
+BY_FEATURES = [("Fréchet distance of samples", "FD-"), ("Fréchet distance of samples", "FID")]
+BY_FEATURES += [("kernel distance of samples", "KID")]
 STYLES = ["-", "--", "-.", ":"]  # a line style per column, a colour per run
 
 
@@ -76,7 +79,8 @@ def draw(runs: list[tuple[str, dict[float, dict[str, float]]]]):
     :return: a matplotlib Figure.
     """
     columns = {column for _, rows in runs for row in rows.values() for column in row}
-    panels = [panel for panel in PANELS if columns & panel[1].keys()]
+    named = [(title, {c: "" for c in sorted(columns) if c.startswith(start)}, True) for title, start in BY_FEATURES]
+    panels = [panel for panel in [*PANELS, *named] if columns & panel[1].keys()]
     if not panels:
         raise InputError(f"no column to draw: none of {', '.join(c for _, cs, _ in PANELS for c in cs)}")
     figure = new_figure(12, 3.5 * math.ceil(len(panels) / 2))

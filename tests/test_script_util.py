@@ -94,7 +94,7 @@ NEW_TRAINING_FLAGS = dict(
 )
 NEW_SAMPLING_FLAGS = dict(NEW_FLAGS, save_images=False, sampler="ancestral", sampling_steps=0, spacing="lam", eta=None)
 NEW_BY_SCRIPT = {
-    "image_train": NEW_TRAINING_FLAGS,
+    "image_train": dict(NEW_TRAINING_FLAGS, eval_samples=0, eval_reference=""),
     "super_res_train": dict(NEW_TRAINING_FLAGS, sigma_small=False),
     "image_nll": dict(NEW_DATA_FLAGS, estimate=0),
     "image_sample": dict(NEW_SAMPLING_FLAGS, classes=""),

@@ -9,6 +9,7 @@ SCRIPTS: dict[str, type[ScriptOptions]] = {
     "image_sample": options.SampleOptions,
     "image_nll": options.LikelihoodScriptOptions,
     "plan_timesteps": options.PlanScriptOptions,
+    "image_eval": options.EvalOptions,
     "super_res_train": options.SuperResTrainOptions,
     "super_res_sample": options.SuperResSampleOptions,
 }
@@ -31,7 +32,8 @@ def flag_table() -> str:
         for row, scripts in found.items():
             default = "" if row.default in ("", None) else f"`{row.default}`"
             values = "True or False" if row.type is bool else row.valid or ""
-            where = "all" if len(scripts) == len(SCRIPTS) else ", ".join(scripts)
+            missing = [script for script in SCRIPTS if script not in scripts]
+            where = ", ".join(scripts) if len(missing) > 1 else "all but ".join(["", *missing]) or "all"
             text += f"| `--{row.name}` | {default} | {row.help} | {values} | {where} |\n"
     return text
 

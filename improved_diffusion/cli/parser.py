@@ -77,11 +77,13 @@ class FlagParser(argparse.ArgumentParser):
 
 def create_parser(options: ScriptOptions, description: str | None) -> FlagParser:
     """A parser with a flag for each option. The values of `options` are the defaults."""
-    costs = "; ".join(f"{name}: {cost}" for name, cost in COSTS.items())
-    epilog = (
-        "Counts may be written as 1e6. The default is in brackets. The presets, with their parameters, memory to train "
-        f"with one image in a pass, and operations of a forward pass of an image: {costs}."
-    )
+    epilog = "Counts may be written as 1e6. The default is in brackets."
+    if "preset" in options.values():
+        costs = "; ".join(f"{name}: {cost}" for name, cost in COSTS.items())
+        epilog += (
+            " The presets, with their parameters, memory to train with one image in a pass, and operations of a "
+            f"forward pass of an image: {costs}."
+        )
     parser = FlagParser(description=description, epilog=epilog)
     general, *others = (getattr(options, field.name) for field in dataclasses.fields(options))
     for group in [*others, general]:
@@ -130,7 +132,7 @@ def parse_flags(parser: FlagParser, options: Opts) -> Flags[Opts]:
     parser.set_defaults(**dict.fromkeys(args, absent))
     given = {name for name, value in vars(parser.parse_args()).items() if value is not absent}
     try:
-        preset = _preset(args["preset"], options, given)
+        preset = _preset(args.get("preset"), options, given)
         if args.get("config"):
             args.update({k: v for k, v in flags_of_another(args["config"], options).items() if k not in given})
         args.update(preset)
@@ -146,7 +148,7 @@ def parse_flags(parser: FlagParser, options: Opts) -> Flags[Opts]:
     except InputError as e:
         parser.error(_with_flag(str(e)))
     for row in rows(type(options)):
-        needed = row.name == "model_path" or not options.general.dry_run
+        needed = row.name == "model_path" or not getattr(options.general, "dry_run", False)
         if needed and row.valid is not None and not row.valid.accepts(args[row.name]):
             parser.error(f"--{row.name} is not given: give {row.valid}")
     return Flags(options, frozenset(given | preset.keys()))

@@ -15,7 +15,7 @@ import math
 import os
 import shutil
 import zipfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -171,6 +171,35 @@ def read_npz(file, *names: str, check: Callable | None = None, limit: int | None
                     headers[name] = dtype, shape
             check(headers)
         return [_read_array(archive, f"{name}.npy", limit) for name in names]
+
+
+def npz_headers(file) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
+    """{name: (dtype, shape)} of the arrays in an npz file. :raises Exception: of any kind, if it is damaged."""
+    with zipfile.ZipFile(file) as archive:
+        headers = {}
+        for name in archive.namelist():
+            with archive.open(name) as member:
+                shape, _, dtype = _read_header(member)
+                headers[name.removesuffix(".npy")] = dtype, shape
+        return headers
+
+
+def npz_rows(file, name: str, count: int) -> Iterator[np.ndarray]:
+    """
+    An array of an npz file in parts of `count` rows, the last may have fewer, without reading it whole.
+
+    :raises Exception: of any kind, if the array is missing or the file is damaged; the checksum is verified at the end.
+    """
+    with zipfile.ZipFile(file) as archive, archive.open(f"{name}.npy") as member:
+        shape, by_columns, dtype = _read_header(member)
+        if by_columns:
+            raise ValueError(f"{name} is in Fortran's order")
+        for start in range(0, shape[0], count):
+            part = (min(count, shape[0] - start), *shape[1:])
+            data = member.read(math.prod(part) * dtype.itemsize)
+            yield np.frombuffer(data, dtype).reshape(part).copy()
+        if member.read(1):
+            raise ValueError(f"{name} is not as long as its header says")
 
 
 def _read_array(archive, name, limit):

@@ -32,23 +32,25 @@ class Moments:
         :param features: [n, D] of any dtype and device; n may be 0.
         :raises InputError: if the shape is another, D is not that of earlier batches, or a feature is not finite.
         """
-        x = _float64(features)
-        if x.dim() != 2:
-            raise InputError(f"features of shape {tuple(x.shape)}: give [N, D]")
-        if not x.isfinite().all():
-            raise InputError("features are not finite")
-        if len(x) == 0:
-            return
-        mean = x.mean(0)
-        centred = x - mean
+        x = _checked(features)
+        if len(x):
+            mean = x.mean(0)
+            self._add(len(x), mean, (x - mean).T @ (x - mean))
+
+    def merge(self, other: "Moments") -> None:
+        """Add the features of another, such as another rank's. :raises InputError: if D differs."""
+        if other.count:
+            self._add(other.count, other.mean, other.scatter)
+
+    def _add(self, count, mean, scatter):
         if self.count == 0:
-            self.mean, self.scatter = th.zeros_like(mean), centred.new_zeros(2 * mean.shape)
+            self.mean, self.scatter = th.zeros_like(mean), th.zeros_like(scatter)
         elif mean.shape != self.mean.shape:
             raise InputError(f"features of {len(mean)} dimensions after those of {len(self.mean)}")
         # Chan et al. 1983: no difference of large sums, as E[x x^T] - m m^T would be
-        shift, total = mean - self.mean, self.count + len(x)
-        self.scatter = self.scatter + centred.T @ centred + th.outer(shift, shift) * (self.count * len(x) / total)
-        self.mean = self.mean + shift * (len(x) / total)
+        shift, total = mean - self.mean, self.count + count
+        self.scatter = self.scatter + scatter + th.outer(shift, shift) * (self.count * count / total)
+        self.mean = self.mean + shift * (count / total)
         self.count = total
 
     def covariance(self) -> th.Tensor:
@@ -71,6 +73,29 @@ def frechet_distance(a: "Features | Moments | tuple", b: "Features | Moments | t
     # The eigenvalues of C1 C2 are the squares of these: no root of a rounding error where C1 or C2 is singular.
     roots = th.linalg.svdvals(_root(cov1) @ _root(cov2))
     return float((mean1 - mean2).square().sum() + cov1.trace() + cov2.trace() - 2 * roots.sum())
+
+
+def check_features(a: Features, b: Features) -> tuple[th.Tensor, th.Tensor]:
+    """
+    Two sets of features [N, D] and [M, D], as float64 on the CPU.
+
+    :raises InputError: if shapes do not fit, a set has fewer than two features, or one is not finite.
+    """
+    x, y = _checked(a), _checked(b)
+    if x.shape[1] != y.shape[1]:
+        raise InputError(f"features of {x.shape[1]} and of {y.shape[1]} dimensions have no distance")
+    if min(len(x), len(y)) < 2:
+        raise InputError(f"sets of {len(x)} and {len(y)} features: a distance needs 2 or more of each")
+    return x, y
+
+
+def _checked(features):
+    x = _float64(features)
+    if x.dim() != 2:
+        raise InputError(f"features of shape {tuple(x.shape)}: give [N, D]")
+    if not x.isfinite().all():
+        raise InputError("features are not finite")
+    return x
 
 
 def _moments_of(value):

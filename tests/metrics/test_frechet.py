@@ -154,3 +154,23 @@ def test_batches_of_other_dimensions():
     moments.update(features())
     with pytest.raises(InputError, match=r"4 .* 6"):
         moments.update(th.zeros(3, 4))
+
+
+def test_merged_moments_are_those_of_all():
+    whole, parts = Moments(), [Moments() for _ in range(3)]
+    whole.update(features(50))
+    for part, chunk in zip(parts, features(50).split([30, 1, 19]), strict=True):
+        part.update(chunk)
+    merged = Moments()
+    for part in [Moments(), *parts, Moments()]:
+        merged.merge(part)
+    assert merged.count == 50
+    assert th.allclose(merged.mean, whole.mean, atol=1e-13) and th.allclose(merged.scatter, whole.scatter, atol=1e-11)
+    with pytest.raises(InputError, match="6"):
+        merged.merge(_moments(features(4, d=3)))
+
+
+def _moments(x):
+    moments = Moments()
+    moments.update(x)
+    return moments

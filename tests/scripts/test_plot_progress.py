@@ -189,6 +189,19 @@ def test_the_columns_are_those_that_training_logs(tmp_path):
     assert {column for _, names, _ in load_script("plot_progress").PANELS for column in names} <= columns
 
 
+def test_distances_of_samples_have_axes_by_kind(tmp_path):
+    """Of any features: FID and a distance of other features do not share theirs, nor do two kinds."""
+    columns = ["FD-lite0", "KID-lite0", "FID", "KID"]
+    (tmp_path / "progress.csv").write_text(",".join(["step", *columns]) + "\n0,9,-0.1,8,0.3\n2,7,0.2,6,0.1\n")
+    plot = load_script("plot_progress")
+    from matplotlib.figure import Figure
+
+    figure = plot.draw(Figure, [("run", plot.read_progress(tmp_path))])
+    drawn = [[list(line.get_ydata()) for line in axes.lines] for axes in figure.axes]
+    assert drawn == [[[9, 7]], [[8, 6]], [[0.3, 0.1], [-0.1, 0.2]]]
+    assert [axes.get_yscale() for axes in figure.axes] == ["log", "log", "linear"]
+
+
 @pytest.mark.parametrize(
     ("script", "words"),
     [

@@ -72,6 +72,7 @@ def largest_difference(a, b):
         "image_train",
         "image_sample",
         "image_nll",
+        "image_eval",
         "super_res_train",
         "super_res_sample",
         "plan_timesteps",

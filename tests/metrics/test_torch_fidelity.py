@@ -1,0 +1,102 @@
+"""The numbers of torch-fidelity on the same folders, by a small feature extractor and by its Inception, untrained."""
+
+import hashlib
+
+import pytest
+import torch as th
+from harness import write_images
+
+from improved_diffusion.metrics import FeatureNetwork, features, inception_score, kernel_distance, precision_recall
+from improved_diffusion.metrics.evaluation import compare, statistics_of
+from improved_diffusion.metrics.image_sets import open_pair
+
+torch_fidelity = pytest.importorskip("torch_fidelity", exc_type=ImportError)
+REL = 1e-3
+COUNTS = 60, 45
+SUBSET = 20
+
+
+def pooled(images):
+    """uint8 [N, C, H, W] -> [N, 12]."""
+    return th.nn.functional.adaptive_avg_pool2d(images.float() / 255, 2).flatten(1)
+
+
+class Pooled(torch_fidelity.FeatureExtractorBase):
+    def __init__(self, name, features_list, **kwargs):
+        super().__init__(name, features_list)
+
+    def forward(self, x):
+        return (pooled(x),)
+
+    @staticmethod
+    def get_provided_features_list():
+        return ("pooled",)
+
+    @staticmethod
+    def get_default_feature_layer_for_metric(metric):
+        return "pooled"
+
+
+@pytest.fixture
+def folders(tmp_path):
+    return [str(write_images(tmp_path / name, count=n, size=16)) for name, n in zip("ab", COUNTS, strict=True)]
+
+
+def theirs(folders, subset_size, **kwargs):
+    fixed = dict(cuda=False, cache=False, verbose=False, batch_size=7, samples_shuffle=False)
+    fixed["kid_subset_size"] = subset_size
+    return torch_fidelity.calculate_metrics(input1=folders[0], input2=folders[1], **fixed, **kwargs)
+
+
+def test_fid_kid_precision_and_recall(folders):
+    if "pooled" not in torch_fidelity.registry.FEATURE_EXTRACTORS_REGISTRY:
+        torch_fidelity.register_feature_extractor("pooled", Pooled)
+    want = theirs(folders, SUBSET, feature_extractor="pooled", fid=True, kid=True, prc=True)
+    network = FeatureNetwork(f"{__name__}:pooled")
+    samples, reference = (statistics_of(images, network) for images in open_pair(*folders, 16, num_workers=0))
+    found = compare(samples, reference)
+    mean, std = kernel_distance(samples.kept["features"], reference.kept["features"], subset_size=SUBSET)
+    assert mean == pytest.approx(want["kernel_inception_distance_mean"], rel=REL)
+    assert std == pytest.approx(want["kernel_inception_distance_std"], rel=REL)
+    assert found[f"FD-{network.name}"] == pytest.approx(want["frechet_inception_distance"], rel=REL)
+    assert found["precision"] == pytest.approx(want["precision"], rel=REL)
+    assert found["recall"] == pytest.approx(want["recall"], rel=REL)
+    assert 0 < found["precision"] < 1 and 0 < found["recall"] < 1
+
+
+@pytest.fixture
+def untrained(tmp_path, monkeypatch):
+    """A file of weights of Inception, and its module."""
+    module = torch_fidelity.feature_extractor_inceptionv3
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "load_state_dict_from_url", lambda *args, **kwargs: {})
+        patch.setattr(module.FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
+        network = module.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
+    for p in network.parameters():
+        if p.dim() > 1:
+            th.nn.init.kaiming_normal_(p)  # whose outputs differ from image to image
+    path = tmp_path / "weights.pth"
+    th.save(network.state_dict(), path)
+    monkeypatch.setattr(features, "INCEPTION_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
+    return str(path)
+
+
+@pytest.mark.slow
+def test_inception(tmp_path, untrained):
+    folders = [str(write_images(tmp_path / name, count=9, size=8 + i)) for i, name in enumerate("ab")]
+    kwargs = dict(isc=True, kid=True, prc=True, isc_splits=1, feature_extractor=features.INCEPTION_NAME)
+    kwargs["feature_extractor_weights_path"] = untrained
+    want = theirs(folders, 9, **kwargs)
+    network = FeatureNetwork("inception", untrained)
+    found = []
+    for i, folder in enumerate(folders):
+        images, _ = open_pair(folder, folder, 8 + i, num_workers=0)
+        found.append(statistics_of(images, network))
+    a, b = (one.kept["features"] for one in found)
+    assert a.shape == (9, 2048) and found[0].moments["spatial"][0].shape == (17 * 17 * 7,)
+    mean, _ = kernel_distance(a, b, subset_size=9)
+    assert mean == pytest.approx(want["kernel_inception_distance_mean"], rel=REL)
+    assert precision_recall(a, b) == pytest.approx((want["precision"], want["recall"]), rel=REL)
+    assert mean > 1e-3 and want["inception_score_mean"] > 1.001
+    score = inception_score(found[0].kept["logits"])
+    assert score - 1 == pytest.approx(want["inception_score_mean"] - 1, rel=REL)
