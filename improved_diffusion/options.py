@@ -313,6 +313,7 @@ class SuperResSamplingOptions(SamplingOptions):
     base_samples: str = path_option(
         "small images: an npz file of image_sample.py, a folder, an image, or packed", required="an npz file of images"
     )
+    skip_damaged: bool = option(False, SKIP_DAMAGED_HELP)
 
 
 @dataclass(frozen=True)
