@@ -54,6 +54,7 @@ class Validation:
         :param stopped: whether to stop, the same on all ranks; called before each batch.
         :return: {"valid_loss": mean loss, "valid_bpd": mean bound, bits per dimension}; {} if stopped.
         """
+        logger.log("evaluating held-out images...")
         rng, modes = rng_state(), [(module, module.training) for module in model.modules()]
         model = copy.copy(model)  # shares all but the compiled call: compiling for these batches takes minutes
         model.eval()
