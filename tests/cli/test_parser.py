@@ -53,6 +53,8 @@ def refused(monkeypatch, capfd, words, options=None):
         (["--use_kl"], ["--use_kl ", "give True or False"]),
         (["--use_kl", "--batch_size", "3"], ["--use_kl ", "give True or False"]),
         (["--lr"], ["--lr ", "a number"]),
+        (["--microbatch"], ["--microbatch ", "a whole number or auto"]),
+        (["--microbatch", "many"], ["--microbatch", "'many'", "auto"]),
         (["--microbatch", "5"], ["--microbatch 5", "batch_size (4)", "-1"]),
         (["--microbatch", "0"], ["--microbatch 0", "batch_size (4)", "-1"]),
         (["--ema_rate", "0.9,1"], ["--ema_rate 0.9,1", "below 1"]),
