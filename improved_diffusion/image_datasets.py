@@ -123,7 +123,7 @@ def load_data_once(
 
 def open_images(
     path: str, image_size: int, class_cond: bool, image_channels: int, num_classes: int | None = None,
-    class_names: list[str] | None = None, labels: str = "auto", limit: int | None = None,
+    class_names: list[str] | None = None, labels: str = "auto", limit: int | None = None, skip_damaged: bool = False,
 ) -> "ImageDataset | PackedDataset":  # fmt: skip
     """
     The images of a folder, of one image file or packed, all of them on each rank. Parameters as in load_data_once().
@@ -132,7 +132,7 @@ def open_images(
     :raises InputError: as load_data_once().
     """
     arguments = (path, image_size, class_cond, image_channels, num_classes, class_names, labels)
-    return _open_dataset(*arguments, limit=limit, whole=True)
+    return _open_dataset(*arguments, checkers=-1 if skip_damaged else None, limit=limit, whole=True)
 
 
 def _workers(num_workers, dataset):

@@ -277,6 +277,8 @@ class SamplingOptions(WeightsOptions):
     def __post_init__(self):
         super().__post_init__()
         name = self.sampler_name
+        if self.use_ddim and self.sampler not in ("ancestral", "ddim"):  # the first is the default
+            raise InputError(f"use_ddim True: contradicts sampler {self.sampler}; give one of the two")
         if self.sampling_steps and name not in SOLVERS:
             raise InputError(f"sampling_steps {self.sampling_steps}: sampler {name} takes timestep_respacing instead")
         if self.spacing != "lam" and name not in SOLVERS:
@@ -313,6 +315,7 @@ class SuperResSamplingOptions(SamplingOptions):
     base_samples: str = path_option(
         "small images: an npz file of image_sample.py, a folder, an image, or packed", required="an npz file of images"
     )
+    skip_damaged: bool = option(False, SKIP_DAMAGED_HELP)
 
 
 @dataclass(frozen=True)

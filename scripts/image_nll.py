@@ -27,6 +27,8 @@ from improved_diffusion.script_util import create_model_and_diffusion
 from improved_diffusion.utils.errors import InputError
 from improved_diffusion.utils.streams import counted
 
+MANY, FEW = 1000, 100  # evaluations of the network an image
+
 
 def main():
     flags = parse_flags(create_argparser(), LikelihoodScriptOptions())
@@ -39,10 +41,17 @@ def main():
     images = sum(dist_util.all_gather_object(data.dataset.checksum()))
     contents = dict(weights=this_run.weights, class_names=this_run.class_names, images=images)
     with logging_to(options.general.log_dir, this_run.notes), Parts(options, **contents) as parts:
-        logger.log("evaluating...")
+        logger.log(describe(options.likelihood, data.dataset.num_images, diffusion.num_timesteps))
         means, count = options.call(evaluate_bpd, model=model, diffusion=diffusion, data=data, parts=parts)
         if dist_util.rank() == 0:
             write(means, count, diffusion.timestep_map)
+
+
+def describe(likelihood, num_images, num_timesteps):
+    """What the evaluation costs, in words, and what costs less."""
+    count, evaluations = min(num_images, likelihood.num_samples), likelihood.estimate or num_timesteps
+    advice = f"; --estimate {FEW} takes {FEW} an image" if evaluations >= MANY and not likelihood.estimate else ""
+    return f"evaluating {counted(count, 'image')}, the network {counted(evaluations, 'time')} each{advice}..."
 
 
 def write(means, count, timesteps):

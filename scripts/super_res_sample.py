@@ -39,6 +39,7 @@ def main():
         num_classes=options.model.num_classes if options.model.class_cond else None,
         num_samples=options.sampling.num_samples if "num_samples" in flags.given else None,
         class_names=this_run.class_names,
+        skip_damaged=options.sampling.skip_damaged,
     )
     if "num_samples" not in flags.given:
         options = options.replace(num_samples=len(base_images))

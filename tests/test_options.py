@@ -160,6 +160,7 @@ def test_options_of_samplers():
         (dict(use_ddim=True, sampling_steps=5), r"^sampling_steps 5: .*ddim"),
         (dict(spacing="karras"), r"^spacing karras: .*ancestral"),
         (dict(eta=0.0), r"^eta 0.0: .*ancestral"),
+        (dict(use_ddim=True, sampler="unipc"), r"^use_ddim True: .*unipc"),
         (dict(sampler="unipc", eta=0.5), r"^eta 0.5: .*unipc"),
         (dict(sampler="unipc", timestep_respacing="50"), r"^timestep_respacing 50: .*unipc.* sampling_steps"),
     ],

@@ -98,7 +98,7 @@ NEW_BY_SCRIPT = {
     "super_res_train": dict(NEW_TRAINING_FLAGS, sigma_small=False),
     "image_nll": dict(NEW_DATA_FLAGS, estimate=0),
     "image_sample": dict(NEW_SAMPLING_FLAGS, classes=""),
-    "super_res_sample": dict(NEW_SAMPLING_FLAGS, sigma_small=False),
+    "super_res_sample": dict(NEW_SAMPLING_FLAGS, sigma_small=False, skip_damaged=False),
 }
 
 

@@ -44,8 +44,9 @@ def flags_of_another(path: str, options: ScriptOptions) -> dict[str, Any]:
 def _checked(path: str, row: Option, value: Any) -> Any:
     if row.type is float and type(value) is int:
         value = float(value)
+    words = row.valid.words if row.valid is not None else ()
     try:
-        if type(value) is not row.type and not (value is None and row.default is None):
+        if type(value) is not row.type and value not in words and not (value is None and row.default is None):
             raise InputError(f"{row.name} cannot be {value!r}")
         check(row, value)
     except InputError as e:

@@ -41,6 +41,7 @@ def log_cost(
         if num_samples > FEW and not {"num_samples", "classes"} & set(given):
             flags, num_samples = [f"--num_samples {FEW}"], FEW
         if steps > STEPS:
+            flags += ["--use_ddim False"] if sampling.use_ddim else []
             flags += [f"--sampler {FAST}"] if sampling.sampler_name not in SOLVERS else []
             flags, steps = [*flags, f"--sampling_steps {STEPS}"], STEPS
             flags += ['--timestep_respacing ""'] if options.diffusion.timestep_respacing else []

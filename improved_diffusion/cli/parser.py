@@ -38,6 +38,13 @@ KINDS = {"True|False": "True or False", "N": "a whole number", "X": "a number", 
 READERS = {bool: (str2bool, "True|False"), int: (whole_number, "N"), float: (float, "X"), str: (str, "TEXT")}
 
 
+def _kind(metavar):
+    if metavar in KINDS or not metavar:
+        return KINDS.get(metavar, "one")
+    first, *words = metavar.split("|")
+    return " or ".join([KINDS.get(first, "one"), *words])
+
+
 # ---------------------------------------------------------------- flags
 
 
@@ -63,7 +70,7 @@ class FlagParser(argparse.ArgumentParser):
         for word, following in itertools.zip_longest(words, words[1:], fillvalue="--"):
             action = self._option_string_actions.get(word)
             if action is not None and action.nargs is None and following.startswith("--"):
-                self.error(f"{word} is given without a value: give {KINDS.get(action.metavar, 'one')}")
+                self.error(f"{word} is given without a value: give {_kind(action.metavar)}")
         return super().parse_known_args(words, namespace)
 
     def _chosen(self, args):
@@ -106,9 +113,11 @@ def _or_word(read, words):
     """A reader of `read`'s values and of some words."""
 
     def read_or_keep(text):
-        return text if text in words else read(text)
+        try:
+            return text if text in words else read(text)
+        except argparse.ArgumentTypeError as e:
+            raise argparse.ArgumentTypeError(f"{e} or {' or '.join(words)}") from None
 
-    read_or_keep.__name__ = read.__name__  # which argparse shows
     return read_or_keep
 
 

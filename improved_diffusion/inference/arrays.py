@@ -91,7 +91,7 @@ def save_plot(name: str, figure: Any) -> str:
 
 def load_base_samples(
     path: str, *, size: int, channels: int, num_classes: int | None = None, num_samples: int | None = None,
-    class_names: list[str] | None = None,
+    class_names: list[str] | None = None, skip_damaged: bool = False,
 ) -> tuple[np.ndarray, np.ndarray | None]:  # fmt: skip
     """
     Load the input of a super-resolution model from a file in the format of save_samples(); a folder of images or one
@@ -100,12 +100,14 @@ def load_base_samples(
     :param num_classes: of a class-conditional model.
     :param num_samples: load the first images only, at most this many; None for all.
     :param class_names: of the model, if known: labels of a folder index them.
+    :param skip_damaged: leave out images of a folder that cannot be decoded. A collective.
     :return: (uint8 [N, size, size, channels], labels, int64 [N]; None without num_classes).
     :raises InputError: if the file is missing, or its arrays are not of these types and shapes.
     """
     if path and (is_image(path) or bf.isdir(path)):
         dataset = open_images(
-            path, size, num_classes is not None, channels, num_classes, class_names, limit=num_samples
+            path, size, num_classes is not None, channels, num_classes, class_names, limit=num_samples,
+            skip_damaged=skip_damaged,
         )  # fmt: skip
         return np.stack([dataset.pixels(i) for i in range(len(dataset))]), dataset.local_classes
 

@@ -45,6 +45,11 @@ def test_a_new_run_takes_all_flags_but_those_of_the_other_run_itself(monkeypatch
     assert str(path) in run.notes[0]
 
 
+def test_a_word_beside_numbers_is_taken(monkeypatch, tmp_path):
+    save_config(str(tmp_path), "image_train", TrainOptions().replace(data_dir="photos", microbatch="auto"), None)
+    assert parse(monkeypatch, "--config", tmp_path / "config.json").options.training.microbatch == "auto"
+
+
 def test_flags_that_are_given_take_precedence_even_with_the_default(monkeypatch, other):
     path, _ = other
     words = ["--image_size", 64, "--lr=1e-4", "--learn_sigma", "False", "--log_dir", "runs/b"]
@@ -79,6 +84,8 @@ def test_a_file_of_an_earlier_version_has_fewer_flags(monkeypatch, tmp_path):
         ('{"flags": {"batch_size": true}, "class_names": null}', "batch_size cannot be True"),
         ('{"flags": {"batch_size": null}, "class_names": null}', "batch_size cannot be None"),
         ('{"flags": {"noise_schedule": "x"}, "class_names": null}', "noise_schedule x"),
+        ('{"flags": {"microbatch": "many"}, "class_names": null}', "microbatch cannot be 'many'"),
+        ('{"flags": {"microbatch": ["auto"]}, "class_names": null}', "microbatch cannot be ['auto']"),
         ('{"flags": {"guidance": 2}, "class_names": null}', "guidance"),
     ],
 )

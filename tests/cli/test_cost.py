@@ -47,6 +47,7 @@ def test_the_defaults_are_a_night(tmp_path):
         (dict(given=["classes"]), ["--sampler", "--sampling_steps"]),
         (dict(num_samples=16, seconds=1000), ["--sampler", "--sampling_steps"]),
         (dict(steps=250, timestep_respacing="250"), [*ALL, "--timestep_respacing"]),
+        (dict(use_ddim=True), ["--num_samples", "--use_ddim", "--sampler", "--sampling_steps"]),
         (dict(sampler="unipc", sampling_steps=100), ["--num_samples", "--sampling_steps"]),
         (dict(sampler="unipc"), ["--num_samples"]),
         (dict(sampler="unipc", given=["num_samples"]), []),

@@ -16,10 +16,10 @@ ALL = {flag for flags in FLAGS.values() for flag in flags} | {f"--{row.name}" fo
 
 
 def test_each_name_is_listed_once_and_is_no_flag_of_ours():
-    """But for the numbers of steps that plan_timesteps chooses for."""
+    """But for two that mean something else: --steps of plan_timesteps, --samples of image_eval."""
     names = [name for line in ANSWERS for name in line.split()]
     assert len(set(names)) == len(names)
-    assert [name for name in names if f"--{name}" in ALL] == ["steps"]
+    assert [name for name in names if f"--{name}" in ALL] == ["steps", "samples"]
 
 
 def test_answers_name_flags_that_exist():

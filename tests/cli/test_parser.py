@@ -53,6 +53,8 @@ def refused(monkeypatch, capfd, words, options=None):
         (["--use_kl"], ["--use_kl ", "give True or False"]),
         (["--use_kl", "--batch_size", "3"], ["--use_kl ", "give True or False"]),
         (["--lr"], ["--lr ", "a number"]),
+        (["--microbatch"], ["--microbatch ", "a whole number or auto"]),
+        (["--microbatch", "many"], ["--microbatch", "'many'", "auto"]),
         (["--microbatch", "5"], ["--microbatch 5", "batch_size (4)", "-1"]),
         (["--microbatch", "0"], ["--microbatch 0", "batch_size (4)", "-1"]),
         (["--ema_rate", "0.9,1"], ["--ema_rate 0.9,1", "below 1"]),
@@ -319,6 +321,7 @@ def test_a_tilde_is_expanded_in_every_path(monkeypatch, capfd):
     for options in (TrainOptions(), SampleOptions(), SuperResSampleOptions(), LikelihoodScriptOptions()):
         paths = [row.name for row in rows(type(options)) if row.path and row.name != "config"]  # read at once
         words = [word for name in paths for word in (f"--{name}", f"~/{name}")]
+        words += ["--eval_samples", "2"] * ("eval_reference" in paths)
         got = values(monkeypatch, words, options)
         assert paths and {name: got[name] for name in paths} == {name: f"/home/me/{name}" for name in paths}
     monkeypatch.setattr(sys, "argv", ["here/script.py", "--data_dir", "~/photos"])

@@ -428,6 +428,17 @@ def test_base_samples_of_a_folder_of_one_image_and_packed(tmp_path, on_ranks):
     assert labels.tolist() == [1]
 
 
+def test_damaged_base_samples_are_left_out(tmp_path, on_ranks):
+    folder = folder_of(tmp_path)
+    with open(f"{folder}/cat_1.png", "r+b") as f:
+        f.truncate(60)
+    arguments = dict(size=4, channels=3)
+    with pytest.raises(InputError, match=r"cat_1.png.*skip_damaged True"):
+        load_base_samples(folder, **arguments)
+    for images, _ in on_ranks(2, lambda rank: load_base_samples(folder, skip_damaged=True, **arguments)):
+        np.testing.assert_array_equal(images, IMAGES[[0, 2, 3, 4, 5]])
+
+
 def test_base_samples_of_a_folder_are_scaled(tmp_path):
     images, _ = load_base_samples(folder_of(tmp_path, size=12), size=4, channels=1)
     assert images.shape == (6, 4, 4, 1)

@@ -180,6 +180,8 @@ def test_a_run_is_as_without_and_has_the_values_at_its_checkpoints(tmp_path, ima
     (got, columns), (want, original) = rows(tmp_path / "valid"), rows(tmp_path / "plain")
     assert columns == [*original, "valid_bpd", "valid_loss"]
     assert [without(row) for row in got if row["step"] != "6"] == want
+    log = (tmp_path / "valid" / "log.txt").read_text()
+    assert log.count(" held-out images...") == 4  # it may take minutes
     assert {row["step"]: len(row) - len(without(row)) for row in got} == {"0": 2, "2": 2, "4": 2, "6": 2}
     assert got[-1]["samples"] == str(6 * 4)
 

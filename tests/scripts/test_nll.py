@@ -8,11 +8,12 @@ import sys
 import numpy as np
 import pytest
 import torch as th
-from harness import TINY, flags, run_script, save_weights, write_images
+from harness import TINY, flags, load_script, run_script, save_weights, write_images
 from PIL import Image
 
 from improved_diffusion.image_datasets import load_data_once
 from improved_diffusion.inference.generate import SampleNoise
+from improved_diffusion.options import LikelihoodOptions
 from improved_diffusion.respace import space_timesteps
 from improved_diffusion.script_util import create_model_and_diffusion, model_and_diffusion_defaults
 
@@ -57,6 +58,7 @@ def test_the_bound_and_its_parts(tmp_path, images, weights, changed):
         assert arrays.keys() == {"vb_terms", "mse_terms", "xstart_mse_terms"}
         vb = arrays["vb_terms"]["arr_0"]
         assert "standard_error_of_estimate" not in found
+    assert f"evaluating 10 images, the network {changed.get('estimate', 24)} times each" in text
     assert (found["images"], found["t0"], vb.shape) == (10, vb[-1], (24,))
     assert vb.sum() + found["prior"] == pytest.approx(found["bpd"])
     assert f"total bpd over 10 images: {found['bpd']:.4f}" in text
@@ -66,6 +68,19 @@ def test_the_bound_and_its_parts(tmp_path, images, weights, changed):
     if importlib.util.find_spec("matplotlib"):
         with Image.open(tmp_path / "nll.png") as picture:
             assert picture.format == "PNG"
+
+
+@pytest.mark.parametrize(
+    ("changed", "steps", "parts"),
+    [
+        (dict(), 4000, ["1,000 images", "4,000 times", "--estimate 100 "]),
+        (dict(num_samples=3), 250, ["3 images", "250 times"]),
+        (dict(estimate=200), 4000, ["1,000 images", "200 times"]),
+    ],
+)
+def test_a_costly_evaluation_names_the_estimate(changed, steps, parts):
+    text = load_script("image_nll").describe(LikelihoodOptions(**changed), 5000, steps)
+    assert all(part in text for part in parts) and ("--estimate" in text) == (not changed)
 
 
 def test_the_standard_error_is_that_of_the_mean(tmp_path, images, weights):

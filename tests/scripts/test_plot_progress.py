@@ -194,9 +194,7 @@ def test_distances_of_samples_have_axes_by_kind(tmp_path):
     columns = ["FD-lite0", "KID-lite0", "FID", "KID"]
     (tmp_path / "progress.csv").write_text(",".join(["step", *columns]) + "\n0,9,-0.1,8,0.3\n2,7,0.2,6,0.1\n")
     plot = load_script("plot_progress")
-    from matplotlib.figure import Figure
-
-    figure = plot.draw(Figure, [("run", plot.read_progress(tmp_path))])
+    figure = plot.draw([("run", plot.read_progress(tmp_path))])
     drawn = [[list(line.get_ydata()) for line in axes.lines] for axes in figure.axes]
     assert drawn == [[[9, 7]], [[8, 6]], [[0.3, 0.1], [-0.1, 0.2]]]
     assert [axes.get_yscale() for axes in figure.axes] == ["log", "log", "linear"]
