@@ -7,8 +7,11 @@ OpenAI's reference batches). The results go to the log and to metrics.json; docs
     python scripts/image_eval.py --samples runs/a/samples_10000x64x64x3.npz --reference photos64.packed
 """
 
-if __name__ == "__main__" and not __package__:
-    import _start  # noqa: F401
+import contextlib
+
+if __name__ == "__main__":
+    with contextlib.suppress(ImportError):  # not beside the script in sys.path, as by runpy.run_path()
+        import _start  # noqa: F401
 
 import json
 

@@ -9,8 +9,11 @@ and the probabilities of the timesteps are in estimate.npz.
     python scripts/image_nll.py --model_path runs/a/ema_0.9999_200000.pt --data_dir test --batch_size 16
 """
 
-if __name__ == "__main__" and not __package__:
-    import _start  # noqa: F401
+import contextlib
+
+if __name__ == "__main__":
+    with contextlib.suppress(ImportError):  # not beside the script in sys.path, as by runpy.run_path()
+        import _start  # noqa: F401
 
 import numpy as np
 

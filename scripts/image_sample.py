@@ -5,8 +5,11 @@ beside it.
     python scripts/image_sample.py --model_path runs/a/ema_0.9999_200000.pt --num_samples 16 --timestep_respacing 100
 """
 
-if __name__ == "__main__" and not __package__:
-    import _start  # noqa: F401
+import contextlib
+
+if __name__ == "__main__":
+    with contextlib.suppress(ImportError):  # not beside the script in sys.path, as by runpy.run_path()
+        import _start  # noqa: F401
 
 import functools
 

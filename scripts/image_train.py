@@ -7,8 +7,11 @@ Training writes checkpoints, a log and previews to --log_dir, until --max_steps 
 --resume_checkpoint auto continues it.
 """
 
-if __name__ == "__main__" and not __package__:
-    import _start  # noqa: F401
+import contextlib
+
+if __name__ == "__main__":
+    with contextlib.suppress(ImportError):  # not beside the script in sys.path, as by runpy.run_path()
+        import _start  # noqa: F401
 
 import torch as th
 

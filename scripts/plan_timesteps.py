@@ -8,8 +8,11 @@ look worse than those of evenly spaced timesteps.
     python scripts/plan_timesteps.py --model_path runs/a/ema_0.9999_200000.pt --data_dir train --steps 16,32
 """
 
-if __name__ == "__main__" and not __package__:
-    import _start  # noqa: F401
+import contextlib
+
+if __name__ == "__main__":
+    with contextlib.suppress(ImportError):  # not beside the script in sys.path, as by runpy.run_path()
+        import _start  # noqa: F401
 
 from improved_diffusion import dist_util, logger
 from improved_diffusion.cli.parser import create_parser, logging_to, parse_flags, run

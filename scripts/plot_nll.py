@@ -4,8 +4,11 @@ Plot the terms of the variational bound by timestep (Figure 2 of the paper), and
 Reads what image_nll.py wrote to its log directory: vb_terms.npz, or estimate.npz. Several evaluations share the axes.
 """
 
-if __name__ == "__main__" and not __package__:
-    import _start  # noqa: F401
+import contextlib
+
+if __name__ == "__main__":
+    with contextlib.suppress(ImportError):  # not beside the script in sys.path, as by runpy.run_path()
+        import _start  # noqa: F401
 
 import os
 

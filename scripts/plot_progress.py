@@ -6,8 +6,11 @@ Works on running and interrupted runs: the last row of a step counts; truncated 
 missing columns are skipped.
 """
 
-if __name__ == "__main__" and not __package__:
-    import _start  # noqa: F401
+import contextlib
+
+if __name__ == "__main__":
+    with contextlib.suppress(ImportError):  # not beside the script in sys.path, as by runpy.run_path()
+        import _start  # noqa: F401
 
 import csv
 import math

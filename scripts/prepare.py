@@ -7,8 +7,11 @@ or to packed images if the name of OUT ends in .packed.
 Repeat the command to continue an interrupted folder. Packed images are whole or absent.
 """
 
-if __name__ == "__main__" and not __package__:
-    import _start  # noqa: F401
+import contextlib
+
+if __name__ == "__main__":
+    with contextlib.suppress(ImportError):  # not beside the script in sys.path, as by runpy.run_path()
+        import _start  # noqa: F401
 
 import inspect
 

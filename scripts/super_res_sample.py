@@ -7,8 +7,11 @@ Sample i is made from image i: by default one of each. With more samples than im
     python scripts/super_res_sample.py --model_path ema_0.9999_200000.pt --base_samples samples_16x64x64x3.npz
 """
 
-if __name__ == "__main__" and not __package__:
-    import _start  # noqa: F401
+import contextlib
+
+if __name__ == "__main__":
+    with contextlib.suppress(ImportError):  # not beside the script in sys.path, as by runpy.run_path()
+        import _start  # noqa: F401
 
 import functools
 

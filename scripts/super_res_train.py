@@ -4,8 +4,11 @@ Train a super-resolution model on images: it enlarges them from --small_size to 
     python scripts/super_res_train.py --data_dir photos --large_size 256 --small_size 64 --log_dir runs/large
 """
 
-if __name__ == "__main__" and not __package__:
-    import _start  # noqa: F401
+import contextlib
+
+if __name__ == "__main__":
+    with contextlib.suppress(ImportError):  # not beside the script in sys.path, as by runpy.run_path()
+        import _start  # noqa: F401
 
 import functools
 
