@@ -56,8 +56,7 @@ def test_run_continues_with_another_number_of_ranks(server, images, tmp_path, be
     finish(start(server, images, folder, after, max_steps=last + 2, lr=1e-30, resume_checkpoint="auto", **FP16))
     lines = lines_of(folder)
     assert where_it_began(lines[::-1]) == last
-    warning = f"the checkpoint is of {before} ranks, now there are {after}: the data begin again, and so do the random"
-    assert any(line.startswith(warning) for line in lines)
+    assert any(line.startswith(f"the checkpoint is of {before} rank") and f"are {after}:" in line for line in lines)
     new = {kind: load(folder / f"{kind}{last + 2:06d}.pt") for kind in old}
     assert new["state"]["updates"] == last + 2 == old["state"]["updates"] + 1
     assert_same(new["model"], old["model"])
