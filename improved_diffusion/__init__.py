@@ -22,6 +22,7 @@ image_datasets  load_data: images from a folder, or packed
 data            batches, packed images, preparation of data sets
 script_util     factories and the original's dictionaries of defaults
 options         every option: name, type, default, help, valid values
+option_groups   what an option is
 samplers        one function per sampler
 solvers         good samples in 10 to 20 evaluations of the network
 respace         fewer timesteps of a longer process

@@ -16,7 +16,8 @@ from torch import nn
 
 from . import gaussian_diffusion as gd
 from .networks import NETWORKS
-from .options import MAX_CHANNELS, MAX_PIXELS, DiffusionOptions, ModelOptions, SuperResModelOptions, rows
+from .option_groups import rows
+from .options import MAX_CHANNELS, MAX_PIXELS, DiffusionOptions, ModelOptions, SuperResModelOptions
 from .respace import SpacedDiffusion, space_timesteps
 from .unet import SuperResModel, UNetModel  # noqa: F401 (as above)
 from .utils.errors import InputError

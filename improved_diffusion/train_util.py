@@ -82,18 +82,16 @@ class TrainLoop:
     :param preview: called on rank 0 after each save of a trained network, with a function that returns a copy of it,
                     the folder, the step, the name of the copy's weights ("ema_0.9999", or "model" while that average
                     is_young()), and a function that returns whether the run is to stop.
-    :param validate: called on all ranks before each save but that of an interruption, with the network and a function
-                     that tells, on all ranks, whether a signal has come; returns what to log, {} for nothing.
-    :param evaluate: the same after validate, with a function that gives a copy of the network with the first average's
-                     weights instead of the network.
+    :param measures: functions, called on all ranks before each save but that of an interruption, with the network, a
+                     function that returns a copy of it with the first average's weights, and a function that returns,
+                     the same on all ranks, whether a signal has come. They return {key: value} for the log.
     :param loading_advice: logged once, if the steps wait for the data much of the time; "" for nothing.
     :raises InputError: if the checkpoint cannot be read or does not belong to this model.
     """
 
     # Here, since a subclass may have the original's __init__:
     max_steps, keep_checkpoints, flags = 0, 0, {}  # type: ignore[var-annotated]
-    preview = validate = evaluate = None
-    loading_advice = ""
+    preview, measures, loading_advice = None, (), ""  # type: ignore[var-annotated]
     position = functools.cached_property(lambda self: Position())
     _statistics = functools.cached_property(lambda self: StepStatistics())
     _waiting = functools.cached_property(lambda self: Waiting())
@@ -128,9 +126,8 @@ class TrainLoop:
         keep_checkpoints=0,
         flags=None,
         preview=None,
-        validate=None,
+        measures=(),
         loading_advice="",
-        evaluate=None,
     ):
         self.model, self.diffusion, self.data = model, diffusion, data
         self.batch_size = batch_size
@@ -144,8 +141,8 @@ class TrainLoop:
         self.use_fp16, self.fp16_scale_growth = use_fp16, fp16_scale_growth
         self.schedule_sampler = schedule_sampler or UniformSampler(diffusion)
         self.max_steps, self.keep_checkpoints = max_steps, keep_checkpoints
-        self.flags, self.preview, self.validate, self.evaluate = dict(flags or {}), preview, validate, evaluate
-        self.loading_advice = loading_advice
+        self.flags, self.preview = dict(flags or {}), preview
+        self.measures, self.loading_advice = tuple(measures), loading_advice
 
         self.step = self.resume_step = 0
         self.global_batch = self.batch_size * dist_util.world_size()
@@ -280,8 +277,8 @@ class TrainLoop:
                 self._try_step(*batch)
                 self._finish_step()  # subclasses may override run_step() without calling this
                 save_due = self.position.save_due(self.save_interval)
-                validated = save_due and self._validate(stop)
-                if self.step % self.log_interval == 0 or validated:
+                measured = save_due and self._measure(stop)
+                if self.step % self.log_interval == 0 or measured:
                     logger.dumpkvs()
                 if save_due:
                     self._save()
@@ -290,30 +287,29 @@ class TrainLoop:
                 batch = self._next_batch(stop)
                 self.step += 1
             if self.position.closing_save_due(self.save_interval):
-                if self._validate(stop):
+                if self._measure(stop):
                     logger.logkv("step", self.position.label())
                     logger.logkv("samples", self.position.label() * self.global_batch)
                     logger.dumpkvs()
                 self._save()
 
-    def _validate(self, stop):
-        """Give the logger the values of held-out images and of samples. :return: whether there are any."""
+    def _measure(self, stop):
+        """Give the logger what the measures return. :return: whether there is anything."""
+
+        def average():
+            return copy_with(self.model, self._master_params_to_state_dict(self.ema_params[0]))
 
         def stopped():
             return dist_util.any_rank(stop.received is not None)
 
-        values = dict(self.validate(self.model, stopped)) if self.validate is not None else {}
-        if self.evaluate is not None:
-            values.update(self.evaluate(self._first_average, stopped))
+        values = {}
+        for measure in self.measures:
+            values.update(measure(self.model, average, stopped))
         if values:
             logger.get_current().pending = None  # losses are for the next row of the log
         for key, value in values.items():
             logger.logkv(key, value)
         return bool(values)
-
-    def _first_average(self):
-        """A copy of the network with the weights of the first average, in eval() mode."""
-        return copy_with(self.model, self._master_params_to_state_dict(self.ema_params[0]))
 
     def _measure_microbatch(self, batch, cond):
         """Set microbatch to what fits. A resumed run takes no more than before, and so draws the same noise."""

@@ -46,8 +46,8 @@ def main():
     model, diffusion = options.call(create_model_and_diffusion)
     configure_compute(model, use_bf16=options.compute.use_bf16, compile=options.compute.compile)
     data = options.call(load_data, class_names=this_run.class_names)
-    validation = create_validation(options, diffusion, data.dataset.class_names)
-    evaluation = create_sample_distance(options, data.dataset.class_names)
+    held_out = create_validation(options, diffusion, data.dataset.class_names)
+    samples = create_sample_distance(options, data.dataset.class_names)
     checkpoint = options.call(open_checkpoint, model=model)
 
     notes = [*this_run.notes, *memory_warnings(options, create_model_and_diffusion)]
@@ -63,8 +63,7 @@ def main():
             flags=options.of_the_run(),
             preview=create_preview(options, data.dataset.class_names),
             loading_advice=loading_advice(options),
-            validate=validation,
-            evaluate=evaluation,
+            measures=[measure for measure in (held_out, samples) if measure],
         )
         save_config(get_blob_logdir(), "image_train", options, data.dataset.class_names)
         log_start(loop, data.dataset)

@@ -18,7 +18,8 @@ import inspect
 from improved_diffusion.cli.parser import FlagParser, add_flag, path_argument, run
 from improved_diffusion.data.prepare import write
 from improved_diffusion.data.sources import SOURCES
-from improved_diffusion.options import PrepareOptions, check, rows
+from improved_diffusion.option_groups import check, rows
+from improved_diffusion.options import PrepareOptions
 
 ROWS = {row.name: row for row in rows(PrepareOptions)}
 

@@ -49,7 +49,7 @@ def main():
     )
     sampler = create_named_schedule_sampler(options.training.schedule_sampler, diffusion)
     enlarged_from = functools.partial(low_res, options.model.small_size)
-    validation = create_validation(options, diffusion, data.dataset.class_names, enlarged_from)
+    held_out = create_validation(options, diffusion, data.dataset.class_names, enlarged_from)
     checkpoint = options.call(open_checkpoint, model=model)
 
     notes = [*this_run.notes, *memory_warnings(options, sr_create_model_and_diffusion)]
@@ -65,7 +65,7 @@ def main():
             flags=options.of_the_run(),
             preview=create_preview(options, data),
             loading_advice=loading_advice(options),
-            validate=validation,
+            measures=[held_out] if held_out else [],
         )
         save_config(get_blob_logdir(), "super_res_train", options, data.dataset.class_names)
         log_start(loop, data.dataset)

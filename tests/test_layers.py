@@ -21,6 +21,7 @@ LAYERS = (
     ("data",),
     ("script_util",),
     ("options",),
+    ("option_groups",),
     ("samplers",),
     ("solvers",),
     ("respace",),

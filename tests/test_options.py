@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from improved_diffusion import options
-from improved_diffusion.options import Group, SampleOptions, SamplingOptions, ScriptOptions, TrainOptions, Valid, rows
+from improved_diffusion.option_groups import Group, Valid, rows
+from improved_diffusion.options import SampleOptions, SamplingOptions, ScriptOptions, TrainOptions
 from improved_diffusion.samplers import SAMPLERS
 from improved_diffusion.utils.errors import InputError
 

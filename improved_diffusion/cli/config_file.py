@@ -10,7 +10,8 @@ from typing import Any
 
 import blobfile as bf
 
-from ..options import Option, ScriptOptions, check, rows
+from ..option_groups import Option, check, rows
+from ..options import ScriptOptions
 from ..utils.errors import InputError
 
 CONFIG = "config.json"

@@ -1,7 +1,8 @@
 """Print docs/flags.md: python -m improved_diffusion.cli.flag_table > docs/flags.md"""
 
 from .. import options
-from ..options import Option, ScriptOptions, rows
+from ..option_groups import Option, rows
+from ..options import ScriptOptions
 from ..utils.streams import show
 
 SCRIPTS: dict[str, type[ScriptOptions]] = {

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from .. import dist_util, logger
-from ..options import Option, ScriptOptions, TrainOptions, check, rows
+from ..option_groups import Option, check, rows
+from ..options import ScriptOptions, TrainOptions
 from ..script_util import str2bool, whole_number
 from ..utils import errors, streams
 from ..utils.errors import InputError, TrainingError, first_line

@@ -14,7 +14,8 @@ from typing import Any, Generic, TypeVar
 import blobfile as bf
 
 from .. import dist_util
-from ..options import Option, ScriptOptions, TrainingOptions, rows
+from ..option_groups import Option, rows
+from ..options import ScriptOptions, TrainingOptions
 from ..script_util import CHANNEL_MULT
 from ..training.checkpoints import has_checkpoint, is_of_a_run
 from ..training.weights import infer_architecture, is_young

@@ -14,6 +14,7 @@ from ..script_util import create_diffusion
 from ..solvers import default_steps
 from ..training.checkpoints import rng_state, set_rng_state
 from ..utils.errors import InputError
+from ..utils.streams import counted
 from .evaluation import Statistics, distances, gather, network_of, statistics_of
 from .features import FEATURES, FeatureNetwork
 from .image_sets import ImageSet
@@ -44,22 +45,23 @@ class SampleDistance:
         self._of_reference: Statistics | None = None
 
     @th.inference_mode()
-    def __call__(self, make_model: Callable, stopped: Callable[[], bool]) -> dict[str, float]:
+    def __call__(self, model: th.nn.Module, average: Callable, stopped: Callable[[], bool]) -> dict[str, float]:
         """
-        A collective. Leaves random numbers and the network as they are.
+        A measure of TrainLoop, of its first average. Leaves random numbers and the network as they are.
 
-        :param make_model: returns the network to draw samples of, a copy, in eval() mode.
+        :param average: returns the network to draw samples of, a copy, in eval() mode.
         :param stopped: whether to stop, the same on all ranks; called before each batch.
         :return: {"FD-lite0": distance, "KID-lite0": distance}, or FID and KID; {} if stopped, or if samples are not
                  finite.
         """
         if stopped():
             return {}
+        logger.log(f"evaluating {counted(self.count, 'sample')}...")
         rng = rng_state()
         try:
             if self._of_reference is None:
                 self._of_reference = statistics_of(self.reference, self.network)
-            reference, outputs = self._of_reference, self._draw(make_model(), stopped)
+            reference, outputs = self._of_reference, self._draw(average(), stopped)
         finally:
             set_rng_state(rng)
         if outputs is None:

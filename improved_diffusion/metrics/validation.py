@@ -48,9 +48,9 @@ class Validation:
         self._count = sum(dist_util.all_gather_object(len(numbers)))
 
     @th.no_grad()
-    def __call__(self, model: th.nn.Module, stopped: Callable[[], bool]) -> dict[str, float]:
+    def __call__(self, model: th.nn.Module, average: Callable, stopped: Callable[[], bool]) -> dict[str, float]:
         """
-        A collective. Leaves random numbers and the network as they are.
+        A measure of TrainLoop, of the newest weights. Leaves random numbers and the network as they are.
 
         :param model: the network, on dist_util.dev(); evaluated in eval() mode, without torch.compile.
         :param stopped: whether to stop, the same on all ranks; called before each batch.

@@ -59,7 +59,7 @@ def is_young(rate: float, updates: int) -> bool:
     Whether an average has seen fewer than 3 / (1 - rate) updates. It consists by over 5 % of the initial weights then,
     and gives worse samples than the newest ones.
     """
-    return updates < 3 / (1 - rate) - 1e-6
+    return updates * (1 - rate) < 3 - 1e-9
 
 
 def load_weights(model: th.nn.Module, state_dict: dict[str, th.Tensor], path: str) -> None:

@@ -7,7 +7,8 @@ from harness import load_script
 
 from improved_diffusion.cli.flag_names import ANSWERS, answer
 from improved_diffusion.cli.flag_table import SCRIPTS
-from improved_diffusion.options import PrepareOptions, rows
+from improved_diffusion.option_groups import rows
+from improved_diffusion.options import PrepareOptions
 
 FLAGS = {script: [f"--{row.name}" for row in rows(options)] for script, options in SCRIPTS.items()}
 TRAIN, SAMPLE, NLL = FLAGS["image_train"], FLAGS["image_sample"], FLAGS["image_nll"]

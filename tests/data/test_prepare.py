@@ -29,7 +29,8 @@ from improved_diffusion.data.packed import read_packed
 from improved_diffusion.data.prepare import write
 from improved_diffusion.data.sources import SOURCES, Source
 from improved_diffusion.image_datasets import load_data_once
-from improved_diffusion.options import PrepareOptions, rows
+from improved_diffusion.option_groups import rows
+from improved_diffusion.options import PrepareOptions
 from improved_diffusion.utils.errors import InputError
 
 

@@ -127,7 +127,7 @@ def held_out(folder):
     for name in ("valid", "plain"):
         dist_util.seed_everything(3)
         model = TinyNet(dropout=0.2)
-        parameters = dict(model=model, validate=validate if name == "valid" else None, save_interval=2)
+        parameters = dict(model=model, measures=[validate] if name == "valid" else (), save_interval=2)
         found[name] = train(folder / name, **parameters)
     valid, plain = ([p.tolist() for p in found[name].model.parameters()] for name in ("valid", "plain"))
     return {"held out": values, "as without held out": valid == plain}

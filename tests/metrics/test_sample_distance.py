@@ -69,7 +69,7 @@ def test_the_distance_of_samples_of_the_solver(reference, class_cond):
     changed = dict(class_cond=True, num_classes=5) if class_cond else {}
     model, diffusion = network(**changed)
     measure = create_sample_distance(options_of(reference, **changed), ["a", "b", "c"] if class_cond else None)
-    found = measure(lambda: model, go_on)
+    found = measure(None, lambda: model, go_on)
     noise_fn = SampleNoise(0, range(20))
     kwargs = {"y": th.arange(20) % 3} if class_cond else {}
     with th.inference_mode():
@@ -80,16 +80,16 @@ def test_the_distance_of_samples_of_the_solver(reference, class_cond):
     # a sample may round to another pixel in a batch of another size
     near = {"FD-lite0": pytest.approx(frechet_distance(got, want), rel=0.02), "KID-lite0": pytest.approx(kid, abs=0.01)}
     assert found == near
-    assert measure(lambda: model, go_on) == found
+    assert measure(None, lambda: model, go_on) == found
 
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_ranks_share_the_samples_and_find_the_same(reference, on_ranks, size):
     model, _ = network()
-    want = create_sample_distance(options_of(reference, 37), None)(lambda: model, go_on)
+    want = create_sample_distance(options_of(reference, 37), None)(None, lambda: model, go_on)
 
     def on_rank(rank):
-        return create_sample_distance(options_of(reference, 37), None)(lambda: model, go_on)
+        return create_sample_distance(options_of(reference, 37), None)(None, lambda: model, go_on)
 
     found = on_ranks(size, on_rank)
     assert all(values == found[0] for values in found)
@@ -101,21 +101,21 @@ def test_random_numbers_stay(reference):
     before = rng_state()
     measure = create_sample_distance(options_of(reference), None)
     for stopped, count in ((go_on, 2), (lambda: True, 0)):
-        assert len(measure(lambda: model, stopped)) == count
+        assert len(measure(None, lambda: model, stopped)) == count
         assert_same(rng_state(), before)
 
 
 def test_a_signal_ends_it_between_batches(reference):
     model, _ = network()
     answers = iter([False, False, True])
-    assert create_sample_distance(options_of(reference, 50), None)(lambda: model, lambda: next(answers)) == {}
+    assert create_sample_distance(options_of(reference, 50), None)(None, lambda: model, lambda: next(answers)) == {}
 
 
 def test_samples_that_are_not_finite_have_no_distance(reference, tmp_path):
     model, _ = network()
     next(model.parameters()).data.fill_(th.nan)
     with logger.scoped_configure(dir=str(tmp_path), format_strs=["log"]):
-        assert create_sample_distance(options_of(reference), None)(lambda: model, go_on) == {}
+        assert create_sample_distance(options_of(reference), None)(None, lambda: model, go_on) == {}
     assert "not finite" in (tmp_path / "log.txt").read_text()
 
 
@@ -159,18 +159,18 @@ def test_the_first_average_is_evaluated(tmp_path, images, reference):
     row = rows(tmp_path / "run")[1]
     for rate, same in (("0.5", True), ("0.9", False)):
         model.load_state_dict(load(tmp_path / "run" / f"ema_{rate}_000002.pt"))
-        found = create_sample_distance(options_of(reference, 9), None)(lambda: model, go_on)
+        found = create_sample_distance(options_of(reference, 9), None)(None, lambda: model, go_on)
         assert (float(row["FD-lite0"]) == pytest.approx(found["FD-lite0"], rel=1e-9)) == same
 
 
 def test_statistics_are_a_reference(tmp_path, reference):
     model, _ = network()
-    want = create_sample_distance(options_of(reference), None)(lambda: model, go_on)
+    want = create_sample_distance(options_of(reference), None)(None, lambda: model, go_on)
     images = ImageSet(str(reference), num_workers=0)
     images.scale_to((8, 8, 3))
     found = evaluation.statistics_of(images, features.FeatureNetwork("lite0"))
     evaluation.save_statistics(str(tmp_path / "stats.npz"), found)
-    assert create_sample_distance(options_of(tmp_path / "stats.npz"), None)(lambda: model, go_on) == want
+    assert create_sample_distance(options_of(tmp_path / "stats.npz"), None)(None, lambda: model, go_on) == want
     found.network = "mine:features"
     evaluation.save_statistics(str(tmp_path / "mine.npz"), found)
     with pytest.raises(InputError, match=r"mine\.npz: .*mine:features.*lite0"):

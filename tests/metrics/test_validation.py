@@ -65,9 +65,9 @@ def test_the_values_are_those_of_the_diffusion_on_the_same_draws(held_out, chang
             losses.append(terms["loss"])
         chain = build(**{**TINY, "image_size": 8, **changed, "timestep_respacing": "20"})[1]
         bounds = chain.calc_bpd_loop(model, x, model_kwargs=cond, noise_fn=SampleNoise(0, numbers))["total_bpd"]
-    got = measure(model, go_on)
+    got = measure(model, None, go_on)
     assert got == pytest.approx({"valid_loss": th.stack(losses).mean().item(), "valid_bpd": bounds.mean().item()}, 1e-4)
-    assert measure(model, go_on) == got
+    assert measure(model, None, go_on) == got
 
 
 def test_timesteps_are_spread_evenly(held_out):
@@ -88,13 +88,13 @@ def test_many_images_are_represented_by_some_of_each_class(tmp_path, monkeypatch
 @pytest.mark.parametrize("size", [2, 3, 12])
 def test_ranks_share_the_work_and_find_the_same(held_out, monkeypatch, size):
     model, diffusion = network()
-    want = create_validation(options_of(held_out), diffusion, None)(model, go_on)
+    want = create_validation(options_of(held_out), diffusion, None)(model, None, go_on)
     shares = []
 
     def on_rank(rank):
         measure = create_validation(options_of(held_out), diffusion, None)
         shares.append([number for batch, _, _ in measure.batches for number in batch])
-        return measure(model, go_on)
+        return measure(model, None, go_on)
 
     found = run_on_ranks(monkeypatch, size, on_rank)
     assert sorted(number for share in shares for number in share) == list(range(11))
@@ -110,7 +110,7 @@ def test_the_network_and_random_numbers_stay(held_out):
     state = {name: value.clone() for name, value in model.state_dict().items()}
     measure = create_validation(options_of(held_out), diffusion, None)
     for stopped, count in ((go_on, 2), (lambda: True, 0)):
-        assert len(measure(model, stopped)) == count
+        assert len(measure(model, None, stopped)) == count
         assert [module.training for module in model.modules()] == modes
         assert_same(rng_state(), before)
         assert_same(dict(model.state_dict()), state)
@@ -119,13 +119,13 @@ def test_the_network_and_random_numbers_stay(held_out):
 
 def test_a_compiled_network_is_not_compiled_again(held_out, monkeypatch):
     model, diffusion = network()
-    want = create_validation(options_of(held_out), diffusion, None)(model, go_on)
+    want = create_validation(options_of(held_out), diffusion, None)(model, None, go_on)
 
     def fail(*args, **kwargs):
         raise AssertionError("compiled")
 
     model.compile(backend=fail)
-    assert create_validation(options_of(held_out), diffusion, None)(model, go_on) == want
+    assert create_validation(options_of(held_out), diffusion, None)(model, None, go_on) == want
 
 
 @pytest.mark.parametrize("where", ["the same", "inside", "around"])
@@ -225,12 +225,12 @@ def test_super_resolution(tmp_path, images, held_out):
 def test_a_signal_ends_the_evaluation(tmp_path):
     """The checkpoint is saved at once, and the row has no values."""
 
-    def validate(model, stopped):
+    def measure(model, average, stopped):
         os.kill(os.getpid(), signal.SIGTERM)
         return {} if stopped() else {"valid_loss": 1.0}
 
     with pytest.raises(SystemExit) as left:
-        train(tmp_path, validate=validate, save_interval=5, max_steps=20)
+        train(tmp_path, measures=[measure], save_interval=5, max_steps=20)
     assert left.value.code == 0 and os.path.exists(latest(tmp_path))
     assert [row["step"] for row in rows(tmp_path)[0]] == ["0"] and "valid_loss" not in rows(tmp_path)[1]
 
@@ -245,5 +245,5 @@ def test_the_checkpoint_of_a_signal_is_not_evaluated(tmp_path):
             yield th.zeros(4, 3, 8, 8), {}
 
     with pytest.raises(SystemExit):
-        train(tmp_path, data=data(), validate=lambda *_: calls.append(1) or {"valid_loss": 1.0}, max_steps=9)
+        train(tmp_path, data=data(), measures=[lambda *_: calls.append(1) or {"valid_loss": 1.0}], max_steps=9)
     assert len(calls) == 1  # of step 0

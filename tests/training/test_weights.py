@@ -10,7 +10,7 @@ from harness import TINY, build, build_sr
 from training import assert_same
 from training import load as load_file
 
-from improved_diffusion.training.weights import check_fits, infer_architecture, load_weights, read_weights
+from improved_diffusion.training.weights import check_fits, infer_architecture, is_young, load_weights, read_weights
 from improved_diffusion.utils.errors import InputError
 
 
@@ -273,3 +273,12 @@ def test_a_folder_as_path(tmp_path):
     model, _ = build(**FILE)
     with pytest.raises(InputError, match=r"is a directory; give the \.pt file in it"):
         load(model, str(tmp_path))
+
+
+@pytest.mark.parametrize("rate, horizon", [(0.0, 3), (0.9, 30), (0.99, 300), (0.9999, 30000)])
+def test_an_average_is_young_until_it_has_seen_three_horizons(rate, horizon):
+    assert is_young(rate, horizon - 1) and not is_young(rate, horizon)
+
+
+def test_an_average_that_keeps_the_initial_weights_stays_young():
+    assert is_young(1.0, 10**9)
