@@ -170,6 +170,38 @@ def build_sr(**changed):
     return script_util.sr_create_model_and_diffusion(**{**script_util.sr_model_and_diffusion_defaults(), **changed})
 
 
+def noisy_network(**changed):
+    """A TINY network whose output is not zero, and its diffusion."""
+    th.manual_seed(0)
+    model, diffusion = build(**{**TINY, "image_size": 8, **changed})
+    for p in model.parameters():
+        p.data += 0.02 * th.randn_like(p)
+    return model.eval(), diffusion
+
+
+def random_images(n, size=8, channels=3, seed=0):
+    """uint8 [n, size, size, channels]."""
+    return np.random.RandomState(seed).randint(0, 256, (n, size, size, channels), dtype=np.uint8)
+
+
+def save_npz(path, images=None, **arrays):
+    """An npz file. :return: the path, as text."""
+    np.savez(path, **({} if images is None else {"arr_0": images}), **arrays)
+    return str(path)
+
+
+def read_picture(path):
+    """The pixels of a whole PNG file, uint8 [h, w, 3]."""
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        return np.asarray(image.convert("RGB"))
+
+
+def shows(path, colour, pixels):
+    """Whether a picture has a colour in more than this number of pixels."""
+    return (np.abs(read_picture(path).astype(int) - colour).max(axis=-1) <= 3).sum() > pixels
+
+
 def save_weights(path, super_resolution=False, fill=None, **changed):
     """
     The weights of a new TINY model, with some flags changed.

@@ -5,13 +5,10 @@ import sys
 import numpy as np
 import pytest
 import torch as th
+from harness import random_images
 
 from improved_diffusion.metrics import FeatureNetwork, features, features_of
 from improved_diffusion.utils.errors import InputError
-
-
-def pixels(n=3, size=8, channels=3, seed=0):
-    return np.random.RandomState(seed).randint(0, 256, (n, size, size, channels), dtype=np.uint8)
 
 
 @pytest.fixture(scope="module")
@@ -39,18 +36,18 @@ def own_module(tmp_path, monkeypatch):
 
 def test_lite0_knows_what_it_sees(lite0):
     """The features of its own classifier: without random initial weights, and with the weights' preprocessing."""
-    found = features_of(pixels(), lite0)
+    found = features_of(random_images(3), lite0)
     assert found.shape == (3, 1280) and found.dtype == th.float32 and found.device.type == "cpu"
     network = lite0._function.network
     assert not network.training and all(not p.is_meta for p in [*network.parameters(), *network.buffers()])
     # a plain grey image and one of stripes are far apart, two almost equal ones near
     grey = np.full((1, 8, 8, 3), 128, np.uint8)
-    near, far = features_of(np.concatenate([grey, grey + 1, pixels(1)]), lite0)[1:] - features_of(grey, lite0)
+    near, far = features_of(np.concatenate([grey, grey + 1, random_images(1)]), lite0)[1:] - features_of(grey, lite0)
     assert near.norm() < far.norm() / 3
 
 
 def test_batches_and_greyscale_change_no_features(lite0):
-    grey = pixels(channels=1)
+    grey = random_images(3, channels=1)
     whole = features_of(grey.repeat(3, axis=3), lite0)
     assert th.allclose(features_of(th.from_numpy(grey), lite0, batch_size=2), whole, atol=1e-5)
 
@@ -62,7 +59,7 @@ def test_large_images_are_scaled_down_without_aliasing(lite0):
     stripes[:, :, ::2] = 255
     grey = np.full_like(stripes, 127)
     near = (features_of(stripes, lite0) - features_of(grey, lite0)).norm()
-    assert near < 0.01 * features_of(pixels(1), lite0).norm()
+    assert near < 0.01 * features_of(random_images(1), lite0).norm()
 
 
 def test_loading_a_network_uses_no_random_numbers(lite0):
@@ -98,7 +95,7 @@ def test_what_is_not_installed_is_named(monkeypatch, module, name, named):
 
 def test_a_function_of_the_users_own(own_module):
     own_module("def mean(images):\n    assert images.is_contiguous()\n    return images.float().mean((2, 3))")
-    images = pixels()
+    images = random_images(3)
     found = features_of(images, "own_features:mean", batch_size=2)
     assert th.allclose(found, th.from_numpy(images.mean((1, 2))).float())
 
@@ -119,10 +116,10 @@ def test_a_function_of_the_users_own(own_module):
 def test_functions_that_give_no_features(own_module, text, name, named):
     own_module(text)
     with pytest.raises(InputError, match=named):
-        features_of(pixels(), name)
+        features_of(random_images(3), name)
 
 
-@pytest.mark.parametrize("images", [pixels() / 255, pixels()[0], pixels(channels=2)])
+@pytest.mark.parametrize("images", [random_images(3) / 255, random_images(3)[0], random_images(3, channels=2)])
 def test_images_are_uint8_in_nhwc(own_module, images):
     own_module("def mean(x): return x.float().mean((2, 3))")
     with pytest.raises(InputError, match="uint8"):

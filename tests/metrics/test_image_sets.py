@@ -5,21 +5,12 @@ import zipfile
 
 import numpy as np
 import pytest
-from harness import write_images
+from harness import random_images, save_npz, write_images
 from PIL import Image
 
 from improved_diffusion.data.packed import write_packed
 from improved_diffusion.metrics.image_sets import ImageSet, open_pair
 from improved_diffusion.utils.errors import InputError
-
-
-def pixels(n=7, size=8, channels=3):
-    return np.random.RandomState(0).randint(0, 256, (n, size, size, channels), dtype=np.uint8)
-
-
-def save_npz(path, images=None, **arrays):
-    np.savez(path, **({} if images is None else {"arr_0": images}), **arrays)
-    return str(path)
 
 
 def save_folder(path, images):
@@ -56,7 +47,7 @@ def all_of(images):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("channels", [1, 3])
 def test_each_kind_gives_the_same_pixels_in_order_twice(tmp_path, kind, channels):
-    x = pixels(channels=channels)
+    x = random_images(7, channels=channels)
     images = ImageSet(KINDS[kind](tmp_path / kind, x), batch_size=3, num_workers=0)
     images.scale_to((8, 8, channels))
     assert (images.count, images.shape, images.has_images) == (7, (8, 8, channels), True)
@@ -68,7 +59,7 @@ def test_each_kind_gives_the_same_pixels_in_order_twice(tmp_path, kind, channels
 @pytest.mark.parametrize("kind", ["images.npz", "folder", "images.packed"])
 @pytest.mark.parametrize("size", [2, 3, 9])
 def test_ranks_share_the_images(tmp_path, on_ranks, kind, size):
-    path, x = KINDS[kind](tmp_path / kind, pixels()), pixels()
+    path, x = KINDS[kind](tmp_path / kind, random_images(7)), random_images(7)
 
     def on_rank(rank):
         images = ImageSet(path, batch_size=2, num_workers=0)
@@ -84,7 +75,7 @@ def test_ranks_share_the_images(tmp_path, on_ranks, kind, size):
 
 
 def test_a_folder_is_scaled_to_the_size_of_the_other_set(tmp_path):
-    samples = save_npz(tmp_path / "a.npz", pixels(channels=1))
+    samples = save_npz(tmp_path / "a.npz", random_images(7, channels=1))
     folder = str(write_images(tmp_path / "photos", size=20))
     for a, b in ((samples, folder), (folder, samples)):
         assert [images.shape for images in open_pair(a, b, num_workers=0)] == [(8, 8, 1)] * 2
@@ -109,15 +100,15 @@ def truncated(path, images):
 @pytest.mark.parametrize(
     ("write", "named"),
     [
-        (lambda p: save_npz(p, pixels() / 255), ["float64", "uint8"]),
-        (lambda p: save_npz(p, pixels()[0]), ["(8, 8, 3)"]),
-        (lambda p: save_npz(p, pixels(channels=2)), ["(7, 8, 8, 2)"]),
-        (lambda p: save_npz(p, pixels(1)), ["1 images", "2 or more"]),
+        (lambda p: save_npz(p, random_images(7) / 255), ["float64", "uint8"]),
+        (lambda p: save_npz(p, random_images(7)[0]), ["(8, 8, 3)"]),
+        (lambda p: save_npz(p, random_images(7, channels=2)), ["(7, 8, 8, 2)"]),
+        (lambda p: save_npz(p, random_images(1)), ["1 images", "2 or more"]),
         (lambda p: save_npz(p, mu=np.zeros(2)), ["mu", "arr_0"]),
-        (lambda p: truncated(p, pixels()), ["not an npz file"]),
+        (lambda p: truncated(p, random_images(7)), ["not an npz file"]),
         (lambda p: str(p), ["no such file"]),
         (lambda p: str(p)[:-4], ["no such folder"]),
-        (lambda p: save_folder(p.with_name("one"), pixels(1)), ["1 images", "2 or more"]),
+        (lambda p: save_folder(p.with_name("one"), random_images(1)), ["1 images", "2 or more"]),
         (lambda p: p.with_name("empty").mkdir() or str(p.with_name("empty")), ["no images"]),
     ],
 )
@@ -129,12 +120,12 @@ def test_what_is_no_set_of_images(tmp_path, write, named):
 
 
 def test_sets_of_unequal_sizes_are_not_compared(tmp_path):
-    a, b = save_npz(tmp_path / "a.npz", pixels()), save_packed(tmp_path / "b.packed", pixels(size=4))
+    a, b = save_npz(tmp_path / "a.npz", random_images(7)), save_packed(tmp_path / "b.packed", random_images(7, size=4))
     with pytest.raises(InputError, match=r"a\.npz: .*8x8.*4x4"):
         open_pair(a, b)
     with pytest.raises(InputError, match=r"b\.packed: .*4x4.*8x8"):
         open_pair(a, b, image_size=8)
-    grey = save_npz(tmp_path / "grey.npz", pixels(channels=1))
+    grey = save_npz(tmp_path / "grey.npz", random_images(7, channels=1))
     with pytest.raises(InputError, match=r"3 channels"):
         open_pair(a, grey)
     folder = str(write_images(tmp_path / "photos"))
@@ -144,7 +135,7 @@ def test_sets_of_unequal_sizes_are_not_compared(tmp_path):
 
 def test_damaged_pixels_are_noticed(tmp_path):
     path = tmp_path / "a.npz"
-    save_npz(path, pixels(size=64))
+    save_npz(path, random_images(7, size=64))
     data = bytearray(path.read_bytes())
     with zipfile.ZipFile(path) as archive:
         data[archive.getinfo("arr_0.npy").header_offset + 80_000] ^= 1

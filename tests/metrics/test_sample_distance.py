@@ -5,7 +5,7 @@ import csv
 import numpy as np
 import pytest
 import torch as th
-from harness import TINY, TRAIN, build, flags, run_script, write_images
+from harness import TRAIN, flags, noisy_network, run_script, write_images
 from training import assert_same, checkpoint_names, load
 
 from improved_diffusion import logger
@@ -40,15 +40,6 @@ def reference(tmp_path):
     return write_images(tmp_path / "reference", count=11)
 
 
-def network(**changed):
-    """A TINY network whose output is not zero, and its diffusion."""
-    th.manual_seed(0)
-    model, diffusion = build(**{**TINY, "image_size": 8, **changed})
-    for p in model.parameters():
-        p.data += 0.02 * th.randn_like(p)
-    return model.eval(), diffusion
-
-
 def options_of(reference, count=20, **changed):
     words = {**TRAIN, "eval_samples": count, "eval_reference": str(reference), **changed}
     return TrainOptions().replace(**words)
@@ -67,7 +58,7 @@ def reference_features(folder):
 @pytest.mark.parametrize("class_cond", [False, True])
 def test_the_distance_of_samples_of_the_solver(reference, class_cond):
     changed = dict(class_cond=True, num_classes=5) if class_cond else {}
-    model, diffusion = network(**changed)
+    model, diffusion = noisy_network(**changed)
     measure = create_sample_distance(options_of(reference, **changed), ["a", "b", "c"] if class_cond else None)
     found = measure(None, lambda: model, go_on)
     noise_fn = SampleNoise(0, range(20))
@@ -85,7 +76,7 @@ def test_the_distance_of_samples_of_the_solver(reference, class_cond):
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_ranks_share_the_samples_and_find_the_same(reference, on_ranks, size):
-    model, _ = network()
+    model, _ = noisy_network()
     want = create_sample_distance(options_of(reference, 37), None)(None, lambda: model, go_on)
 
     def on_rank(rank):
@@ -97,7 +88,7 @@ def test_ranks_share_the_samples_and_find_the_same(reference, on_ranks, size):
 
 
 def test_random_numbers_stay(reference):
-    model, _ = network()
+    model, _ = noisy_network()
     before = rng_state()
     measure = create_sample_distance(options_of(reference), None)
     for stopped, count in ((go_on, 2), (lambda: True, 0)):
@@ -106,13 +97,13 @@ def test_random_numbers_stay(reference):
 
 
 def test_a_signal_ends_it_between_batches(reference):
-    model, _ = network()
+    model, _ = noisy_network()
     answers = iter([False, False, True])
     assert create_sample_distance(options_of(reference, 50), None)(None, lambda: model, lambda: next(answers)) == {}
 
 
 def test_samples_that_are_not_finite_have_no_distance(reference, tmp_path):
-    model, _ = network()
+    model, _ = noisy_network()
     next(model.parameters()).data.fill_(th.nan)
     with logger.scoped_configure(dir=str(tmp_path), format_strs=["log"]):
         assert create_sample_distance(options_of(reference), None)(None, lambda: model, go_on) == {}
@@ -155,7 +146,7 @@ def test_the_first_average_is_evaluated(tmp_path, images, reference):
     """Of a checkpoint; the distance of its file is in the row."""
     given = dict(eval_samples=9, eval_reference=reference, ema_rate="0.5,0.9")
     run(tmp_path / "run", images, **given)
-    model, _ = network(dropout=0.1)
+    model, _ = noisy_network(dropout=0.1)
     row = rows(tmp_path / "run")[1]
     for rate, same in (("0.5", True), ("0.9", False)):
         model.load_state_dict(load(tmp_path / "run" / f"ema_{rate}_000002.pt"))
@@ -164,7 +155,7 @@ def test_the_first_average_is_evaluated(tmp_path, images, reference):
 
 
 def test_statistics_are_a_reference(tmp_path, reference):
-    model, _ = network()
+    model, _ = noisy_network()
     want = create_sample_distance(options_of(reference), None)(None, lambda: model, go_on)
     images = ImageSet(str(reference), num_workers=0)
     images.scale_to((8, 8, 3))

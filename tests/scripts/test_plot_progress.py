@@ -2,10 +2,8 @@
 
 import sys
 
-import numpy as np
 import pytest
-from harness import TINY, flags, load_script, run_script, run_subprocess, write_images
-from PIL import Image
+from harness import TINY, flags, load_script, read_picture, run_script, run_subprocess, shows, write_images
 
 pytest.importorskip("matplotlib")
 # as this library writes it, and as the original did: its columns sorted, without speed, its numbers bare
@@ -28,18 +26,9 @@ def plot(*words):
     return run_script("plot_progress", list(words), "unused")
 
 
-def picture(path):
-    """Pixels [h, w, 3], after a look that it is whole."""
-    with Image.open(path) as image:
-        assert image.format == "PNG"
-        return np.asarray(image.convert("RGB"))
-
-
 def lines(path):
     """Which of matplotlib's first colours, those of the runs, a picture shows more than a few pixels of."""
-    pixels = picture(path).astype(int)
-    runs = enumerate([(31, 119, 180), (255, 127, 14), (44, 160, 44)])
-    return [i for i, colour in runs if (np.abs(pixels - colour).max(axis=-1) <= 3).sum() > 100]
+    return [i for i, colour in enumerate([(31, 119, 180), (255, 127, 14), (44, 160, 44)]) if shows(path, colour, 100)]
 
 
 @pytest.fixture
@@ -54,7 +43,7 @@ def test_a_run_becomes_a_picture_in_its_folder(tmp_path, capfd):
     logdir = log(tmp_path / "a", HEADER)
     assert plot(logdir) == 0
     assert capfd.readouterr() == (f"{logdir}/progress.png\n", "")
-    assert picture(f"{logdir}/progress.png").shape == (1050, 1200, 3)
+    assert read_picture(f"{logdir}/progress.png").shape == (1050, 1200, 3)
     assert lines(f"{logdir}/progress.png") == [0]
 
 
@@ -72,7 +61,7 @@ def test_there_is_a_panel_for_what_is_there(tmp_path):
     heights = []
     for header in ("step,loss", "step,loss,mse,vb", HEADER, ORIGINAL):
         assert plot(log(tmp_path / "a", header)) == 0
-        heights.append(picture(tmp_path / "a" / "progress.png").shape[0] // 350)
+        heights.append(read_picture(tmp_path / "a" / "progress.png").shape[0] // 350)
     assert heights == [1, 2, 3, 2]  # two panels a row
 
 
@@ -82,7 +71,7 @@ def test_held_out_images_have_a_line_beside_the_loss_and_a_panel(tmp_path):
     pictures = []
     for logdir in (plain, valid):
         assert plot(logdir) == 0
-        pictures.append(picture(f"{logdir}/progress.png"))
+        pictures.append(read_picture(f"{logdir}/progress.png"))
     assert pictures[0].shape == pictures[1].shape == (350, 1200, 3)  # the bound's panel is the second of the row
     assert (pictures[0][:, 700:] == 255).all() and (pictures[1][:, 700:] < 255).any()
 
@@ -91,7 +80,7 @@ def test_held_out_images_have_a_line_beside_the_loss_and_a_panel(tmp_path):
 def test_a_folders_name_is_text(tmp_path, name):
     plain, odd = log(tmp_path / "a"), log(tmp_path / name)
     assert plot(plain) == plot(odd) == 0
-    assert (picture(f"{plain}/progress.png") != picture(f"{odd}/progress.png")).any()
+    assert (read_picture(f"{plain}/progress.png") != read_picture(f"{odd}/progress.png")).any()
 
 
 @pytest.mark.parametrize("height", [0.0, -1.0, 1e-300, 1e300])
@@ -104,7 +93,7 @@ def test_values_that_a_logarithm_lacks_or_hardly_has(tmp_path, height):
 def test_one_row_is_a_dot(tmp_path):
     logdir = log(tmp_path / "a", steps=[0])
     assert plot(logdir) == 0
-    assert picture(f"{logdir}/progress.png").min() < 255
+    assert read_picture(f"{logdir}/progress.png").min() < 255
 
 
 @pytest.mark.slow
