@@ -14,7 +14,7 @@ from tables import publish
 from improved_diffusion import dist_util
 from improved_diffusion.cli.parser import Flags
 from improved_diffusion.cli.trained import load_trained
-from improved_diffusion.image_datasets import load_data_once
+from improved_diffusion.image_datasets import open_images
 from improved_diffusion.inference.arrays import to_uint8
 from improved_diffusion.inference.generate import SampleNoise
 from improved_diffusion.metrics import features_of, frechet_distance
@@ -69,7 +69,10 @@ class Bench:
             Flags(options, frozenset({"model_path"})), create_model_and_diffusion
         )
         self.options = run.options.model
-        self.images, self.labels = read(args.data_dir, self.options, run.class_names)
+        model = self.options
+        channels, classes = (model.image_channels, model.num_classes), run.class_names
+        dataset = open_images(args.data_dir, model.image_size, model.class_cond, *channels, classes)
+        self.images, self.labels = np.stack([dataset.pixels(i) for i in range(len(dataset))]), dataset.local_classes
         order = np.random.default_rng(SEED).permutation(len(self.images))
         self.parts = order[::2], order[1::2]
         self.features, self.notes = {}, []
@@ -196,20 +199,3 @@ class Bench:
             f"To converged: root mean square, pixels from -1 to 1, over {n} x_T, to UniPC in {steps} evaluations."
         )
         return {"solver": solution(None), "chain": solution(whole)}
-
-
-def read(data_dir, model, class_names):
-    """:return: uint8 [N, H, W, C] and int64 [N], None for a model without classes."""
-    data = load_data_once(
-        data_dir=data_dir,
-        batch_size=256,
-        image_size=model.image_size,
-        image_channels=model.image_channels,
-        class_cond=model.class_cond,
-        num_classes=model.num_classes,
-        class_names=class_names,
-        num_workers=0,
-    )
-    batches = [(to_uint8(x).numpy(), cond.get("y")) for x, cond in data]
-    images = np.concatenate([x for x, _ in batches])
-    return images, th.cat([y for _, y in batches]).numpy() if model.class_cond else None

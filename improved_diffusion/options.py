@@ -69,11 +69,20 @@ class NetworkOptions(Group):
 class ModelOptions(NetworkOptions):
     image_size: int = option(64, "height and width of the images, in pixels", minimum=1, maximum=MAX_PIXELS)
 
+    @property
+    def size(self) -> int:
+        """Of the images that the model draws."""
+        return self.image_size
+
 
 @dataclass(frozen=True)
 class SuperResModelOptions(NetworkOptions):
     large_size: int = option(256, "height and width of the output, in pixels", minimum=1, maximum=MAX_PIXELS)
     small_size: int = option(64, "height and width of the input, in pixels", minimum=1, maximum=MAX_PIXELS)
+
+    @property
+    def size(self) -> int:
+        return self.large_size
 
     def __post_init__(self):
         super().__post_init__()
@@ -258,16 +267,17 @@ class ComputeOptions(Group):
             raise InputError("use_fp16 True and use_bf16 True: choose one of them")
 
 
-LOG_DIR_HELP = "folder for all output; default: OPENAI_LOGDIR, else a new one in runs/"
-
-
 @dataclass(frozen=True)
-class GeneralOptions(Group):
+class OutputFolderOptions(Group):
     """Options of one call of a script, not stored in config.json."""
 
     title = "general"
+    log_dir: str = option("", "folder for all output; default: OPENAI_LOGDIR, else a new one in runs/")
+
+
+@dataclass(frozen=True)
+class GeneralOptions(OutputFolderOptions):
     preset: str = option("", "defaults of a published model, see docs/published_models.md")
-    log_dir: str = option("", LOG_DIR_HELP)
     dry_run: bool = option(False, "print flags, model size, memory, FLOPs and timesteps, open the data, and exit")
 
 
@@ -275,12 +285,6 @@ class GeneralOptions(Group):
 class TrainGeneralOptions(GeneralOptions):
     config: str = path_option("config.json of another run: defaults of all flags but those of this group")
     overwrite: bool = option(False, "start over in the folder of another run, whose files move to a subfolder")
-
-
-@dataclass(frozen=True)
-class OutputFolderOptions(Group):
-    title = "general"
-    log_dir: str = option("", LOG_DIR_HELP)
 
 
 @dataclass(frozen=True)
@@ -321,7 +325,7 @@ class PrepareOptions(Group):
 class ScriptOptions:
     """Base class of the options of a script, a field per group."""
 
-    general: GeneralOptions = GeneralOptions()
+    general: OutputFolderOptions = OutputFolderOptions()
 
     def values(self) -> dict[str, Any]:
         """The options of all groups, {name: value}."""
@@ -368,6 +372,7 @@ class SuperResTrainOptions(TrainOptions):
 
 @dataclass(frozen=True)
 class SampleOptions(ScriptOptions):
+    general: GeneralOptions = GeneralOptions()
     model: ModelOptions = ModelOptions()
     diffusion: DiffusionOptions = DiffusionOptions()
     sampling: ClassSamplingOptions = ClassSamplingOptions()
@@ -388,6 +393,7 @@ class SuperResSampleOptions(SampleOptions):
 
 @dataclass(frozen=True)
 class LikelihoodScriptOptions(ScriptOptions):
+    general: GeneralOptions = GeneralOptions()
     data: DataOptions = DataOptions()
     model: ModelOptions = ModelOptions()
     diffusion: DiffusionOptions = DiffusionOptions()
@@ -397,6 +403,7 @@ class LikelihoodScriptOptions(ScriptOptions):
 
 @dataclass(frozen=True)
 class PlanScriptOptions(ScriptOptions):
+    general: GeneralOptions = GeneralOptions()
     data: DataOptions = DataOptions()
     model: ModelOptions = ModelOptions()
     diffusion: DiffusionOptions = DiffusionOptions()
@@ -406,5 +413,4 @@ class PlanScriptOptions(ScriptOptions):
 
 @dataclass(frozen=True)
 class EvalOptions(ScriptOptions):
-    general: OutputFolderOptions = OutputFolderOptions()  # type: ignore[assignment]
     evaluation: EvaluationOptions = EvaluationOptions()

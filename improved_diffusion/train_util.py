@@ -294,7 +294,7 @@ class TrainLoop:
                 self._save()
 
     def _measure(self, stop):
-        """Give the logger what the measures return. :return: whether there is anything."""
+        """Give the logger what the measures return, or save if one fails. :return: whether there is anything."""
 
         def average():
             return copy_with(self.model, self._master_params_to_state_dict(self.ema_params[0]))
@@ -303,8 +303,13 @@ class TrainLoop:
             return dist_util.any_rank(stop.received is not None)
 
         values = {}
-        for measure in self.measures:
-            values.update(measure(self.model, average, stopped))
+        try:
+            for measure in self.measures:
+                values.update(measure(self.model, average, stopped))
+        except Exception:
+            if dist_util.world_size() == 1:  # else others may wait within the measure
+                self._save()
+            raise
         if values:
             logger.get_current().pending = None  # losses are for the next row of the log
         for key, value in values.items():

@@ -13,10 +13,9 @@ if __name__ == "__main__":
     with contextlib.suppress(ImportError):  # not beside the script in sys.path, as by runpy.run_path()
         import _start  # noqa: F401
 
-import json
-
 from improved_diffusion import dist_util, logger
 from improved_diffusion.cli.parser import create_parser, logging_to, parse_flags, run
+from improved_diffusion.inference.arrays import save_json
 from improved_diffusion.metrics.evaluation import (
     check_new_file,
     check_statistics,
@@ -28,7 +27,6 @@ from improved_diffusion.metrics.evaluation import (
 from improved_diffusion.metrics.features import FeatureNetwork
 from improved_diffusion.metrics.image_sets import open_pair
 from improved_diffusion.options import EvalOptions
-from improved_diffusion.utils.files import write_files
 
 
 def main():
@@ -65,9 +63,7 @@ def report(samples, reference, chosen):
         logger.log(f"{name:<{max(map(len, table))}}  {text}")
     sets = {"samples": chosen.samples, "reference": chosen.reference, "features": chosen.features}
     counts = {"samples_count": samples.count, "reference_count": reference.count}
-    content = json.dumps({**sets, **counts, **found}, indent=2) + "\n"
-    write_files(logger.get_dir(), {"metrics.json": lambda f: f.write(content.encode())})
-    logger.log(f"saved {logger.get_dir()}/metrics.json")
+    logger.log(f"saved {save_json('metrics.json', {**sets, **counts, **found})}")
 
 
 def count(statistics):

@@ -15,24 +15,16 @@ import os
 import numpy as np
 
 from improved_diffusion.cli.parser import FlagParser, path_argument, run
-from improved_diffusion.metrics.plots import draw_terms
+from improved_diffusion.metrics.plots import draw_terms, save_figure
 from improved_diffusion.utils.errors import InputError, first_line
-from improved_diffusion.utils.streams import show
 
 FILES = {"vb_terms.npz": "arr_0", "estimate.npz": "vb"}  # and the array of terms in it
 
 
 def main():
     args = create_argparser().parse_args()
-    out = args.out or os.path.join(args.LOGDIR[0], "nll.png")
-    if not out.endswith(".png"):
-        raise InputError(f"out {out}: give a name that ends in .png")
     figure = draw_terms({os.path.basename(os.path.abspath(logdir)): read_terms(logdir) for logdir in args.LOGDIR})
-    try:
-        figure.savefig(out)
-    except OSError as e:
-        raise InputError(f"out {out}: cannot be written ({e.strerror})") from None
-    show(os.path.abspath(out))
+    save_figure(figure, args.out or os.path.join(args.LOGDIR[0], "nll.png"))
 
 
 def read_terms(logdir: str) -> np.ndarray:

@@ -17,10 +17,9 @@ import math
 import os
 
 from improved_diffusion.cli.parser import FlagParser, path_argument, run
-from improved_diffusion.metrics.plots import literal, new_figure
+from improved_diffusion.metrics.plots import literal, new_figure, save_figure
 from improved_diffusion.utils.errors import InputError
 from improved_diffusion.utils.log_formats import number
-from improved_diffusion.utils.streams import show
 
 PANELS = [  # title, {column: its label}, logarithmic
     ("loss", {"loss": "", "valid_loss": "held out"}, True),
@@ -32,23 +31,15 @@ PANELS = [  # title, {column: its label}, logarithmic
     ("images/s", {"images/s": ""}, False),
 ]
 # titles and beginnings of columns whose names end in that of the features, on axes of their own
-BY_FEATURES = [("Fréchet distance of samples", "FD-"), ("Fréchet distance of samples", "FID")]
-BY_FEATURES += [("kernel distance of samples", "KID")]
+BY_FEATURES = [(f"{what} distance of samples", start) for what, start in
+               [("Fréchet", "FD-"), ("Fréchet", "FID"), ("spatial Fréchet", "sFID"), ("kernel", "KID")]]  # fmt: skip
 STYLES = ["-", "--", "-.", ":"]  # a line style per column, a colour per run
 
 
 def main():
     args = create_argparser().parse_args()
     runs = [(os.path.basename(os.path.abspath(logdir)), read_progress(logdir)) for logdir in args.LOGDIR]
-    out = args.out or os.path.join(args.LOGDIR[0], "progress.png")
-    if not out.endswith(".png"):
-        raise InputError(f"out {out}: give a name that ends in .png")
-    figure = draw(runs)
-    try:
-        figure.savefig(out)
-    except OSError as e:
-        raise InputError(f"out {out}: cannot be written ({e.strerror})") from None
-    show(os.path.abspath(out))
+    save_figure(draw(runs), args.out or os.path.join(args.LOGDIR[0], "progress.png"))
 
 
 def read_progress(logdir: str) -> dict[float, dict[str, float]]:
@@ -85,7 +76,8 @@ def draw(runs: list[tuple[str, dict[float, dict[str, float]]]]):
     named = [(title, {c: "" for c in sorted(columns) if c.startswith(start)}, True) for title, start in BY_FEATURES]
     panels = [panel for panel in [*PANELS, *named] if columns & panel[1].keys()]
     if not panels:
-        raise InputError(f"no column to draw: none of {', '.join(c for _, cs, _ in PANELS for c in cs)}")
+        known = [*(c for _, labels, _ in PANELS for c in labels), *(f"{start}..." for _, start in BY_FEATURES)]
+        raise InputError(f"no column to draw: none of {', '.join(known)}")
     figure = new_figure(12, 3.5 * math.ceil(len(panels) / 2))
     for i, (title, labels, logarithmic) in enumerate(panels):
         axes = figure.add_subplot(math.ceil(len(panels) / 2), 2, i + 1, title=title, xlabel="step")

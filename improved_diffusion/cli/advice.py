@@ -3,7 +3,7 @@
 from collections.abc import Collection
 
 from .. import dist_util
-from ..options import ScriptOptions
+from ..options import ScriptOptions, TrainOptions
 from ..script_util import CHANNEL_MULT
 
 
@@ -20,9 +20,8 @@ def doubts(options: ScriptOptions, given: Collection[str] = ()) -> list[str]:
     if sampling is not None and respacing.startswith("ddim") and sampling.sampler_name != "ddim":
         problem = f"has the timesteps of DDIM, but the sampler is {sampling.sampler_name}"
         lines.append(f"WARNING: --timestep_respacing {respacing} {problem}; give --sampler ddim")
-    if hasattr(options, "training"):
-        size = values.get("image_size") or values["large_size"]
-        lines += _attention(values["attention_resolutions"], size, values["channel_mult"], given)
+    if isinstance(options, TrainOptions):
+        lines += _attention(values["attention_resolutions"], options.model.size, values["channel_mult"], given)
     return lines
 
 

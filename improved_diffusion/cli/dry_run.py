@@ -15,15 +15,20 @@ from .run_config import Run
 
 def print_dry_run(run: Run, create: Callable) -> None:
     """
-    Print the summary of a run on rank 0.
+    Print the summary of a run on rank 0. A collective.
 
     :param create: factory of (model, diffusion).
     :raises InputError: after the rest, if the data cannot be read.
     """
+    if dist_util.rank() == 0:
+        _show_run(run, create)
+    if hasattr(run.options, "data") and run.options.data.data_dir:
+        _show_data(run)
+
+
+def _show_run(run, create):
     options = run.options
     model, diffusion = on_meta(options, create)
-    if dist_util.rank() != 0:
-        return
     for note in run.notes:
         show(note)
     for field in dataclasses.fields(options):
@@ -51,25 +56,22 @@ def print_dry_run(run: Run, create: Callable) -> None:
         steps = sorted(time_grid(half_log_snr(diffusion), chosen, sampling.spacing)[:-1])
     shown = steps if len(steps) <= 12 else [*steps[:6], "...", *steps[-3:]]
     show(f"timesteps: {len(steps)} of {diffusion.original_num_steps}: {', '.join(map(str, shown))}")
-    if hasattr(options, "data") and options.data.data_dir:
-        _show_data(run)
 
 
 def _show_data(run):
-    """Open the data as the run does, and decode an image."""
+    """Open the data as the run does, on all ranks, and decode an image."""
     options, training = run.options, getattr(run.options, "training", None)
-    values = options.values()
-    size = values.get("image_size") or values["large_size"]
-    arguments = dict(image_size=size, class_names=run.class_names, num_workers=0)
+    arguments = dict(image_size=options.model.size, class_names=run.class_names, num_workers=0)
     data = options.call(load_data if training else load_data_once, **arguments)
-    for note in Logger.EARLY:
-        show(note)
-    Logger.EARLY.clear()
+    lines, Logger.EARLY = Logger.EARLY, []
     x_start, _ = data.dataset[0]
     names = data.dataset.class_names
     classes = f" of {counted(len(names), 'class', 'classes')}" if names else ""
-    show(f"data: {counted(data.dataset.num_images, 'image')}{classes}, decoded to {'x'.join(map(str, x_start.shape))}")
+    shape = "x".join(map(str, x_start.shape))
+    lines.append(f"data: {counted(data.dataset.num_images, 'image')}{classes}, decoded to {shape}")
     if training and training.valid_dir:
         arguments.update(class_names=names, data_dir=training.valid_dir)
         data = options.call(load_data_once, **arguments)
-        show(f"held-out data: {counted(data.dataset.num_images, 'image')}")
+        lines.append(f"held-out data: {counted(data.dataset.num_images, 'image')}")
+    for line in lines if dist_util.rank() == 0 else ():
+        show(line)

@@ -57,7 +57,7 @@ def forward_flops(model: Any, options: ScriptOptions) -> int:
 
 
 def _forward(model, options, batch_size):
-    values, size = options.values(), _size(options)
+    values, size = options.values(), options.model.size
     shape = (batch_size, values["image_channels"], size, size)
     kwargs = {}
     if "small_size" in values:
@@ -75,11 +75,6 @@ def on_meta(options: ScriptOptions, create: Callable) -> tuple[Any, Any]:
     """
     with th.device("meta"):
         return options.call(create)
-
-
-def _size(options):
-    values = options.values()
-    return values.get("image_size") or values["large_size"]
 
 
 def _microbatch(options):
@@ -132,7 +127,7 @@ def memory_warnings(options: TrainOptions, create: Callable) -> list[str]:
     available = available_memory(dist_util.dev())
     if dist_util.rank() > 0 or available is None or options.training.microbatch == "auto":
         return []
-    pixels = _microbatch(options) * _size(options) ** 2
+    pixels = _microbatch(options) * options.model.size**2
     try:
         model, _ = on_meta(options, create)
         weights = 8 * sum(p.nbytes for p in model.parameters())

@@ -15,7 +15,7 @@ def loading_advice(options: TrainOptions) -> str:
         return ""
     packed = f"{bf.basename(data_dir).lstrip('.') or 'images'}{ENDING}"
     words = ["python", "scripts/prepare.py", "images", data_dir, packed]
-    words += ["--image_size", str(values.get("large_size") or values["image_size"])]
+    words += ["--image_size", str(options.model.size)]
     for name, default in (("image_channels", 3), ("labels", "auto"), ("skip_damaged", False)):
         if values[name] != default:
             words += [f"--{name}", str(values[name])]

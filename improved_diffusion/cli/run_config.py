@@ -197,7 +197,7 @@ def _warnings(name, config):
             return []
         return [f"WARNING: {name} has raw weights; the ema_ file of the same step gives better samples"]
     ema = re.fullmatch(r"ema_(0\.\d+)_(\d+)\.pt", name)
-    if ema and is_young(float(ema[1]), int(ema[2])):
+    if ema and float(ema[1]) < 1 and is_young(float(ema[1]), int(ema[2])):
         horizon = math.ceil(1 / (1 - float(ema[1])) - 1e-6)
         seen = f"averages over about {horizon} steps, but has seen {int(ema[2])}, not {3 * horizon}"
         better = f"model{ema[2]}.pt gives better samples"

@@ -110,7 +110,8 @@ def _another_run(folder, auto):
         if os.path.isfile(path):
             with open(path, "rb") as f:
                 lines = sum(1 for _ in itertools.islice(f, 3))
-            if lines - name.endswith("csv") > auto:
+            header, allowed = int(name.endswith("csv")), int(auto)
+            if lines - header > allowed:
                 return f"holds {name} of another run"
     return ""
 

@@ -76,9 +76,10 @@ def save_arrays(name: str, *arrays: np.ndarray, **named: np.ndarray) -> str:
     return bf.join(logger.get_dir(), name)
 
 
-def save_json(name: str, values: dict[str, float | None]) -> str:
-    """Write numbers to a JSON file in the log directory, NaN as null. Return its path."""
-    text = json.dumps({k: None if v is None or math.isnan(v) else v for k, v in values.items()}, indent=1).encode()
+def save_json(name: str, values: dict[str, Any]) -> str:
+    """Write numbers and texts to a JSON file in the log directory, NaN as null. Return its path."""
+    nan = {k: None for k, v in values.items() if isinstance(v, float) and math.isnan(v)}
+    text = json.dumps({**values, **nan}, indent=1).encode()
     write_files(logger.get_dir(), {name: lambda f: f.write(text)})
     return bf.join(logger.get_dir(), name)
 

@@ -43,6 +43,11 @@ class SampleNoise:
         return th.stack([th.randint(num_classes, (), generator=g, device=device) for g in self.generators])
 
 
+def noise_of(seed: int | None, numbers: Iterable[int]) -> Callable[[th.Tensor], th.Tensor]:
+    """SampleNoise of samples with these indices; torch's generator without a seed."""
+    return th.randn_like if seed is None else SampleNoise(seed, numbers)
+
+
 def for_inference(model, *, batch_size: int, use_fp16=False, use_bf16=False, compile=False) -> Callable:
     """
     Prepare a network for sampling and evaluation, on this rank's device.

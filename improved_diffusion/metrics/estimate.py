@@ -9,6 +9,7 @@ with t_j = F^-1((u + j) / M), systematic samples of p: they cover all of p, so t
 independent samples is left. L_0, about half of the bound, gets a fixed number of evaluations instead of a random one.
 """
 
+import functools
 import itertools
 
 import numpy as np
@@ -62,7 +63,7 @@ def estimate_bpd(
     :return: "total_bpd" and "prior_bpd" [N]; "vb" [N, T], whose expectations are the terms, t = T - 1 first; with
              several repetitions "variance" [N], an unbiased estimate of that of total_bpd by timesteps and noise.
     """
-    n = len(x_start)
+    n, term = len(x_start), functools.partial(_term, diffusion, model, x_start, noise_fn, clip_denoised, model_kwargs)
     vb = th.zeros(repetitions, n, diffusion.num_timesteps, dtype=th.float64, device=x_start.device)
     for i in range(repetitions):
         u = th.special.ndtr(noise_fn(x_start.new_empty(n, 1)).double())[:, 0].cpu().numpy()
@@ -70,11 +71,7 @@ def estimate_bpd(
         for t, weights in zip(
             *(th.from_numpy(v).to(x_start.device).T for v in draw_timesteps(p, count, u)), strict=True
         ):
-            x_t = diffusion.q_sample(x_start, t, noise=noise_fn(x_start))
-            kwargs: dict = dict(clip_denoised=clip_denoised, model_kwargs=model_kwargs)
-            with th.no_grad():
-                out = diffusion._vb_terms_bpd(model, x_start=x_start, x_t=x_t, t=t, **kwargs)["output"]
-            vb[i].scatter_add_(1, t[:, None], (weights * out)[:, None])
+            vb[i].scatter_add_(1, t[:, None], (weights * term(t))[:, None])
     totals, prior = vb.sum(dim=2), diffusion._prior_bpd(x_start)
     metrics = {"total_bpd": totals.mean(dim=0) + prior, "prior_bpd": prior, "vb": vb.mean(dim=0).flip(1)}
     return metrics | ({"variance": totals.var(dim=0) / repetitions} if repetitions > 1 else {})
@@ -94,16 +91,20 @@ def pilot_sums(
     for b, (low, high) in enumerate(itertools.pairwise(log_bins(diffusion.num_timesteps))):
         within = (numbers * 0.618 + b * 0.382) % 1  # spread evenly over the bin
         t = th.from_numpy(low + (within * (high - low)).astype(np.int64)).to(x_start.device)
-        terms = []
-        for _ in range(2):
-            x_t = diffusion.q_sample(x_start, t, noise=noise_fn(x_start))
-            kwargs: dict = dict(clip_denoised=clip_denoised, model_kwargs=model_kwargs)
-            with th.no_grad():
-                terms.append(diffusion._vb_terms_bpd(model, x_start=x_start, x_t=x_t, t=t, **kwargs)["output"].double())
-        one, other = terms
+        one, other = (
+            _term(diffusion, model, x_start, noise_fn, clip_denoised, model_kwargs, t).double() for _ in range(2)
+        )
         squares.append((one**2 + other**2).sum() / 2)
         variances.append((one - other).square().sum() / 2)
     return th.stack([th.stack(squares), th.stack(variances)]).cpu().numpy()
+
+
+@th.no_grad()
+def _term(diffusion, model, x_start, noise_fn, clip_denoised, model_kwargs, t):
+    """A draw of the term of the bound at t [N], in bits per dimension, [N]."""
+    x_t = diffusion.q_sample(x_start, t, noise=noise_fn(x_start))
+    kwargs = dict(clip_denoised=clip_denoised, model_kwargs=model_kwargs)
+    return diffusion._vb_terms_bpd(model, x_start=x_start, x_t=x_t, t=t, **kwargs)["output"]
 
 
 def importance_weights(sums: np.ndarray, num_timesteps: int) -> np.ndarray:

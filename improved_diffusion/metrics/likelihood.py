@@ -2,14 +2,13 @@
 
 import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch as th
 
 from .. import dist_util, logger
-from ..inference.generate import Finite, SampleNoise, not_finite
+from ..inference.generate import Finite, noise_of, not_finite
 from ..inference.parts import Parts
 from ..utils.progress import Progress, count_calls
 from ..utils.streams import counted
@@ -66,7 +65,7 @@ def evaluate_bpd(
                 batch = batch.to(device)
                 cond = {k: v.to(device) for k, v in cond.items()}
                 first = done + (rank - done) % world  # the smallest index of this rank's that is not done
-                noise_fn = _noise(seed, range(first, first + world * len(batch), world))
+                noise_fn = noise_of(seed, range(first, first + world * len(batch), world))
                 kwargs = dict(clip_denoised=clip_denoised, model_kwargs=cond, noise_fn=noise_fn)
                 metrics = {name: value.double() for name, value in evaluate(model, batch, **kwargs).items()}
                 metrics["squared"] = metrics["total_bpd"] ** 2
@@ -108,10 +107,6 @@ def _standard_error(means, count):
     return math.sqrt(max(variance, 0) / (count - 1)) if count > 1 else math.nan
 
 
-def _noise(seed, numbers) -> Callable:
-    return th.randn_like if seed is None else SampleNoise(seed, numbers)
-
-
 def _pilot(model, diffusion, data, clip_denoised, seed):
     """pilot_sums() over the first images of all ranks. A collective."""
     rank, world, device = dist_util.rank(), dist_util.world_size(), dist_util.dev()
@@ -121,7 +116,7 @@ def _pilot(model, diffusion, data, clip_denoised, seed):
     for batch, cond in data.first(len(numbers)):
         mine, numbers = numbers[: len(batch)], numbers[len(batch) :]
         cond = {k: v.to(device) for k, v in cond.items()}
-        noise_fn = _noise(seed, (PILOT_NUMBERS + mine).tolist())
+        noise_fn = noise_of(seed, (PILOT_NUMBERS + mine).tolist())
         kwargs = dict(clip_denoised=clip_denoised, model_kwargs=cond, noise_fn=noise_fn)
         sums += pilot_sums(diffusion, model, batch.to(device), mine, **kwargs)
     dist_util.barrier()

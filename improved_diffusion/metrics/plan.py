@@ -18,7 +18,7 @@ import torch as th
 
 from .. import dist_util, logger
 from ..gaussian_diffusion import GaussianDiffusion, ModelMeanType, ModelVarType
-from ..inference.generate import SampleNoise, not_finite
+from ..inference.generate import noise_of, not_finite
 from ..losses import discretized_gaussian_log_likelihood
 from ..nn import mean_flat
 from ..utils.progress import Progress, count_calls
@@ -114,29 +114,31 @@ def measure_costs(
         raise ValueError("other jumps need a model of x_0 or the noise, with fixed or interpolated variances")
     rank, world, device = dist_util.rank(), dist_util.world_size(), dist_util.dev()
     jumps, steps = Jumps(diffusion), diffusion.num_timesteps
-    excess, error = np.zeros((2, steps, RATIOS))
-    decoder, energy, count = np.zeros((jumps.num_first, VARIANCES)), np.zeros(1), np.zeros(1)
+    shapes = (steps, RATIOS), (steps, RATIOS), (jumps.num_first, VARIANCES), (1,), (1,)
+    local = [th.zeros(shape, dtype=th.float64, device=device) for shape in shapes]
+    excess, error, decoder, energy, count = local
     number = rank  # of the batch's first image
     with Progress("measuring", len(data) * steps, "steps", logger.log, show=rank == 0) as progress:
         model = count_calls(model, progress)
         for x_start, cond in data:
             x_start, cond = x_start.to(device), {k: v.to(device) for k, v in cond.items()}
             numbers = range(number, number + world * len(x_start), world)
-            noise_fn = th.randn_like if seed is None else SampleNoise(seed, numbers)
-            number, count = numbers.stop, count + len(x_start)
-            energy += mean_flat(x_start.double() ** 2).sum().item()
+            noise_fn = noise_of(seed, numbers)
+            number = numbers.stop
+            count += len(x_start)
+            energy += mean_flat(x_start.double() ** 2).sum()
             for t in reversed(range(steps)):
                 pred, v = _predict(diffusion, model, x_start, t, noise_fn(x_start), clip_denoised, cond)
                 if t > 0:
                     added = _jump_moments(x_start, pred, v, jumps.ratios(t))
-                    excess[t], error[t] = excess[t] + added[0], error[t] + added[1]
+                    excess[t] += added[0]
+                    error[t] += added[1]
                 if t < jumps.num_first:
                     learned = diffusion.model_var_type == ModelVarType.LEARNED_RANGE
                     share = v if learned else th.zeros_like(v)
                     decoder[t] += _decoder_nats(x_start, pred, share, jumps.log_variances(t), jumps.log_noise[t])
     dist_util.barrier()  # on the CPU, where missing ranks are named
-    local = (excess, error, decoder, energy, count)
-    sums = [dist_util.all_reduce_sum(th.from_numpy(a).to(device)).cpu().numpy() for a in local]
+    sums = [dist_util.all_reduce_sum(a).cpu().numpy() for a in local]
     if not all(np.isfinite(a).all() for a in sums):
         raise not_finite(model_path, use_fp16)
     excess, error, decoder, energy = (a / sums[-1] for a in sums[:-1])
@@ -167,7 +169,7 @@ def _jump_moments(x_start, pred, v, ratios):
         decay = th.expm1(-v * r)
         excess.append((decay + v * r).mean() / r**2)
         error.append(((decay + 1) * squares).mean())
-    return (len(x_start) * th.stack([th.stack(excess), th.stack(error)])).cpu().numpy()
+    return len(x_start) * th.stack([th.stack(excess), th.stack(error)])
 
 
 def _decoder_nats(x_start, pred, v, log_variances, upper):
@@ -176,7 +178,7 @@ def _decoder_nats(x_start, pred, v, log_variances, upper):
     for lower in log_variances.tolist():
         log_scales = 0.5 * (v * upper + (1 - v) * lower)  # equation 15
         nats.append(-discretized_gaussian_log_likelihood(x_start, means=pred, log_scales=log_scales).double().mean())
-    return (len(x_start) * th.stack(nats)).cpu().numpy()
+    return len(x_start) * th.stack(nats)
 
 
 def _costs(jumps, alpha_bar, excess, error, decoder, energy):

@@ -1,8 +1,11 @@
 """Plots of the bound by timestep."""
 
+import os
+
 import numpy as np
 
 from ..utils.errors import InputError
+from ..utils.streams import show
 from .estimate import log_bins
 
 
@@ -18,6 +21,17 @@ def new_figure(width: float, height: float):
     except ImportError:
         raise InputError("plots need matplotlib: pip install improved-diffusion[demo]") from None
     return Figure(figsize=(width, height), dpi=100, layout="constrained")
+
+
+def save_figure(figure, path: str) -> None:
+    """Write a matplotlib Figure as a PNG file, and print its path. :raises InputError: if that is not possible."""
+    if not path.endswith(".png"):
+        raise InputError(f"out {path}: give a name that ends in .png")
+    try:
+        figure.savefig(path)
+    except OSError as e:
+        raise InputError(f"out {path}: cannot be written ({e.strerror})") from None
+    show(os.path.abspath(path))
 
 
 def literal(name: str) -> str:

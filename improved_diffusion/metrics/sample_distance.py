@@ -33,16 +33,15 @@ class SampleDistance:
     :param shape: of a sample, (C, H, W).
     :param count: number of samples over all ranks.
     :param num_classes: of a class-conditional model, which has the same number of samples of each; 0 without.
-    :param reference: images, scaled to the samples' shape, or statistics.
+    :param reference: of images of the samples' shape, by this network.
     """
 
     def __init__(
-        self, diffusion, shape: tuple[int, int, int], count: int, num_classes: int, reference: ImageSet,
+        self, diffusion, shape: tuple[int, int, int], count: int, num_classes: int, reference: Statistics,
         network: FeatureNetwork,
     ):  # fmt: skip
         self.diffusion, self.shape, self.count, self.num_classes = diffusion, shape, count, num_classes
         self.reference, self.network = reference, network
-        self._of_reference: Statistics | None = None
 
     @th.inference_mode()
     def __call__(self, model: th.nn.Module, average: Callable, stopped: Callable[[], bool]) -> dict[str, float]:
@@ -59,15 +58,13 @@ class SampleDistance:
         logger.log(f"evaluating {counted(self.count, 'sample')}...")
         rng = rng_state()
         try:
-            if self._of_reference is None:
-                self._of_reference = statistics_of(self.reference, self.network)
-            reference, outputs = self._of_reference, self._draw(average(), stopped)
+            outputs = self._draw(average(), stopped)
         finally:
             set_rng_state(rng)
         if outputs is None:
             return {}
-        samples = Statistics(self.network.name, self.count, reference.shape, *gather(outputs, self.count))
-        found = dist_util.broadcast_from_rank_0(distances, samples, reference, SUBSETS)
+        samples = Statistics(self.network.name, self.count, self.reference.shape, *gather(outputs, self.count))
+        found = dist_util.broadcast_from_rank_0(distances, samples, self.reference, SUBSETS)
         return {name: value for name, value in found.items() if not name.endswith(" std")}
 
     def _draw(self, model, stopped):
@@ -94,7 +91,7 @@ class SampleDistance:
 
 def create_sample_distance(options: TrainOptions, class_names: list[str] | None) -> SampleDistance | None:
     """
-    The SampleDistance of a training run; None without eval_samples.
+    The SampleDistance of a training run; None without eval_samples. Reads the reference; a collective.
 
     :raises InputError: if the reference cannot be read, has images of another size, or statistics of a function of the
                         user's own.
@@ -113,4 +110,9 @@ def create_sample_distance(options: TrainOptions, class_names: list[str] | None)
     diffusion = create_diffusion(options.diffusion, timestep_respacing="")
     shape = (model.image_channels, model.image_size, model.image_size)
     num_classes = len(class_names or ()) if model.class_cond else 0
-    return SampleDistance(diffusion, shape, output.eval_samples, num_classes, reference, FeatureNetwork(name))
+    network, rng = FeatureNetwork(name), rng_state()
+    try:
+        statistics = statistics_of(reference, network)
+    finally:
+        set_rng_state(rng)
+    return SampleDistance(diffusion, shape, output.eval_samples, num_classes, statistics, network)

@@ -102,15 +102,15 @@ def create_validation(
     :param class_names: those of the training data.
     :raises InputError: if the images cannot be read, are of other classes, or are training images.
     """
-    valid_dir, values, world = options.training.valid_dir, options.values(), dist_util.world_size()
+    valid_dir, world = options.training.valid_dir, dist_util.world_size()
     if not valid_dir:
         return None
     data_dir = options.data.data_dir
     if is_inside(valid_dir, data_dir) or is_inside(data_dir, valid_dir):
         raise InputError(f"valid_dir {valid_dir}: has images that data_dir {data_dir} has too; give a folder beside it")
-    size = values.get("image_size") or values["large_size"]
-    arguments = dict(data_dir=valid_dir, image_size=size, class_names=class_names, batch_size=BATCH_SIZE, num_workers=0)
-    dataset = options.call(load_data_once, **arguments).dataset  # images number rank, rank + world, ... of the folder
+    arguments = dict(data_dir=valid_dir, image_size=options.model.size, class_names=class_names)
+    loader = options.call(load_data_once, **arguments, batch_size=BATCH_SIZE, num_workers=0)
+    dataset = loader.dataset  # images number rank, rank + world, ... of the folder
     count = min(dataset.num_images, MAX_IMAGES)
     logger.note(f"held-out images, evaluated at each checkpoint: {count} of {dataset.num_images:,} in {valid_dir}")
     chosen = {number: (2 * number + 1) * dataset.num_images // (2 * count) for number in range(count)}  # of all classes

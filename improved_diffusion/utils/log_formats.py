@@ -128,13 +128,13 @@ class JSONOutputFormat(KVWriter):
 
 
 # Unknown to the original, whose clients may count columns from the left.
-LAST_COLUMNS = {"images/s", "valid_loss", "valid_bpd"}
+LAST_COLUMNS = ("images/s", "valid_", "FD-", "FID", "KID", "sFID")
 
 
 class CSVOutputFormat(KVWriter):
     """
     A header, then a row per dump. An existing file keeps its columns; new keys are appended as columns, before those
-    of LAST_COLUMNS.
+    that begin as one of LAST_COLUMNS.
 
     The file is open only during a write, so os.replace() leaves no stale handle. Damaged lines of an existing file are
     dropped, after a copy of the file.
@@ -151,7 +151,7 @@ class CSVOutputFormat(KVWriter):
         if newcomers:
             _, rows = self._read()
             rows = [dict(zip(self.keys, row, strict=False)) for row in rows]  # a row may be shorter
-            self._rewrite(sorted(self.keys + newcomers, key=LAST_COLUMNS.__contains__), [*rows, kvs])
+            self._rewrite(sorted(self.keys + newcomers, key=lambda key: key.startswith(LAST_COLUMNS)), [*rows, kvs])
         else:
             _append(self.filename, _csv_line(kvs, self.keys))
 

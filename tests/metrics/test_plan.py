@@ -55,7 +55,7 @@ def test_a_chains_bound_is_that_of_calc_bpd_loop(monkeypatch, mean, var):
     """For the same noise, whatever timesteps it visits."""
     d = make_diffusion(steps=40, schedule="cosine", mean=mean, var=var, respacing=[40])
     model, noise = toy_model_for(d), th.randn(5, 3, 4, 4)
-    monkeypatch.setattr(module, "SampleNoise", lambda seed, numbers: lambda x: noise[list(numbers)])
+    monkeypatch.setattr(module, "noise_of", lambda seed, numbers: lambda x: noise[list(numbers)])
     costs = measure_costs(model, d, data(batch_size=2), seed=0)
     x_start = th.stack([th.from_numpy(image) for image, _ in IMAGES])
     for chain in ([0], [5], [0, 39], [2, 3], [0, 1, 2, 20], [4, 11, 19, 30, 38], range(40)):

@@ -23,7 +23,7 @@ from improved_diffusion.utils.errors import InputError
 @pytest.fixture(autouse=True)
 def small_features(monkeypatch):
     """Four features instead of lite0's."""
-    monkeypatch.setitem(features.FEATURES, "lite0", lambda weights: _pooled)
+    monkeypatch.setitem(features.FEATURES, "lite0", lambda: _pooled)
 
 
 def _pooled(images):
