@@ -23,5 +23,5 @@ if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not ignored
 
 if missing := [package for module, package in PACKAGES.items() if find_spec(module) is None]:
     what = f"-e {ROOT}" if os.path.exists(os.path.join(ROOT, "pyproject.toml")) else " ".join(missing)
-    script = os.path.basename(sys.argv[0])
+    script = "improved_diffusion" if sys.argv[0] == "-m" else os.path.basename(sys.argv[0])
     sys.exit(f"{script}: error: {', '.join(missing)} not installed in {sys.prefix}: pip install {what}")

@@ -62,16 +62,20 @@ def _show_data(run):
     """Open the data as the run does, on all ranks, and decode an image."""
     options, training = run.options, getattr(run.options, "training", None)
     arguments = dict(image_size=options.model.size, class_names=run.class_names, num_workers=0)
-    data = options.call(load_data if training else load_data_once, **arguments)
-    lines, Logger.EARLY = Logger.EARLY, []
-    x_start, _ = data.dataset[0]
-    names = data.dataset.class_names
-    classes = f" of {counted(len(names), 'class', 'classes')}" if names else ""
-    shape = "x".join(map(str, x_start.shape))
-    lines.append(f"data: {counted(data.dataset.num_images, 'image')}{classes}, decoded to {shape}")
-    if training and training.valid_dir:
-        arguments.update(class_names=names, data_dir=training.valid_dir)
-        data = options.call(load_data_once, **arguments)
-        lines.append(f"held-out data: {counted(data.dataset.num_images, 'image')}")
-    for line in lines if dist_util.rank() == 0 else ():
-        show(line)
+    lines = []
+    try:
+        data = options.call(load_data if training else load_data_once, **arguments)
+        x_start, _ = data.dataset[0]
+        names = data.dataset.class_names
+        classes = f" of {counted(len(names), 'class', 'classes')}" if names else ""
+        shape = "x".join(map(str, x_start.shape))
+        lines.append(f"data: {counted(data.dataset.num_images, 'image')}{classes}, decoded to {shape}")
+        if training and training.valid_dir:
+            arguments.update(class_names=names, data_dir=training.valid_dir)
+            data = options.call(load_data_once, **arguments)
+            lines.append(f"held-out data: {counted(data.dataset.num_images, 'image')}")
+    finally:
+        if dist_util.rank() == 0:
+            for line in [*Logger.EARLY, *lines]:  # what opening them noted, then what they are
+                show(line)
+            Logger.EARLY.clear()

@@ -315,5 +315,6 @@ def _with_flag(message):
     if any(message.startswith(f"{flag[2:]} ") for flag, _ in flags):
         return f"--{message}"
     values = [(flag, streams.printable(os.path.expanduser(value))) for flag, value in flags]
-    matches = [flag for flag, value in values if message.startswith((f"{value}:", f"{value}/"))]
+    matches = [flag for flag, value in values if message.startswith(f"{value}:")]
+    matches = matches or [flag for flag, value in values if message.startswith(f"{value}/")]
     return f"{matches[0]} {message}" if len(matches) == 1 else message

@@ -19,7 +19,7 @@ from ..utils.errors import InputError, first_line
 from ..utils.files import list_folder, write_files
 from ..utils.progress import Progress
 from ..utils.streams import counted
-from .pictures import grid, sample_names, write_pngs
+from .pictures import arrange, grid, sample_names, write_pngs
 
 FIRST = "first_samples.png"  # until the picture of all samples is there
 
@@ -45,7 +45,9 @@ def write_samples(
     with contextlib.suppress(FileNotFoundError):
         os.remove(bf.join(logger.get_dir(), FIRST))
     logger.log(f"saved {path}")
-    logger.log(f"saved {bf.join(logger.get_dir(), picture)}")
+    shown = sum(map(len, arrange(len(images), labels)))
+    left_out = f" (the first {shown} of {len(images)}{' by class' * (labels is not None)})" * (shown < len(images))
+    logger.log(f"saved {bf.join(logger.get_dir(), picture)}{left_out}")
     if save_images:
         with Progress("writing", len(images), "images", logger.log) as progress:
             for name, image in zip(sample_names(len(images), labels, class_names), images, strict=True):

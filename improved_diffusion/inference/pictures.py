@@ -14,6 +14,15 @@ GAP = 2  # pixels between images
 MIN_SIZE = 48  # pixels: smaller images are enlarged by an integer factor
 
 
+def arrange(count: int, labels: np.ndarray | None = None) -> list[np.ndarray]:
+    """The numbers of the images in each row of grid()."""
+    if labels is not None and 1 < len(np.unique(labels)) <= ROWS:
+        return [np.flatnonzero(labels == label)[:COLUMNS] for label in np.unique(labels)]
+    columns = min(COLUMNS, math.ceil(math.sqrt(count)))
+    shown = min(count, columns * ROWS)
+    return np.split(np.arange(shown), range(columns, shown, columns))
+
+
 def grid(images: np.ndarray, labels: np.ndarray | None = None) -> np.ndarray:
     """
     Arrange images in a white grid, one row per class if there are 2 to ROWS classes.
@@ -23,11 +32,7 @@ def grid(images: np.ndarray, labels: np.ndarray | None = None) -> np.ndarray:
     :return: uint8 [h, w, 1 or 3].
     """
     images = np.asarray(images)
-    if labels is not None and 1 < len(np.unique(labels)) <= ROWS:
-        rows = [images[np.flatnonzero(labels == label)[:COLUMNS]] for label in np.unique(labels)]
-    else:
-        columns = min(COLUMNS, math.ceil(math.sqrt(len(images))))
-        rows = [images[i : i + columns] for i in range(0, min(len(images), columns * ROWS), columns)]
+    rows = [images[numbers] for numbers in arrange(len(images), labels)]
     scale = max(1, math.ceil(MIN_SIZE / images.shape[1]))
     h, w = (n * scale + GAP for n in images.shape[1:3])
     picture = np.full((len(rows) * h + GAP, max(map(len, rows)) * w + GAP, images.shape[3]), 255, dtype=np.uint8)

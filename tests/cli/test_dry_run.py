@@ -7,7 +7,7 @@ import torch as th
 from harness import TINY, build, flags, run_script, save_weights, write_images
 from training import assert_same
 
-from improved_diffusion.cli import dry_run
+from improved_diffusion.cli import dry_run, run_config
 from improved_diffusion.cli import estimate as estimate_module
 from improved_diffusion.cli.estimate import (
     estimate_memory,
@@ -233,6 +233,26 @@ def test_the_data_are_opened_counted_and_decoded(tmp_path, capfd):
     assert "data: 6 images of 2 classes, decoded to 3x8x8\n" in out and "webp" in out
     out = printed(tmp_path, capfd, "super_res_train", **words, large_size=16, small_size=8)
     assert "data: 6 images of 2 classes, decoded to 3x16x16\n" in out
+
+
+def test_ranks_open_the_data_together(tmp_path, capsys, on_ranks):
+    """Leaving out damaged images is a collective."""
+    images = write_images(tmp_path / "images", count=6)
+    (images / "a_000.png").write_bytes(b"no image")
+    options = TrainOptions().replace(**TINY, image_size=8, data_dir=str(images), batch_size=2, skip_damaged=True)
+    run = run_config.Run(options)
+    on_ranks(2, lambda rank: dry_run.print_dry_run(run, create_model_and_diffusion))
+    out = capsys.readouterr().out
+    assert out.count("data: 5 images") == 1 and out.count("a_000.png") == 1
+
+
+def test_images_left_out_are_counted_if_the_rest_is_refused(tmp_path, capfd):
+    images = write_images(tmp_path / "images", count=6)
+    (images / "later.webp").write_bytes(b"left out")
+    words = dict(TINY, image_size=8, batch_size=9, dry_run=True, data_dir=images)
+    assert run_script("image_train", flags(**words), tmp_path / "log") == 2
+    out, err = capfd.readouterr()
+    assert "webp" in out and "batch_size 6" in err
 
 
 @pytest.mark.parametrize("problem", ["missing", "few", "damaged"])

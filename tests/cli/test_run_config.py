@@ -148,6 +148,7 @@ def test_flags_that_are_given_win_with_a_warning_for_each_that_contradicts(run):
         ("ema_0.9999_029999.pt", "model029999.pt"),
         ("ema_0.9_000030.pt", None),
         ("ema_0.9999_030000.pt", None),
+        ("ema_0.99999999999999999_000050.pt", None),  # the rate is 1.0 as a number
         ("imagenet64_uncond_100M_1500K.pt", None),
     ],
 )

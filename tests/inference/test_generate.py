@@ -1,5 +1,7 @@
 """Samples from several batches and ranks come out in order, with their labels, in files that can be read back."""
 
+import json
+import math
 import os
 import re
 import tracemalloc
@@ -19,8 +21,10 @@ from improved_diffusion.inference.arrays import (
     load_base_samples,
     load_labelled_samples,
     save_arrays,
+    save_json,
     save_samples,
     to_uint8,
+    write_samples,
 )
 from improved_diffusion.inference.generate import (
     SampleNoise,
@@ -376,6 +380,22 @@ def test_arrays_that_cannot_be_written_are_one_line(tmp_path):
     (tmp_path / "log" / "a.npz.tmp").mkdir()
     with pytest.raises(InputError, match=r"^.*a\.npz: cannot be written \(.*\)$"):
         save_arrays("a.npz", np.zeros(3))
+
+
+def test_what_is_not_a_number_is_null_in_json():
+    values = {"FD-lite0": 1.5, "KID-lite0": math.nan, "samples": "nan", "count": 3}
+    with open(save_json("metrics.json", values)) as f:
+        assert json.load(f) == {**values, "KID-lite0": None}
+
+
+def test_a_picture_of_the_first_samples_says_so(tmp_path):
+    images, labels = np.zeros((32, 4, 4, 3), np.uint8), np.arange(32) % 2
+    with logger.scoped_configure(dir=str(tmp_path / "pictures"), format_strs=["log"]):
+        write_samples(images, labels)
+        write_samples(images)
+    lines = (tmp_path / "pictures" / "log.txt").read_text().splitlines()
+    of_classes, of_all = (line for line in lines if ".png" in line)
+    assert "20 of 32" in of_classes and "of 32" not in of_all
 
 
 @pytest.fixture

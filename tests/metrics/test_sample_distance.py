@@ -123,6 +123,10 @@ def rows(folder):
         return [{k: v for k, v in row.items() if v and k != "images/s"} for row in csv.DictReader(f)]
 
 
+def header(folder):
+    return (folder / "progress.csv").read_text().splitlines()[0].split(",")
+
+
 def without(row):
     return {k: v for k, v in row.items() if not k.startswith(("FD-", "KID-"))}
 
@@ -135,6 +139,9 @@ def test_a_run_is_as_without_and_a_resumed_one_finds_the_same(tmp_path, images, 
         if not name.startswith("state"):  # which names the flags
             assert_same(load(tmp_path / "whole" / name), load(tmp_path / "plain" / name), name)
     whole = rows(tmp_path / "whole")
+    columns, original = header(tmp_path / "whole"), header(tmp_path / "plain")
+    assert sorted(columns[len(original) - 1 :]) == ["FD-lite0", "KID-lite0", "images/s"]
+    assert columns[: len(original) - 1] == original[:-1]  # clients may count them from the left
     assert [without(row) for row in whole if row["step"] != "6"] == rows(tmp_path / "plain")
     assert all({"FD-lite0", "KID-lite0"} <= row.keys() for row in whole)
     run(tmp_path / "parts", images, **given, max_steps=4)

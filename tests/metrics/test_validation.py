@@ -226,6 +226,17 @@ def test_a_signal_ends_the_evaluation(tmp_path):
     assert [row["step"] for row in rows(tmp_path)[0]] == ["0"] and "valid_loss" not in rows(tmp_path)[1]
 
 
+def test_a_measure_that_fails_loses_no_step(tmp_path):
+    def measure(model, average, stopped):
+        if model.training and (tmp_path / "model000000.pt").exists():
+            raise ValueError("no memory left")
+        return {"valid_loss": 1.0}
+
+    with pytest.raises(ValueError, match="no memory left"):
+        train(tmp_path, measures=[measure], save_interval=5, max_steps=20)
+    assert os.path.basename(latest(tmp_path)) == "model000005.pt"
+
+
 def test_the_checkpoint_of_a_signal_is_not_evaluated(tmp_path):
     calls = []
 
