@@ -29,6 +29,18 @@ def test_the_readme_is_a_front_door():
     assert linked | {"README.md"} == set(TEXTS)
 
 
+def test_the_readme_names_each_command_and_extra():
+    pyproject = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    commands = re.findall(r"^improved-diffusion(-[a-z-]+) = ", pyproject, flags=re.MULTILINE)
+    (extras,) = re.findall(r"^\[project.optional-dependencies\]\n(.*?)^\[", pyproject, flags=re.DOTALL | re.MULTILINE)
+    names = re.findall(r"^(\w+) = \[", extras, flags=re.MULTILINE)
+    assert commands and names
+    (paragraph,) = re.findall(r"has them as commands too:(.*?)\.", README, flags=re.DOTALL)
+    assert sorted(re.findall(r"`(?:improved-diffusion)?(-[a-z-]+)`", paragraph)) == sorted(commands)
+    (listed,) = re.findall(r"```\n(pip install -e \..*?Further extras:.*?)\.", README, flags=re.DOTALL)
+    assert [name for name in names if name not in listed] == []
+
+
 # ---------------------------------------------------------------- programs
 
 

@@ -104,7 +104,7 @@ def test_resumed_is_uninterrupted(seven_images, tmp_path_factory, stop, how, **p
     [
         (TinyNet, dict(workers=1)),
         (small_unet, dict(dropout=0.1)),
-        (small_unet, dict(dropout=0.1, use_fp16=True)),
+        (small_unet, dict(dropout=0.1, use_fp16=True, microbatch=2)),
     ],
     ids=["worker", "unet", "float16 unet"],
 )
