@@ -78,9 +78,9 @@ class GaussianDiffusion:
 
     :param betas: [T] in (0, 1], the variance of each step.
     :param rescale_timesteps: pass timesteps to the model as floats in 0..1000, whatever T is.
-    :param min_snr_gamma: weigh the squared error of x_0 at t by min(SNR, gamma) in the loss (Hang et al. 2023, arXiv
-                          2303.09556), and that of other predictions by its equivalent. None for weights of 1.
-    :raises ValueError: if betas is not a one-dimensional array in (0, 1], or a loss without squared error is weighed.
+    :param min_snr_gamma: weigh the squared error of x_0 by min(SNR, gamma), SNR = abar / (1 - abar), and that of other
+                          predictions by the equivalent (Hang et al. 2023, arXiv 2303.09556). None for weights of 1.
+    :raises ValueError: if betas is not a one-dimensional array in (0, 1], or min_snr_gamma is given for a bound.
     """
 
     min_snr_gamma: float | None = None  # objects pickled with the original have none
@@ -90,7 +90,7 @@ class GaussianDiffusion:
         rescale_timesteps: bool = False, min_snr_gamma: float | None = None,
     ):  # fmt: skip
         if min_snr_gamma is not None and loss_type.is_vb():
-            raise ValueError(f"min_snr_gamma {min_snr_gamma}: weighs the squared error, which {loss_type} has not")
+            raise ValueError(f"min_snr_gamma {min_snr_gamma}: {loss_type} has no squared error to weigh")
         self.model_mean_type = model_mean_type
         self.model_var_type = model_var_type
         self.loss_type = loss_type
@@ -264,13 +264,13 @@ class GaussianDiffusion:
 
     def _predict_xstart_from_velocity(self, x_t, t, velocity):
         _check_shape("the velocity", velocity, x_t.shape)
-        # no division: where x_t is almost noise alone, an error of the velocity stays what it is
+        # no division by sqrt(abar): at the noisiest timesteps an error of the velocity does not grow
         signal = at(self.sqrt_alphas_cumprod, t, x_t.shape) * x_t
         return signal - at(self.sqrt_one_minus_alphas_cumprod, t, x_t.shape) * velocity
 
     def _predict_eps_from_xstart(self, x_t, t, pred_xstart):
-        if self.model_mean_type == ModelMeanType.VELOCITY:  # which may be trained where abar is 0
-            noise = x_t - at(self.sqrt_alphas_cumprod, t, x_t.shape) * pred_xstart  # equation 9 solved for eps
+        if self.model_mean_type == ModelMeanType.VELOCITY:  # equation 9 solved for eps, also where abar is 0
+            noise = x_t - at(self.sqrt_alphas_cumprod, t, x_t.shape) * pred_xstart
             return noise / at(self.sqrt_one_minus_alphas_cumprod, t, x_t.shape)
         scaled = at(self.sqrt_recip_alphas_cumprod, t, x_t.shape) * x_t
         return (scaled - pred_xstart) / at(self.sqrt_recipm1_alphas_cumprod, t, x_t.shape)
@@ -415,8 +415,8 @@ class GaussianDiffusion:
         :param x_start: [N, C, ...] in [-1, 1].
         :param t: [N].
         :param noise: standard normal, x_start's shape; drawn if None.
-        :return: tensors [N]: "loss", and its terms "mse" and "vb" (bits per dimension) if it has them. Of min_snr_gamma
-                 the loss alone has the weights, and its mse, not its vb.
+        :return: tensors [N]: "loss", and its terms "mse" and "vb" (bits per dimension) if it has them. min_snr_gamma
+                 weighs the squared error in "loss" alone.
         :raises ValueError: if the noise or the model's output has the wrong shape.
         """
         if noise is None:
@@ -455,7 +455,7 @@ class GaussianDiffusion:
         return terms
 
     def _min_snr_weight(self, t, shape):
-        """min(SNR, gamma), the weight of the squared error of x_0, times that error's share in the model's own."""
+        """The weight of the squared error of a prediction: min(SNR, gamma) (d x_0 / d prediction)^2."""
         snr = (at(self.sqrt_alphas_cumprod, t, shape) / at(self.sqrt_one_minus_alphas_cumprod, t, shape)) ** 2
         if self.model_mean_type == ModelMeanType.EPSILON:
             return (self.min_snr_gamma / snr).clamp(max=1)  # min(SNR, gamma) / SNR, also where SNR is 0
