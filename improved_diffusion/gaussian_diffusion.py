@@ -44,6 +44,7 @@ class ModelMeanType(enum.Enum):
     PREVIOUS_X = enum.auto()  # the mean of x_{t-1}
     START_X = enum.auto()  # x_0
     EPSILON = enum.auto()  # the noise in x_t
+    VELOCITY = enum.auto()  # sqrt(abar) eps - sqrt(1 - abar) x_0 (Salimans & Ho 2022, arXiv 2202.00512, section 4)
 
 
 class ModelVarType(enum.Enum):
@@ -77,17 +78,24 @@ class GaussianDiffusion:
 
     :param betas: [T] in (0, 1], the variance of each step.
     :param rescale_timesteps: pass timesteps to the model as floats in 0..1000, whatever T is.
-    :raises ValueError: if betas is not a one-dimensional array in (0, 1].
+    :param min_snr_gamma: weigh the squared error of x_0 by min(SNR, gamma), SNR = abar / (1 - abar), and that of other
+                          predictions by the equivalent (Hang et al. 2023, arXiv 2303.09556). None for weights of 1.
+    :raises ValueError: if betas is not a one-dimensional array in (0, 1], or min_snr_gamma is given for a bound.
     """
+
+    min_snr_gamma: float | None = None  # objects pickled with the original have none
 
     def __init__(
         self, *, betas: np.ndarray, model_mean_type: ModelMeanType, model_var_type: ModelVarType, loss_type: LossType,
-        rescale_timesteps: bool = False,
+        rescale_timesteps: bool = False, min_snr_gamma: float | None = None,
     ):  # fmt: skip
+        if min_snr_gamma is not None and loss_type.is_vb():
+            raise ValueError(f"min_snr_gamma {min_snr_gamma}: {loss_type} has no squared error to weigh")
         self.model_mean_type = model_mean_type
         self.model_var_type = model_var_type
         self.loss_type = loss_type
         self.rescale_timesteps = rescale_timesteps
+        self.min_snr_gamma = min_snr_gamma
 
         betas = np.array(betas, dtype=np.float64)
         if betas.ndim != 1 or not len(betas) or not ((betas > 0) & (betas <= 1)).all():
@@ -217,6 +225,8 @@ class GaussianDiffusion:
             pred_xstart = self._predict_xstart_from_xprev(x_t=x, t=t, xprev=output)
         elif self.model_mean_type == ModelMeanType.EPSILON:
             pred_xstart = self._predict_xstart_from_eps(x_t=x, t=t, eps=output)
+        elif self.model_mean_type == ModelMeanType.VELOCITY:
+            pred_xstart = self._predict_xstart_from_velocity(x_t=x, t=t, velocity=output)
         else:
             pred_xstart = output
         if denoised_fn is not None:
@@ -252,7 +262,16 @@ class GaussianDiffusion:
         coef1, coef2 = at(self.posterior_mean_coef1, t, x_t.shape), at(self.posterior_mean_coef2, t, x_t.shape)
         return (xprev - coef2 * x_t) / coef1  # equation 11 solved for x_0
 
+    def _predict_xstart_from_velocity(self, x_t, t, velocity):
+        _check_shape("the velocity", velocity, x_t.shape)
+        # no division by sqrt(abar): at the noisiest timesteps an error of the velocity does not grow
+        signal = at(self.sqrt_alphas_cumprod, t, x_t.shape) * x_t
+        return signal - at(self.sqrt_one_minus_alphas_cumprod, t, x_t.shape) * velocity
+
     def _predict_eps_from_xstart(self, x_t, t, pred_xstart):
+        if self.model_mean_type == ModelMeanType.VELOCITY:  # equation 9 solved for eps, also where abar is 0
+            noise = x_t - at(self.sqrt_alphas_cumprod, t, x_t.shape) * pred_xstart
+            return noise / at(self.sqrt_one_minus_alphas_cumprod, t, x_t.shape)
         scaled = at(self.sqrt_recip_alphas_cumprod, t, x_t.shape) * x_t
         return (scaled - pred_xstart) / at(self.sqrt_recipm1_alphas_cumprod, t, x_t.shape)
 
@@ -396,7 +415,8 @@ class GaussianDiffusion:
         :param x_start: [N, C, ...] in [-1, 1].
         :param t: [N].
         :param noise: standard normal, x_start's shape; drawn if None.
-        :return: tensors [N]: "loss", and its terms "mse" and "vb" (bits per dimension) if it has them.
+        :return: tensors [N]: "loss", and its terms "mse" and "vb" (bits per dimension) if it has them. min_snr_gamma
+                 weighs the squared error in "loss" alone.
         :raises ValueError: if the noise or the model's output has the wrong shape.
         """
         if noise is None:
@@ -422,11 +442,29 @@ class GaussianDiffusion:
             target = noise
         elif self.model_mean_type == ModelMeanType.START_X:
             target = x_start
+        elif self.model_mean_type == ModelMeanType.VELOCITY:
+            target = at(self.sqrt_alphas_cumprod, t, x_start.shape) * noise
+            target = target - at(self.sqrt_one_minus_alphas_cumprod, t, x_start.shape) * x_start
         else:
             target, _, _ = self.q_posterior_mean_variance(x_start=x_start, x_t=x_t, t=t)
-        terms["mse"] = mean_flat((target - output) ** 2)
-        terms["loss"] = terms["mse"] + terms["vb"] if "vb" in terms else terms["mse"]  # equation 16
+        squared_error = (target - output) ** 2
+        terms["mse"] = loss = mean_flat(squared_error)
+        if self.min_snr_gamma is not None:
+            loss = mean_flat(self._min_snr_weight(t, x_start.shape) * squared_error)
+        terms["loss"] = loss + terms["vb"] if "vb" in terms else loss  # equation 16
         return terms
+
+    def _min_snr_weight(self, t, shape):
+        """The weight of the squared error of a prediction: min(SNR, gamma) (d x_0 / d prediction)^2."""
+        snr = (at(self.sqrt_alphas_cumprod, t, shape) / at(self.sqrt_one_minus_alphas_cumprod, t, shape)) ** 2
+        if self.model_mean_type == ModelMeanType.EPSILON:
+            return (self.min_snr_gamma / snr).clamp(max=1)  # min(SNR, gamma) / SNR, also where SNR is 0
+        weight = snr.clamp(max=self.min_snr_gamma)
+        if self.model_mean_type == ModelMeanType.VELOCITY:
+            return weight / (snr + 1)
+        if self.model_mean_type == ModelMeanType.PREVIOUS_X:
+            return weight / at(self.posterior_mean_coef1, t, shape) ** 2
+        return weight
 
     def _vb_terms_bpd(self, model, x_start, x_t, t, clip_denoised=True, model_kwargs=None):
         """

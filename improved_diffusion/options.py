@@ -105,6 +105,7 @@ class DiffusionOptions(Group):
     predict_xstart: bool = option(False, "the model predicts x_start instead of the noise")
     rescale_timesteps: bool = option(True, "the model sees timesteps scaled to 0...1000")
     rescale_learned_sigmas: bool = option(True, "weigh the bound in the hybrid loss as if there were 1000 timesteps")
+    predict_v: bool = option(False, "the model predicts the velocity, v = sqrt(abar) noise - sqrt(1 - abar) x_start")
 
 
 MICROBATCH_HELP = "images per forward pass, to save memory; -1 = batch_size; auto = what fits, measured at the start"
@@ -125,6 +126,11 @@ class TrainingOptions(Group):
     resume_checkpoint: str = path_option("model file to resume from, or auto: the newest complete one of log_dir")
     valid_dir: str = path_option("folder of held-out images: their loss and bound at each checkpoint, in progress.csv")
     fp16_scale_growth: float = option(1e-3, "growth of log2 of the float16 loss scale per step", minimum=0, maximum=1)
+    grad_clip: float = option(0.0, "scale gradients of a larger norm down to this norm; 0 = never", minimum=0)
+    lr_warmup_steps: int = option(0, "number of steps in which the learning rate rises to lr; 0 = none", minimum=0)
+    ema_warmup: bool = option(False, "the averages begin fast: after n steps the decay is at most (1 + n) / (10 + n)")
+    loss_weighting: str = option("uniform", "weights of the squared error by timestep", choices=("uniform", "min_snr"))
+    min_snr_gamma: float = option(5.0, "min_snr weighs the squared error of x_start by min(SNR, this)", above=0)
 
     def __post_init__(self):
         super().__post_init__()

@@ -142,7 +142,7 @@ def visiting(diffusion: GaussianDiffusion, timesteps: Sequence[int]) -> SpacedDi
         raise ValueError(f"timesteps must decrease strictly and be among the diffusion's {len(kept)}, not {timesteps}")
     spaced = copy.copy(diffusion)
     spaced.use_timesteps, spaced.timestep_map = set(visited), visited
-    kinds = ("model_mean_type", "model_var_type", "loss_type", "rescale_timesteps")
+    kinds = ("model_mean_type", "model_var_type", "loss_type", "rescale_timesteps", "min_snr_gamma")
     betas = _betas_of(diffusion.alphas_cumprod[[kept.index(t) for t in visited]])
     GaussianDiffusion.__init__(spaced, betas=betas, **{name: getattr(diffusion, name) for name in kinds})
     return spaced

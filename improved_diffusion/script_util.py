@@ -34,7 +34,7 @@ CHANNEL_MULT = {  # by image size: width of each level in num_channels
     512: (0.5, 1, 1, 2, 2, 4, 4),
 }
 # not options of the original: absent from its dictionaries
-EXTRA = ("num_classes", "image_channels", "channel_mult", "network")
+EXTRA = ("num_classes", "image_channels", "channel_mult", "network", "predict_v")
 
 
 # ---------------------------------------------------------------- defaults
@@ -65,7 +65,8 @@ def create_model_and_diffusion(
     diffusion_steps: int, noise_schedule: str, timestep_respacing: str | int | Sequence[int], use_kl: bool,
     predict_xstart: bool, rescale_timesteps: bool, rescale_learned_sigmas: bool, use_checkpoint: bool,
     use_scale_shift_norm: bool, num_classes: int | None = None, image_channels: int = 3,
-    channel_mult: str | Sequence[float] = "", network: str = "unet",
+    channel_mult: str | Sequence[float] = "", network: str = "unet", predict_v: bool = False,
+    loss_weighting: str = "uniform", min_snr_gamma: float = 5.0,
 ) -> tuple[nn.Module, SpacedDiffusion]:  # fmt: skip
     """
     A model and its diffusion. Parameters as in create_model() and create_gaussian_diffusion().
@@ -76,7 +77,8 @@ def create_model_and_diffusion(
     diffusion = create_gaussian_diffusion(
         steps=diffusion_steps, learn_sigma=learn_sigma, sigma_small=sigma_small, noise_schedule=noise_schedule,
         use_kl=use_kl, predict_xstart=predict_xstart, rescale_timesteps=rescale_timesteps,
-        rescale_learned_sigmas=rescale_learned_sigmas, timestep_respacing=timestep_respacing,
+        rescale_learned_sigmas=rescale_learned_sigmas, timestep_respacing=timestep_respacing, predict_v=predict_v,
+        loss_weighting=loss_weighting, min_snr_gamma=min_snr_gamma,
     )  # fmt: skip
     model = create_model(
         image_size, num_channels, num_res_blocks, learn_sigma, class_cond, use_checkpoint, attention_resolutions,
@@ -93,12 +95,14 @@ def sr_create_model_and_diffusion(
     predict_xstart: bool, rescale_timesteps: bool, rescale_learned_sigmas: bool, use_checkpoint: bool,
     use_scale_shift_norm: bool, num_classes: int | None = None, image_channels: int = 3,
     channel_mult: str | Sequence[float] = "", sigma_small: bool = False, network: str = "unet",
+    predict_v: bool = False, loss_weighting: str = "uniform", min_snr_gamma: float = 5.0,
 ) -> tuple[nn.Module, SpacedDiffusion]:  # fmt: skip
     """A super-resolution model and its diffusion. Parameters as in create_model_and_diffusion()."""
     diffusion = create_gaussian_diffusion(
         steps=diffusion_steps, learn_sigma=learn_sigma, sigma_small=sigma_small, noise_schedule=noise_schedule,
         use_kl=use_kl, predict_xstart=predict_xstart, rescale_timesteps=rescale_timesteps,
-        rescale_learned_sigmas=rescale_learned_sigmas, timestep_respacing=timestep_respacing,
+        rescale_learned_sigmas=rescale_learned_sigmas, timestep_respacing=timestep_respacing, predict_v=predict_v,
+        loss_weighting=loss_weighting, min_snr_gamma=min_snr_gamma,
     )  # fmt: skip
     model = sr_create_model(
         large_size, small_size, num_channels, num_res_blocks, learn_sigma, class_cond, use_checkpoint,
@@ -233,6 +237,7 @@ def create_gaussian_diffusion(
     *, steps: int = 1000, learn_sigma: bool = False, sigma_small: bool = False, noise_schedule: str = "linear",
     use_kl: bool = False, predict_xstart: bool = False, rescale_timesteps: bool = False,
     rescale_learned_sigmas: bool = False, timestep_respacing: str | int | Sequence[int] = "",
+    predict_v: bool = False, loss_weighting: str = "uniform", min_snr_gamma: float = 5.0,
 ) -> SpacedDiffusion:  # fmt: skip
     """
     A diffusion process, and what its model predicts and minimises.
@@ -246,7 +251,11 @@ def create_gaussian_diffusion(
     :param rescale_timesteps: the model receives timesteps in 0..1000.
     :param rescale_learned_sigmas: weight the bound in the hybrid loss by steps / 1000.
     :param timestep_respacing: see space_timesteps(); "" for all steps.
-    :raises InputError: (a ValueError) if the schedule has no such number of steps, or the respacing is invalid.
+    :param predict_v: the model predicts the velocity, sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0.
+    :param loss_weighting: of the squared error by timestep, "uniform" or "min_snr".
+    :param min_snr_gamma: of the latter, see GaussianDiffusion.
+    :raises InputError: (a ValueError) if the schedule has no such number of steps, the respacing is invalid, or options
+                        contradict each other.
     :raises NotImplementedError: if there is no such schedule.
     """
     if noise_schedule == "linear" and 1 < steps < MIN_LINEAR_STEPS:
@@ -254,6 +263,12 @@ def create_gaussian_diffusion(
             f"diffusion_steps {steps}: the last beta of noise_schedule linear would exceed 1; "
             f"give {MIN_LINEAR_STEPS} or more, or noise_schedule cosine"
         )
+    if predict_v and predict_xstart:
+        raise InputError("predict_v True and predict_xstart True: choose one of them")
+    if loss_weighting not in ("uniform", "min_snr"):
+        raise InputError(f"loss_weighting {loss_weighting}: give uniform or min_snr")
+    if loss_weighting == "min_snr" and use_kl:
+        raise InputError("loss_weighting min_snr: weighs the squared error, which use_kl True replaces by the bound")
     if use_kl:
         loss_type = gd.LossType.RESCALED_KL
     elif rescale_learned_sigmas:
@@ -266,13 +281,20 @@ def create_gaussian_diffusion(
         model_var_type = gd.ModelVarType.FIXED_SMALL
     else:
         model_var_type = gd.ModelVarType.FIXED_LARGE
+    if predict_xstart:
+        model_mean_type = gd.ModelMeanType.START_X
+    elif predict_v:
+        model_mean_type = gd.ModelMeanType.VELOCITY
+    else:
+        model_mean_type = gd.ModelMeanType.EPSILON
     return SpacedDiffusion(
         use_timesteps=space_timesteps(steps, timestep_respacing or [steps]),
         betas=gd.get_named_beta_schedule(noise_schedule, steps),
-        model_mean_type=gd.ModelMeanType.START_X if predict_xstart else gd.ModelMeanType.EPSILON,
+        model_mean_type=model_mean_type,
         model_var_type=model_var_type,
         loss_type=loss_type,
         rescale_timesteps=rescale_timesteps,
+        min_snr_gamma=min_snr_gamma if loss_weighting == "min_snr" else None,
     )
 
 

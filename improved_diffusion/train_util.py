@@ -4,6 +4,7 @@ The training loop: what is computed in which order, and when it is logged and sa
 One step, for a batch x_0 and timesteps t drawn by the schedule sampler:
 
     loss = mean(weights(t) * training_losses(x_0, t))     in microbatches, to save memory
+    gradient <- gradient * min(1, grad_clip / norm)       if grad_clip is set
     AdamW on the float32 parameters                       unless a float16 gradient overflowed
     ema <- rate * ema + (1 - rate) * parameters           for each rate
 """
@@ -86,12 +87,17 @@ class TrainLoop:
                      function that returns a copy of it with the first average's weights, and a function that returns,
                      the same on all ranks, whether a signal has come. They return {key: value} for the log.
     :param loading_advice: logged once, if the steps wait for the data much of the time; "" for nothing.
+    :param grad_clip: the norm of the gradient, over all parameters, that larger ones are scaled down to; 0 = none.
+    :param lr_warmup_steps: number of steps in which the learning rate rises linearly; 0 = none.
+    :param ema_warmup: after n steps the averages have the rate min(rate, (1 + n) / (10 + n)), so that they forget the
+                       initial weights early.
     :raises InputError: if the checkpoint cannot be read or does not belong to this model.
     """
 
     # Here, since a subclass may have the original's __init__:
     max_steps, keep_checkpoints, flags = 0, 0, {}  # type: ignore[var-annotated]
     preview, measures, loading_advice = None, (), ""  # type: ignore[var-annotated]
+    grad_clip, lr_warmup_steps, ema_warmup = 0.0, 0, False
     position = functools.cached_property(lambda self: Position())
     _statistics = functools.cached_property(lambda self: StepStatistics())
     _waiting = functools.cached_property(lambda self: Waiting())
@@ -128,6 +134,9 @@ class TrainLoop:
         preview=None,
         measures=(),
         loading_advice="",
+        grad_clip=0.0,
+        lr_warmup_steps=0,
+        ema_warmup=False,
     ):
         self.model, self.diffusion, self.data = model, diffusion, data
         self.batch_size = batch_size
@@ -143,6 +152,7 @@ class TrainLoop:
         self.max_steps, self.keep_checkpoints = max_steps, keep_checkpoints
         self.flags, self.preview = dict(flags or {}), preview
         self.measures, self.loading_advice = tuple(measures), loading_advice
+        self.grad_clip, self.lr_warmup_steps, self.ema_warmup = grad_clip, lr_warmup_steps, ema_warmup
 
         self.step = self.resume_step = 0
         self.global_batch = self.batch_size * dist_util.world_size()
@@ -217,7 +227,7 @@ class TrainLoop:
         """Continue with the checkpoint's moments, if it has some."""
         overflowing = self.use_fp16 and self.resume_step <= MAX_OVERFLOWS_IN_A_ROW  # perhaps at each step
         # an annealed learning rate changes at every step
-        report = ["weight_decay"] if self.lr_anneal_steps else ["lr", "weight_decay"]
+        report = ["lr", "weight_decay"] if self._lr_is_constant() else ["weight_decay"]
         resume.load_optimizer(self.opt, self._find_checkpoint(), self.resume_step, overflowing, report)
 
     def _load_state(self, state):
@@ -226,7 +236,8 @@ class TrainLoop:
         self.lg_loss_scale = state["lg_loss_scale"]
         self._overflows_in_a_row = state["overflows_in_a_row"]
         self._measured_before = state.get("flags", {}).get(MEASURED)
-        unreported = {"resume_checkpoint", "seed", "lr", "weight_decay"}  # the last two by the optimizer
+        unreported = {"resume_checkpoint", "seed", "weight_decay"}  # the last by the optimizer, as a constant lr
+        unreported |= {"lr"} if self._lr_is_constant() else set()
         resume.log_changes(state.get("flags", {}), {k: v for k, v in self.flags.items() if k not in unreported})
         self._parts().load_state_dict(state, self.step)
         if self._checkpoint.is_in(get_blob_logdir()):  # drop the rows that will be written again
@@ -417,7 +428,7 @@ class TrainLoop:
 
     def optimize_normal(self):
         """Update the parameters and their averages."""
-        self._log_grad_norm()
+        self._clip_gradient(self._log_grad_norm())
         self._anneal_lr()
         self.opt.step()
         self._update_ema()
@@ -439,27 +450,43 @@ class TrainLoop:
             return
         self._overflows_in_a_row = 0
         grad.mul_(1.0 / 2**self.lg_loss_scale)
-        self._log_grad_norm()
+        self._clip_gradient(self._log_grad_norm())
         self._anneal_lr()
         self.opt.step()
         self._update_ema()
         master_params_to_model_params(self.model_params, self.master_params)
         self.lg_loss_scale += self.fp16_scale_growth
 
+    def _clip_gradient(self, norm):
+        if self.grad_clip:
+            self._statistics.add("clipped", norm > self.grad_clip)
+            th.nn.utils.clip_grads_with_norm_(self.master_params, self.grad_clip, norm)
+
     def _update_ema(self):
+        n = self.position.label()
         for rate, params in zip(self.ema_rate, self.ema_params, strict=True):
-            update_ema(params, self.master_params, rate=rate)
+            update_ema(params, self.master_params, rate=min(rate, (1 + n) / (10 + n)) if self.ema_warmup else rate)
+
+    def _lr_is_constant(self):
+        return not self.lr_anneal_steps and not self.lr_warmup_steps
 
     def _anneal_lr(self):
+        if self._lr_is_constant():
+            return
+        step, lr = self.position.label(), self.lr
+        if self.lr_warmup_steps:
+            lr *= min(1, (step + 1) / self.lr_warmup_steps)
         if self.lr_anneal_steps:
-            for group in self.opt.param_groups:
-                group["lr"] = self.lr * (1 - self.position.label() / self.lr_anneal_steps)
+            lr *= 1 - step / self.lr_anneal_steps
+        for group in self.opt.param_groups:
+            group["lr"] = lr
 
     # ---------------------------------------------------------------- logging
 
     def _log_grad_norm(self):
-        grads = [p.grad for p in self.master_params if p.grad is not None]
-        self._statistics.add("grad_norm", th.nn.utils.get_total_norm(grads))
+        norm = th.nn.utils.get_total_norm([p.grad for p in self.master_params if p.grad is not None])
+        self._statistics.add("grad_norm", norm)
+        return norm
 
     def log_step(self):
         """Log how far the run is."""
@@ -544,7 +571,8 @@ class TrainLoop:
 
     def _draw_preview(self, model, average, step):
         if self.preview is not None:
-            rate, newest = self.ema_rate[0], is_young(self.ema_rate[0], self.position.updates)
+            rate = self.ema_rate[0]
+            newest = is_young(rate, self.position.updates, self.ema_warmup)
             name, weights = ("model", model) if newest else (f"ema_{rate}", average)
             self.preview(lambda: copy_with(self.model, weights), get_blob_logdir(), step, name, self._is_stopping)
 

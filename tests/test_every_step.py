@@ -116,6 +116,11 @@ def steps_of_all_kinds(device):
     x = th.zeros(shape, device=device)
     for respacing in (None, "10"):
         for var in VARS:
+            for mean in MEANS:
+                d = make_diffusion(30, mean=mean, var=var, respacing=respacing, min_snr_gamma=5.0)
+                output = th.zeros(2, 4 if var.startswith("LEARNED") else 2, 4, 4, device=device)
+                for step in (d.p_sample, d.ddim_sample, d.training_losses):
+                    yield f"{step.__name__} {mean} {var} {respacing}", lambda f=step, o=output: f(always(o), x, t)
             d = make_diffusion(steps=30, var=var, rescale=True, respacing=respacing)
             output = th.zeros(2, 4 if var.startswith("LEARNED") else 2, 4, 4, device=device)
             for step in (d.p_sample, d.ddim_sample, d.ddim_reverse_sample, d.training_losses):
@@ -187,10 +192,15 @@ def test_no_sampler_reads_a_value(name):
     assert SAMPLERS[name](d, lambda x, t: th.cat([x, x], dim=1), x).isfinite().all()
 
 
-def test_no_step_of_training_reads_a_value(tmp_path):
+@pytest.mark.parametrize(
+    ("process", "options"),
+    [({}, {}), (dict(mean="VELOCITY", min_snr_gamma=5.0), dict(grad_clip=0.1, lr_warmup_steps=9, ema_warmup=True))],
+    ids=["default", "all options"],
+)
+def test_no_step_of_training_reads_a_value(tmp_path, process, options):
     """Timesteps, losses, gradients, their norm, statistics, optimizer and average. Logs wait on purpose."""
     logger.configure(str(tmp_path), [])
-    diffusion = make_diffusion(steps=8, schedule="cosine", var="LEARNED_RANGE", loss="RESCALED_MSE")
+    diffusion = make_diffusion(steps=8, schedule="cosine", var="LEARNED_RANGE", loss="RESCALED_MSE", **process)
     network = dict(in_channels=1, model_channels=32, out_channels=2, num_res_blocks=1, attention_resolutions=(1,))
     loop = TrainLoop(
         model=UNetModel(**network, channel_mult=(1,)),
@@ -204,6 +214,7 @@ def test_no_step_of_training_reads_a_value(tmp_path):
         save_interval=10**9,
         resume_checkpoint="",
         schedule_sampler=UniformSampler(diffusion),
+        **options,
     )
     with FakeTensorMode(allow_non_fake_inputs=True):
         for loop.step in (1, 2):  # step 0 is logged

@@ -195,6 +195,7 @@ def test_timesteps_of_any_shape(shape):
         "posterior": lambda t: d.q_posterior_mean_variance(a, b, t),
         "xstart_from_eps": lambda t: (d._predict_xstart_from_eps(a, t, b),),
         "xstart_from_xprev": lambda t: (d._predict_xstart_from_xprev(a, t, b),),
+        "xstart_from_velocity": lambda t: (d._predict_xstart_from_velocity(a, t, b),),
         "eps_from_xstart": lambda t: (d._predict_eps_from_xstart(a, t, b),),
     }
     everywhere = t.view(*shape, *[1] * (4 - len(shape))).expand(size)
@@ -279,7 +280,7 @@ def test_reverse_process_is_as_recorded(name, shape):
 @pytest.mark.parametrize("var", VARS)
 @settings(max_examples=20)
 @given(timesteps=st.lists(st.integers(0, 49), min_size=1, max_size=4))
-def test_three_parametrisations_of_one_model_agree(var, timesteps):
+def test_parametrisations_of_one_model_agree(var, timesteps):
     t, n = th.tensor(timesteps), len(timesteps)
     x_start, x_t = tensor("x0", n, 2, 3).clamp(-1, 1), tensor("xt", n, 2, 3)
     outs = []
@@ -290,6 +291,44 @@ def test_three_parametrisations_of_one_model_agree(var, timesteps):
         for k in ("mean", "pred_xstart", "variance", "log_variance"):
             th.testing.assert_close(out[k], outs[0][k], rtol=1e-4, atol=1e-3)
         th.testing.assert_close(out["pred_xstart"], x_start, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_data_and_noise_from_the_velocity(schedule):
+    """At every timestep: x_0 = sqrt(abar) x_t - sqrt(1 - abar) v, eps = sqrt(1 - abar) x_t + sqrt(abar) v."""
+    d, t = make_diffusion(steps=1000, schedule=schedule, mean="VELOCITY"), th.arange(1000)
+    x_start, eps = image_batch("x0", 1000, 3), tensor("eps", 1000, 3)
+    x_t = d.q_sample(x_start, t, noise=eps)
+    abar = th.tensor(d.alphas_cumprod)[:, None]
+    velocity = (abar.sqrt() * eps - (1 - abar).sqrt() * x_start).float()
+    th.testing.assert_close(d._predict_xstart_from_velocity(x_t, t, velocity), x_start, rtol=0, atol=1e-6)
+    out = d.p_mean_variance(always(velocity), x_t, t, clip_denoised=False)
+    th.testing.assert_close(out["pred_xstart"], x_start, rtol=0, atol=1e-6)
+    got = d._predict_eps_from_xstart(x_t, t, out["pred_xstart"])
+    th.testing.assert_close(got, eps, rtol=0, atol=1e-4)  # 1 - abar is 4e-5 at t = 0
+    th.testing.assert_close((1 - abar).sqrt() * x_t + abar.sqrt() * velocity, eps.double(), rtol=0, atol=1e-6)
+
+
+def test_an_error_of_the_velocity_does_not_grow():
+    """At the end of a cosine schedule one of the noise grows to 20,291 times in x_0."""
+    x, t, growth = th.zeros(1, 1), th.tensor([999]), {}
+    for mean in ("EPSILON", "VELOCITY"):
+        d = make_diffusion(steps=1000, schedule="cosine", mean=mean)
+        out = d.p_mean_variance(always(th.full((1, 1), 1e-3)), x, t, clip_denoised=False)
+        growth[mean] = abs(out["pred_xstart"].item()) / 1e-3
+    assert growth == pytest.approx({"EPSILON": 20291, "VELOCITY": 1}, rel=1e-3)
+
+
+def test_the_velocity_where_no_signal_is_left():
+    """A last beta of 1, as in a linear schedule of 20 steps: x_0 is -v."""
+    d = make_diffusion(steps=20, mean="VELOCITY", var="LEARNED_RANGE", min_snr_gamma=5.0)
+    assert d.alphas_cumprod[-1] == 0
+    x_start = image_batch("x0", 2, 3)
+    model = point_model(d, x_start)
+    for loop in (d.p_sample_loop, d.ddim_sample_loop):
+        th.testing.assert_close(loop(model, (2, 3), device="cpu"), x_start, rtol=0, atol=1e-3)
+    assert all(v.isfinite().all() for v in d.calc_bpd_loop(model, x_start).values())
+    assert d.training_losses(model, x_start, th.tensor([18, 19]))["mse"].max() < 1e-10
 
 
 @pytest.mark.parametrize(("v", "table"), [(-1.0, "posterior_log_variance_clipped"), (1.0, "betas")])
@@ -353,6 +392,7 @@ def test_shapes_that_the_original_refuses():
         lambda: xprev.p_mean_variance(ToyModel(), x, t, denoised_fn=lambda v: v[:, :1]),
         lambda: d._predict_xstart_from_eps(x, t, x[:1]),
         lambda: d._predict_xstart_from_xprev(x, t, x[:, :1]),
+        lambda: d._predict_xstart_from_velocity(x, t, x[:1]),
     ):
         with pytest.raises(ValueError, match=r"must have shape \([12], 3\), not"):
             call()
@@ -530,7 +570,14 @@ def test_the_squared_error_of_a_perfect_prediction_is_zero(mean):
     d = make_diffusion(steps=50, mean=mean)
     x_start, t, eps = image_batch("x0", 4, 2, 3), th.tensor([0, 1, 25, 49]), tensor("eps", 4, 2, 3)
     x_t = d.q_sample(x_start, t, noise=eps)
-    target = {"EPSILON": eps, "START_X": x_start, "PREVIOUS_X": d.q_posterior_mean_variance(x_start, x_t, t)[0]}[mean]
+    tables = d.sqrt_alphas_cumprod, d.sqrt_one_minus_alphas_cumprod
+    signal, sigma = (th.tensor(table, dtype=th.float32)[t].view(4, 1, 1) for table in tables)
+    target = {
+        "EPSILON": eps,
+        "START_X": x_start,
+        "PREVIOUS_X": d.q_posterior_mean_variance(x_start, x_t, t)[0],
+        "VELOCITY": signal * eps - sigma * x_start,
+    }[mean]
     assert not d.training_losses(always(target), x_start, t, noise=eps)["loss"].any()
     off = d.training_losses(always(target + 0.5), x_start, t, noise=eps)
     th.testing.assert_close(off["mse"], th.full((4,), 0.25))
@@ -543,6 +590,65 @@ def test_the_bound_of_a_perfect_model_is_zero_but_for_the_decoder(mean):
     loss = d.training_losses(point_model(d, x_start), x_start, t)["loss"]
     th.testing.assert_close(loss[1:], th.zeros(3), rtol=0, atol=1e-3)
     assert loss[0] > 0
+
+
+@pytest.mark.parametrize("gamma", [0.5, 5.0])
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_min_snr_weighs_the_error_of_x_0_whatever_is_predicted(schedule, gamma):
+    """min(SNR, gamma) |x_0 - pred|^2: by min(SNR, gamma) / SNR of the noise's error, / (SNR + 1) of the velocity's."""
+    x_start, eps, off = image_batch("x0", 12, 3), tensor("eps", 12, 3), tensor("off", 12, 3)
+    t = th.linspace(0, 99, 12).long()
+    for mean in MEANS:
+        d = make_diffusion(100, schedule, mean=mean, min_snr_gamma=gamma)
+        abar = th.tensor(d.alphas_cumprod)[t]
+        snr = abar / (1 - abar)
+        assert snr.min() < 0.1 and snr.max() > 10  # both sides of gamma
+        clipped = snr.clamp(max=gamma)
+        terms = d.training_losses(point_model(d, x_start + off), x_start, t, noise=eps)
+        th.testing.assert_close(terms["loss"].double(), clipped * (off**2).mean(dim=1), rtol=2e-3, atol=1e-6)
+        plain = make_diffusion(100, schedule, mean=mean)
+        want = plain.training_losses(point_model(plain, x_start + off), x_start, t, noise=eps)
+        assert th.equal(terms["mse"], want["mse"])  # without weights
+        weights = {"EPSILON": clipped / snr, "START_X": clipped, "VELOCITY": clipped / (snr + 1)}
+        if mean in weights:
+            th.testing.assert_close(terms["loss"].double(), weights[mean] * terms["mse"], rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("loss", ["MSE", "RESCALED_MSE"])
+@pytest.mark.parametrize("mean", MEANS)
+def test_min_snr_leaves_the_bound_of_the_hybrid_loss_its_weight(mean, loss):
+    x_start, t, eps = image_batch("x0", 4, 2, 3), th.tensor([0, 1, 25, 49]), tensor("eps", 4, 2, 3)
+    weighted, plain = (
+        make_diffusion(50, mean=mean, var="LEARNED_RANGE", loss=loss, min_snr_gamma=gamma) for gamma in (2.0, None)
+    )
+    outputs = [(0.1 * tensor("output", 4, 4, 3)).requires_grad_() for _ in range(2)]
+    got, want = (
+        d.training_losses(always(output), x_start, t, noise=eps)
+        for d, output in zip((weighted, plain), outputs, strict=True)
+    )
+    assert th.equal(got["vb"], want["vb"]) and th.equal(got["mse"], want["mse"])
+    th.testing.assert_close(want["loss"], want["mse"] + want["vb"])
+    assert not th.isclose(got["loss"], want["loss"]).all()
+    for terms in (got, want):
+        terms["loss"].sum().backward()
+    grads = [output.grad.chunk(2, dim=1) for output in outputs]
+    assert th.equal(grads[0][1], grads[1][1])  # of the variance
+    assert not th.equal(grads[0][0], grads[1][0])
+
+
+def test_min_snr_of_each_element_with_its_own_timestep():
+    d = make_diffusion(100, "cosine", min_snr_gamma=5.0)
+    x_start, eps, t = image_batch("x0", 2, 3, 4), tensor("eps", 2, 3, 4), th.randint(100, (2, 1, 4))
+    got = d.training_losses(lambda x, t: th.zeros_like(x), x_start, t, noise=eps)["loss"]
+    abar = th.tensor(d.alphas_cumprod)[t]
+    weight = (5 * (1 - abar) / abar).clamp(max=1)
+    th.testing.assert_close(got.double(), (weight * eps**2).mean(dim=(1, 2)), rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("loss", ["KL", "RESCALED_KL"])
+def test_min_snr_of_a_bound(loss):
+    with pytest.raises(ValueError, match=rf"^min_snr_gamma 5\.0: .*{loss}"):
+        make_diffusion(50, loss=loss, min_snr_gamma=5.0)
 
 
 def test_how_the_losses_are_composed_and_rescaled():
@@ -638,6 +744,16 @@ def test_the_whole_bound_of_a_perfect_model_is_the_decoders():
     assert (out["vb"][:, -1] > 0).all()
     assert not out["xstart_mse"].any()
     th.testing.assert_close(out["mse"], th.zeros(3, 40), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("mean", MEANS)
+def test_the_errors_beside_the_bound_are_of_what_the_prediction_implies(mean):
+    """An error e of x_0 is one of sqrt(SNR) e of the noise, whatever the model predicts."""
+    d, x_start = make_diffusion(40, "cosine", mean=mean, var="FIXED_SMALL"), 0.5 * image_batch("x0", 2, 3)
+    out = d.calc_bpd_loop(point_model(d, x_start + 0.1), x_start, clip_denoised=False)
+    snr = th.tensor(d.alphas_cumprod / (1 - d.alphas_cumprod)).flip(0).expand(2, 40)
+    th.testing.assert_close(out["xstart_mse"].double(), th.full_like(snr, 0.01), rtol=1e-2, atol=0)
+    th.testing.assert_close(out["mse"].double(), 0.01 * snr, rtol=1e-2, atol=1e-9)
 
 
 def test_names_the_original_offers():

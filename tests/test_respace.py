@@ -7,6 +7,7 @@ import re
 import numpy as np
 import pytest
 import torch as th
+from diffusions import MEANS, always, diffusion_of
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from parity_cases import TABLES, ToyModel, assert_recorded, image_batch, make_diffusion, tensor, toy_model_for
@@ -338,6 +339,22 @@ def test_counts_come_in_any_form(counts, same):
 def test_a_respacing_of_the_factory_may_be_an_int():
     by_int, by_text = (create_gaussian_diffusion(steps=30, timestep_respacing=n) for n in (6, "6"))
     assert by_int.timestep_map == by_text.timestep_map == sorted(space_timesteps(30, [6]))
+
+
+# ---------------------------------------------------------------- weights of the loss
+
+
+@pytest.mark.parametrize("mean", MEANS)
+def test_weights_of_the_loss_are_of_the_visited_timesteps(mean):
+    """Whether the process is made with them or visits some of a longer one's."""
+    kwargs = dict(steps=40, schedule="cosine", mean=mean, min_snr_gamma=5.0)
+    spaced = make_diffusion(**kwargs, respacing="at:3,12,39")
+    plain = diffusion_of(spaced.betas, mean, "FIXED_LARGE", min_snr_gamma=5.0)
+    visited = visiting(make_diffusion(**kwargs, respacing="40"), [39, 12, 3])
+    x, eps, output = (tensor(name, 3, 2) for name in ("x", "eps", "output"))
+    losses = [d.training_losses(always(output), x, th.arange(3), noise=eps)["loss"] for d in (plain, spaced, visited)]
+    th.testing.assert_close(losses[1], losses[0])
+    th.testing.assert_close(losses[2], losses[0])
 
 
 # ---------------------------------------------------------------- visiting

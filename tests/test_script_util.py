@@ -73,6 +73,7 @@ NEW_FLAGS = dict(
     image_channels=3,
     channel_mult="",
     network="unet",
+    predict_v=False,
     seed=None,
     use_fp16=False,
     use_bf16=False,
@@ -91,6 +92,11 @@ NEW_TRAINING_FLAGS = dict(
     preview_samples=16,
     config="",
     overwrite=False,
+    grad_clip=0.0,
+    lr_warmup_steps=0,
+    ema_warmup=False,
+    loss_weighting="uniform",
+    min_snr_gamma=5.0,
 )
 NEW_SAMPLING_FLAGS = dict(NEW_FLAGS, save_images=False, sampler="ancestral", sampling_steps=0, spacing="lam", eta=None)
 NEW_BY_SCRIPT = {
@@ -243,6 +249,7 @@ def test_a_configuration_with_a_flag_of_each_kind():
         (dict(sigma_small=True), "EPSILON", "FIXED_SMALL", "MSE"),
         (dict(learn_sigma=True, sigma_small=True), "EPSILON", "LEARNED_RANGE", "MSE"),
         (dict(predict_xstart=True), "START_X", "FIXED_LARGE", "MSE"),
+        (dict(predict_v=True, learn_sigma=True), "VELOCITY", "LEARNED_RANGE", "MSE"),
         (dict(rescale_learned_sigmas=True), "EPSILON", "FIXED_LARGE", "RESCALED_MSE"),
         (dict(use_kl=True, rescale_learned_sigmas=True), "EPSILON", "FIXED_LARGE", "RESCALED_KL"),
     ],
@@ -251,6 +258,28 @@ def test_create_gaussian_diffusion_by_its_defaults_and_flags(flags, mean_type, v
     d = create_gaussian_diffusion(**flags)
     assert (d.model_mean_type.name, d.model_var_type.name, d.loss_type.name) == (mean_type, var_type, loss_type)
     assert (d.num_timesteps, d.rescale_timesteps) == (1000, False)
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (dict(predict_v=True, predict_xstart=True), "predict_v True and predict_xstart True"),
+        (dict(loss_weighting="min_snr", use_kl=True), "loss_weighting min_snr.* use_kl True"),
+        (dict(loss_weighting="snr"), "loss_weighting snr"),
+    ],
+)
+@pytest.mark.parametrize("create", [create_gaussian_diffusion, build, build_sr])
+def test_flags_of_a_diffusion_that_contradict_each_other(create, flags, named):
+    with pytest.raises(InputError, match=named) as refusal:
+        create(**flags)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("create", [create_gaussian_diffusion, lambda **flags: build(**flags)[1]])
+def test_weights_of_the_loss_by_flags(create):
+    assert create().min_snr_gamma is None and create(min_snr_gamma=3.0).min_snr_gamma is None
+    assert create(loss_weighting="min_snr").min_snr_gamma == 5
+    assert create(loss_weighting="min_snr", min_snr_gamma=3.0, timestep_respacing="10").min_snr_gamma == 3
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])

@@ -674,11 +674,12 @@ def test_names_the_original_offers():
 
 
 @pytest.mark.skipif(not th.cuda.is_available(), reason="needs a GPU")
-def test_no_step_waits_for_the_gpu(tmp_path, monkeypatch):
+@pytest.mark.parametrize("options", [{}, dict(grad_clip=0.1, lr_warmup_steps=9, ema_warmup=True)], ids=str)
+def test_no_step_waits_for_the_gpu(tmp_path, monkeypatch, options):
     """Between two rows of the log; float16 alone must know whether a gradient overflowed."""
     monkeypatch.undo()  # on_one_cpu()
     with logger.scoped_configure(dir=str(tmp_path), format_strs=[]):
-        loop = make_loop(model=TinyNet().cuda(), log_interval=10)
+        loop = make_loop(model=TinyNet().cuda(), log_interval=10, **options)
         batch, cond = next(batches())
         loop.run_step(batch.pin_memory(), cond)  # the first is logged
         loop.step += 1

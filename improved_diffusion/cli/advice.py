@@ -21,6 +21,9 @@ def doubts(options: ScriptOptions, given: Collection[str] = ()) -> list[str]:
         problem = f"has the timesteps of DDIM, but the sampler is {sampling.sampler_name}"
         lines.append(f"WARNING: --timestep_respacing {respacing} {problem}; give --sampler ddim")
     if isinstance(options, TrainOptions):
+        gamma, weighting = options.training.min_snr_gamma, options.training.loss_weighting
+        if "min_snr_gamma" in given and weighting != "min_snr":
+            lines.append(f"WARNING: --min_snr_gamma {gamma} changes nothing without --loss_weighting min_snr")
         lines += _attention(values["attention_resolutions"], options.model.size, values["channel_mult"], given)
     return lines
 

@@ -8,8 +8,8 @@ STEPS = "--max_steps is the number of training steps, --diffusion_steps of times
 EVALUATIONS = "give --timestep_respacing 250, or a solver as --sampler with --sampling_steps 20"
 RESPACING = "give --timestep_respacing 250 for 250 of the timesteps"
 EPOCHS = "a run is counted in steps: give --max_steps"
-DECAY = "the averages of the weights have constant rates: --ema_rate"
-LR_SCHEDULE = "the learning rate --lr is constant, or falls to 0 over --lr_anneal_steps"
+DECAY = "the averages of the weights have constant rates, --ema_rate, or begin with lower ones: --ema_warmup True"
+LR_SCHEDULE = "the learning rate --lr is constant, rises over --lr_warmup_steps, or falls to 0 over --lr_anneal_steps"
 ADAM = "the optimizer is AdamW, with --lr and --weight_decay"
 NO_NETWORK = "the network has no such part; --network names those that there are"
 NO_GUIDANCE = "guidance is not built in; a class-conditional model draws --classes"
@@ -51,9 +51,11 @@ ANSWERS: dict[str, tuple[str, ...]] = {
     "beta_schedule ddpm_beta_schedule schedule noise_scheduler": ("--noise_schedule",),
     "beta_start beta_end linear_start linear_end sigma_min sigma_max s_churn rho": (NO_BETAS,),
     "prediction_type objective parameterization pred_x0 pred_type": (
-        "the model predicts the noise, or x_start with --predict_xstart True",
+        "the model predicts the noise, x_start with --predict_xstart True, or v with --predict_v True",
     ),
     "variance_type learned_variance learn_variance": ("--learn_sigma True",),
+    "v_prediction predict_velocity v_pred": ("--predict_v True",),
+    "snr_gamma min_snr": ("--loss_weighting min_snr, and --min_snr_gamma",),
     "loss loss_type": ("the loss is the squared error, the bound with --use_kl True, both with --learn_sigma True",),
     # training
     "learning_rate learn_rate base_lr lrate": ("--lr",),
@@ -68,13 +70,15 @@ ANSWERS: dict[str, tuple[str, ...]] = {
     " training_steps": ("--max_steps",),
     "epochs epoch num_epochs num_train_epochs n_epochs max_epochs duration kimg total_kimg": (EPOCHS,),
     "steps num_steps n_steps": (STEPS, EVALUATIONS, RESPACING),
-    "lr_scheduler lr_schedule lr_warmup_steps warmup warmup_steps lr_rampup": (LR_SCHEDULE,),
+    "lr_scheduler lr_schedule": (LR_SCHEDULE,),
+    "warmup warmup_steps num_warmup_steps lr_warmup lr_rampup": ("--lr_warmup_steps",),
     "scheduler": (LR_SCHEDULE, "--sampler", "--noise_schedule"),
     "anneal_lr": ("--lr_anneal_steps",),
     "wd adam_weight_decay": ("--weight_decay",),
-    "optimizer optim adam_beta1 adam_beta2 adam_epsilon use_8bit_adam max_grad_norm grad_clip clip_grad": (ADAM,),
+    "optimizer optim adam_beta1 adam_beta2 adam_epsilon use_8bit_adam": (ADAM,),
+    "max_grad_norm clip_grad clip_grad_norm gradient_clip_val gradient_clipping": ("--grad_clip",),
     "ema ema_decay ema_max_decay ema_rates": ("--ema_rate",),
-    "use_ema ema_power ema_inv_gamma ema_halflife ema_rampup": (DECAY,),
+    "use_ema ema_power ema_inv_gamma ema_halflife ema_rampup use_ema_warmup": (DECAY,),
     "resume resume_from resume_from_checkpoint continue_training transfer": (
         "--resume_checkpoint, a model file or auto",
     ),

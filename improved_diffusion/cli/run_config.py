@@ -34,7 +34,7 @@ FREE = {"timestep_respacing", "dropout", "use_checkpoint", "use_kl", "rescale_le
 # not visible in shapes: models vary in these, which the user must give
 REQUIRED = ("diffusion_steps", "noise_schedule")
 # and most models use the defaults of these
-ASSUMED = ("num_heads", "rescale_timesteps", "predict_xstart", "sigma_small")
+ASSUMED = ("num_heads", "rescale_timesteps", "predict_xstart", "predict_v", "sigma_small")
 
 
 @dataclass(frozen=True)
@@ -189,15 +189,16 @@ def _format(values):
 
 def _warnings(name, config):
     """Warn of weights that give poor samples, by their file name."""
+    warmup = config is not None and config["flags"].get("ema_warmup") is True
     if raw := re.fullmatch(r"model(\d+)\.pt", name):
         (row,) = (row for row in rows(TrainingOptions) if row.name == "ema_rate")
         rates = config["flags"].get("ema_rate") if config else None
         rates = rates if isinstance(rates, str) and row.valid and row.valid.accepts(rates) else row.default
-        if is_young(float(rates.split(",")[0]), int(raw[1])):
+        if is_young(float(rates.split(",")[0]), int(raw[1]), warmup):
             return []
         return [f"WARNING: {name} has raw weights; the ema_ file of the same step gives better samples"]
     ema = re.fullmatch(r"ema_(0\.\d+)_(\d+)\.pt", name)
-    if ema and float(ema[1]) < 1 and is_young(float(ema[1]), int(ema[2])):
+    if ema and float(ema[1]) < 1 and is_young(float(ema[1]), int(ema[2]), warmup):
         horizon = math.ceil(1 / (1 - float(ema[1])) - 1e-6)
         seen = f"averages over about {horizon} steps, but has seen {int(ema[2])}, not {3 * horizon}"
         better = f"model{ema[2]}.pt gives better samples"

@@ -54,12 +54,14 @@ def unwrapped(state_dict: dict[str, th.Tensor], model: th.nn.Module | None = Non
     return plain if len(plain) == len(state_dict) else state_dict
 
 
-def is_young(rate: float, updates: int) -> bool:
+def is_young(rate: float, updates: int, warmup: bool = False) -> bool:
     """
     Whether an average has seen fewer than 3 / (1 - rate) updates. It consists by over 5 % of the initial weights then,
     and gives worse samples than the newest ones.
+
+    :param warmup: whether its rate began low (ema_warmup): it is never young then.
     """
-    return updates * (1 - rate) < 3 - 1e-9
+    return not warmup and updates * (1 - rate) < 3 - 1e-9
 
 
 def load_weights(model: th.nn.Module, state_dict: dict[str, th.Tensor], path: str) -> None:

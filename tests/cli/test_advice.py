@@ -21,6 +21,8 @@ from improved_diffusion.options import LikelihoodScriptOptions, SampleOptions, S
         (SampleOptions, dict(timestep_respacing="ddim50", sampler="ddim"), []),
         (SampleOptions, dict(timestep_respacing="50"), []),
         (LikelihoodScriptOptions, dict(timestep_respacing="ddim50"), []),
+        (TrainOptions, dict(min_snr_gamma=3.0), ["--min_snr_gamma 3.0", "--loss_weighting min_snr"]),
+        (TrainOptions, dict(min_snr_gamma=3.0, loss_weighting="min_snr"), []),
         (TrainOptions, dict(attention_resolutions="20"), ["--attention_resolutions 20:", "64, 32, 16, 8"]),
         (TrainOptions, dict(attention_resolutions="20,16"), ["--attention_resolutions 20:"]),
         (TrainOptions, dict(attention_resolutions="32,8"), []),

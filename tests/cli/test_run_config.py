@@ -158,6 +158,16 @@ def test_weights_that_draw_badly_warn(run, name, warning):
     assert not warning or (notes[1].startswith(f"WARNING: {name} ") and warning in notes[1])
 
 
+@pytest.mark.parametrize(
+    ("name", "warning"),
+    [("model000029.pt", "raw weights"), ("ema_0.9_000001.pt", None), ("ema_0.9999_000029.pt", None)],
+)
+def test_an_average_that_began_fast_is_not_young(tmp_path, name, warning):
+    save(tmp_path, **TINY, image_size=8, ema_warmup=True)
+    notes = settle(tmp_path / name)[1].notes
+    assert len(notes) == (2 if warning else 1) and (not warning or warning in notes[1])
+
+
 CHANGES = [
     dict(),
     dict(num_channels=64),
@@ -207,13 +217,22 @@ def test_weights_of_the_default_model_are_taken_as_the_original_does(tmp_path):
     values, settled = settle(tmp_path / "model.pt", model.state_dict())
     assert values == MODEL
     (assumed,) = settled.notes
-    names = ("image_size", "diffusion_steps", "noise_schedule", "num_heads", "rescale_timesteps", "sigma_small")
+    names = (
+        "image_size",
+        "diffusion_steps",
+        "noise_schedule",
+        "num_heads",
+        "rescale_timesteps",
+        "predict_v",
+        "sigma_small",
+    )
     assert [name for name in names if f"{name} {MODEL[name]}" not in assumed] == []
 
 
 def test_flags_that_contradict_the_shapes_are_left_to_loading(tmp_path):
     model, _ = build(**TINY, image_size=8)
     given = dict(TINY, image_size=8, learn_sigma=True, rescale_timesteps=True, predict_xstart=False, sigma_small=False)
+    given["predict_v"] = False
     values, settled = settle(tmp_path / "model.pt", model.state_dict(), **given)
     assert values == {**MODEL, **given} and settled.notes == ()
 

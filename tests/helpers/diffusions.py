@@ -35,9 +35,11 @@ def point_model(diffusion, x_start):
     def model(x, t):
         if diffusion.model_mean_type == ModelMeanType.START_X:
             out = x_start
-        elif diffusion.model_mean_type == ModelMeanType.EPSILON:
+        elif diffusion.model_mean_type in (ModelMeanType.EPSILON, ModelMeanType.VELOCITY):
             alpha_bar = th.tensor(diffusion.alphas_cumprod)[t].view(-1, *[1] * (x.dim() - 1))
-            out = ((x - alpha_bar.sqrt() * x_start) / (1 - alpha_bar).sqrt()).float()
+            eps = (x - alpha_bar.sqrt() * x_start) / (1 - alpha_bar).sqrt()
+            velocity = alpha_bar.sqrt() * eps - (1 - alpha_bar).sqrt() * x_start
+            out = (eps if diffusion.model_mean_type == ModelMeanType.EPSILON else velocity).float()
         else:
             out = diffusion.q_posterior_mean_variance(x_start, x, t)[0]
         learned = diffusion.model_var_type.name.startswith("LEARNED")

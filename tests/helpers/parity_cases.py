@@ -201,7 +201,7 @@ class ToyModel(th.nn.Module):
 
 
 def make_diffusion(
-    steps, schedule="linear", mean="EPSILON", var="FIXED_LARGE", loss="MSE", rescale=False, respacing=None
+    steps, schedule="linear", mean="EPSILON", var="FIXED_LARGE", loss="MSE", rescale=False, respacing=None, **others
 ):
     kwargs = dict(
         betas=gd.get_named_beta_schedule(schedule, steps),
@@ -209,6 +209,7 @@ def make_diffusion(
         model_var_type=gd.ModelVarType[var],
         loss_type=gd.LossType[loss],
         rescale_timesteps=rescale,
+        **others,
     )
     if respacing is None:
         return gd.GaussianDiffusion(**kwargs)

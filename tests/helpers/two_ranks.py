@@ -77,8 +77,9 @@ def short_run(folder, images, seed, **parameters):
     diffusion = Listening()
     data = load_data(data_dir=images, batch_size=2, image_size=8, num_workers=0)
     parameters.update(model=TinyNet(dropout=0.2), diffusion=diffusion, data=data, batch_size=2, microbatch=1)
+    options = dict(grad_clip=0.5, lr_warmup_steps=4, ema_warmup=True)  # resumed runs continue with them too
     with logger.scoped_configure(dir=str(folder)):
-        loop = make_loop(**parameters)
+        loop = make_loop(**parameters, **options)
         loop.run_loop()
     return loop, diffusion
 

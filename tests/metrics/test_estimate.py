@@ -69,10 +69,11 @@ def test_samples_are_systematic(data, steps, count):
         np.testing.assert_allclose(row_weights[row > 0], 1 / expected[row[row > 0]])
 
 
+@pytest.mark.parametrize("mean", ["EPSILON", "VELOCITY"])
 @pytest.mark.parametrize("var", ["FIXED_SMALL", "LEARNED_RANGE"])
-def test_with_every_timestep_drawn_once_it_is_the_whole_chains_bound(var):
+def test_with_every_timestep_drawn_once_it_is_the_whole_chains_bound(mean, var):
     """Uniform p and T evaluations: the same terms for the same noise."""
-    d, x_start = make_diffusion(steps=30, var=var, schedule="cosine"), image_batch("bpd", 4, 3, 4, 4)
+    d, x_start = make_diffusion(30, "cosine", mean, var), image_batch("bpd", 4, 3, 4, 4)
     model, noise = toy_model_for(d), [th.randn_like(x_start) for _ in range(30)]
 
     def noise_fn(x):

@@ -50,7 +50,7 @@ def test_the_chosen_chain_is_the_best_of_all(steps, seed):
 
 
 @pytest.mark.parametrize("var", ["FIXED_SMALL", "FIXED_LARGE", "LEARNED_RANGE"])
-@pytest.mark.parametrize("mean", ["EPSILON", "START_X"])
+@pytest.mark.parametrize("mean", ["EPSILON", "START_X", "VELOCITY"])
 def test_a_chains_bound_is_that_of_calc_bpd_loop(monkeypatch, mean, var):
     """For the same noise, whatever timesteps it visits."""
     d = make_diffusion(steps=40, schedule="cosine", mean=mean, var=var, respacing=[40])

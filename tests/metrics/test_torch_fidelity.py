@@ -1,4 +1,4 @@
-"""The numbers of torch-fidelity on the same folders, by a small feature extractor (recorded) and its Inception, untrained."""
+"""The numbers of torch-fidelity: recorded, by a small feature extractor, and of its Inception, untrained."""
 
 import hashlib
 

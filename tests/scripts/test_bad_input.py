@@ -75,7 +75,13 @@ CASES = [  # scripts, flags that differ from those that work, what the line must
     (ALL, dict(timestep_respacing="nll25"), ["timestep_respacing nll25", "nll1 to nll24"]),
     (ALL, dict(timestep_respacing="at:0,5,4"), ["timestep_respacing at:0,5,4", "5 before 4", "0 to 23"]),
     (ALL, dict(timestep_respacing="at:24"), ["timestep_respacing at:24", "24 among 24", "0 to 23"]),
+    (ALL, dict(predict_v=True, predict_xstart=True), ["predict_v True", "predict_xstart True"]),
+    (TRAINING, dict(loss_weighting="min_snr", use_kl=True), ["loss_weighting min_snr", "use_kl True"]),
+    (TRAINING, dict(loss_weighting="p2"), ["--loss_weighting p2", "uniform or min_snr"]),
     # numbers out of range
+    (TRAINING, dict(grad_clip=-1), ["--grad_clip -1", "0 or more"]),
+    (TRAINING, dict(lr_warmup_steps=-1), ["--lr_warmup_steps -1", "0 or more"]),
+    (TRAINING, dict(min_snr_gamma=0), ["--min_snr_gamma 0", "more than 0"]),
     (ALL, dict(batch_size=0), ["--batch_size 0", "1 to"]),
     (ALL, dict(batch_size=-4), ["--batch_size -4", "1 to"]),
     (ALL, dict(batch_size=1.5), ["--batch_size", "'1.5' is not a whole number"]),

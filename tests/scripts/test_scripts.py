@@ -3,6 +3,7 @@
 import collections
 import csv
 import itertools
+import json
 import re
 import signal
 import sys
@@ -99,6 +100,7 @@ def test_help(tmp_path, capfd, script):
         dict(schedule_sampler="loss-second-moment", use_fp16=True, learn_sigma=True),
         dict(image_channels=1, ema_rate="0.9,0.99"),
         dict(microbatch=3, dropout=0.1, use_checkpoint=True),
+        dict(predict_v=True, learn_sigma=True, loss_weighting="min_snr", grad_clip=0.1, lr_warmup_steps=3),
         dict(use_kl=True, predict_xstart=True, sigma_small=True, use_scale_shift_norm=False),
         dict(noise_schedule="linear", timestep_respacing="ddim8", weight_decay=0.1),
     ],
@@ -268,6 +270,40 @@ def in_a_process(*words):
 
 def without_rates(log):
     return re.sub(rb"\| images/s +\| \S+ +\|\n", b"", log)
+
+
+@pytest.mark.parametrize("script", ["image", "super_res"])
+def test_a_model_of_the_velocity_is_trained_and_used(tmp_path, images, script):
+    """config.json has all flags of the run; other scripts take what the model predicts from it, and nothing warns."""
+    sizes = dict(image_size=8) if script == "image" else dict(image_size=None, large_size=8, small_size=4)
+    new = dict(
+        predict_v=True,
+        loss_weighting="min_snr",
+        min_snr_gamma=4.0,
+        grad_clip=0.1,
+        lr_warmup_steps=3,
+        ema_warmup=True,
+    )
+    run = tmp_path / "run"
+    train(run, images, f"{script}_train", **sizes, learn_sigma=True, ema_rate=0.9999, preview_samples=1, **new)
+    saved = json.loads((run / "config.json").read_text())["flags"]
+    assert {name: saved[name] for name in new} == new
+    assert {path.name for path in run.glob("*.png")} == {"preview_000002.png", "preview_000004.png"}  # of the average
+    assert all(0 <= float(row["clipped"]) <= 1 for row in progress(run))
+    common = flags(model_path=run / "ema_0.9999_000004.pt", seed=0, batch_size=2, num_samples=2)
+    others = {"super_res_sample": ["--base_samples", str(images)]}
+    if script == "image":
+        data = ["--data_dir", str(images), "--num_workers", "0"]
+        others = {"image_sample": [], "image_nll": data, "plan_timesteps": [*data, "--steps", "4"]}
+    for name, words in others.items():
+        assert run_script(name, [*common, *words], tmp_path / name) == 0
+        assert "WARNING" not in (tmp_path / name / "log.txt").read_text()
+    name = f"{script}_sample"
+    words = [*common, *others[name], "--predict_v", "False"]
+    assert run_script(name, words, tmp_path / "of noise") == 0
+    assert "WARNING: --predict_v False" in (tmp_path / "of noise" / "log.txt").read_text()
+    drawn = [dict(np.load(next((tmp_path / folder).glob("*.npz"))))["arr_0"] for folder in (name, "of noise")]
+    assert not np.array_equal(*drawn)
 
 
 # ---------------------------------------------------------------- sampling

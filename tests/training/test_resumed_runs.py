@@ -112,6 +112,31 @@ def test_real_networks_and_workers(tmp_path, seven_images, net, parameters):
     interrupt_and_resume(tmp_path, seven_images, 5, "killed", net=net, save_interval=3, log_interval=2, **parameters)
 
 
+@pytest.mark.parametrize("how", ["ended", "killed"])
+@pytest.mark.parametrize("stop", [1, 5])
+@pytest.mark.parametrize("use_fp16", [False, True])
+def test_options_of_the_update_and_the_loss(tmp_path, seven_images, stop, how, use_fp16):
+    """Some steps clipped; stopped while the learning rate rises and after."""
+    interrupt_and_resume(
+        tmp_path,
+        seven_images,
+        stop,
+        how,
+        save_interval=2,
+        log_interval=3,
+        dropout=0.3,
+        use_fp16=use_fp16,
+        grad_clip=0.1,
+        lr_warmup_steps=4,
+        lr_anneal_steps=STEPS + 3,
+        ema_rate="0.5,0.9999",
+        ema_warmup=True,
+        process=dict(mean="VELOCITY", min_snr_gamma=0.5),
+    )
+    clipped = [row["clipped"] for row in read_rows(tmp_path / "parts")]
+    assert 0 < sum(clipped) < len(clipped)
+
+
 def test_overflows_are_counted_on(tmp_path):
     """Twelve before the checkpoint and eight behind it are twenty in a row."""
     nan = dict.fromkeys(range(100), math.nan)
