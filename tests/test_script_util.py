@@ -73,6 +73,7 @@ NEW_FLAGS = dict(
     image_channels=3,
     channel_mult="",
     network="unet",
+    class_dropout=0.0,
     seed=None,
     use_fp16=False,
     use_bf16=False,
@@ -92,7 +93,16 @@ NEW_TRAINING_FLAGS = dict(
     config="",
     overwrite=False,
 )
-NEW_SAMPLING_FLAGS = dict(NEW_FLAGS, save_images=False, sampler="ancestral", sampling_steps=0, spacing="lam", eta=None)
+NEW_SAMPLING_FLAGS = dict(
+    NEW_FLAGS,
+    save_images=False,
+    sampler="ancestral",
+    sampling_steps=0,
+    spacing="lam",
+    eta=None,
+    guidance_scale=1.0,
+    guidance_interval="0,inf",
+)
 NEW_BY_SCRIPT = {
     "image_train": dict(NEW_TRAINING_FLAGS, eval_samples=0, eval_reference=""),
     "super_res_train": dict(NEW_TRAINING_FLAGS, sigma_small=False),

@@ -138,8 +138,9 @@ def _check_size(flags, values, path, inferred):
     """
     for name in ("num_channels", "num_res_blocks", "num_classes"):
         known = inferred is not None and inferred[name] is not None
-        if known and name not in flags.given and inferred[name] != values[name]:
-            problem = f"{name} is {values[name]}, but {inferred[name]} by the shapes of the weights"
+        null_label = name == "num_classes" and values["class_dropout"] > 0  # one more row
+        if known and name not in flags.given and inferred[name] != values[name] + null_label:
+            problem = f"{name} is {values[name]}, but {inferred[name] - null_label} by the shapes of the weights"
             raise InputError(f"{path}: {problem}; delete the file, and give the flags instead")
 
 
@@ -150,6 +151,8 @@ def _from_shapes(flags, path, shapes):
     if inferred is None or inferred["super_resolution"] != (size_flag == "large_size"):
         return Run(flags.options)  # loading the weights fails, with a message
     found = _as_options(inferred, values[size_flag], values["attention_resolutions"])
+    if "num_classes" in found and values["class_dropout"] > 0:
+        found["num_classes"] -= 1  # the last row of label_emb is the null label's
     overridden = {k: v for k, v in found.items() if k not in flags.given and v != values[k]}
     unknown = [k for k in (size_flag, "small_size", *REQUIRED) if k in values and k not in flags.given]
     if overridden and unknown:
