@@ -92,7 +92,7 @@ def test_the_version_has_one_source(metadata):
 def test_extras(metadata):
     assert (metadata.name, metadata.metadata["License-Expression"]) == ("improved-diffusion", "MIT")
     assert {"mpi", "demo", "tensorboard", "lsun", "test"} <= set(metadata.metadata.get_all("Provides-Extra"))
-    extras = ("mpi", "demo", "tensorboard", "safetensors", "lsun", "metrics")
+    extras = ("mpi", "demo", "tensorboard", "safetensors", "wandb", "lsun", "metrics")
     named = {(extra, r.name) for extra in extras for r in required(metadata, extra)}
     assert {("mpi", "mpich"), ("demo", "scikit-learn"), ("demo", "matplotlib"), ("lsun", "lmdb")} <= named
     assert {

@@ -15,7 +15,7 @@ NO_NETWORK = "the network has no such part; --network names those that there are
 NO_CLASSIFIER = "guidance is without a classifier: --guidance_scale, for a model trained with class_dropout"
 GUIDANCE = "it is a flag of image_sample.py; training needs --class_dropout"
 DEVICES = "a GPU is used if there is one; CUDA_VISIBLE_DEVICES chooses, and torchrun or mpiexec starts several ranks"
-LOGS = "the environment variable OPENAI_LOG_FORMAT chooses among stdout, log, csv, json and tensorboard"
+LOGS = "the environment variable OPENAI_LOG_FORMAT chooses among stdout, log, csv, json, tensorboard and wandb"
 NO_BETAS = "the noise levels are those of --noise_schedule"
 
 # names in diffusers, accelerate, edm, guided-diffusion and elsewhere: answers, of which a script gives the first whose
