@@ -25,6 +25,7 @@ options         every option: name, type, default, help, valid values
 option_groups   what an option is
 samplers        one function per sampler
 solvers         good samples in 10 to 20 evaluations of the network
+guidance        samples that fit their class better
 respace         fewer timesteps of a longer process
 gaussian_diffusion   the processes q and p, losses, the bound
 resample        which timesteps to train on

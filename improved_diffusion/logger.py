@@ -1,5 +1,5 @@
 """
-Key-value logging to the terminal, log.txt, CSV, JSON lines and TensorBoard.
+Key-value logging to the terminal, log.txt, CSV, JSON lines, TensorBoard and Weights & Biases.
 
     logger.configure(dir="runs/a")    # or OPENAI_LOGDIR; formats from OPENAI_LOG_FORMAT
     logger.logkv("step", 10)          # the last value of a key wins
@@ -31,6 +31,7 @@ from .utils.log_formats import (
     SeqWriter,
     StreamEnded,
     TensorBoardOutputFormat,  # noqa: F401
+    WandbOutputFormat,  # noqa: F401
     check_format,
     make_output_format,
     plain,
@@ -116,6 +117,11 @@ class Logger:
         """Write a picture, uint8 [h, w, 1 or 3], to the outputs that support it."""
         for fmt in self._kv_writers():
             fmt.writeimage(key, pixels, step)
+
+    def writeconfig(self, config):
+        """Give the options of the run, plain values, to the outputs that show them."""
+        for fmt in self._kv_writers():
+            fmt.writeconfig(config)
 
     def set_level(self, level):
         self.level = level

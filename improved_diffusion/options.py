@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from .guidance import interval_of
 from .networks import NETWORKS
 from .option_groups import Group, option, path_option, rows
 from .samplers import SAMPLERS, SOLVERS
@@ -63,6 +64,7 @@ class NetworkOptions(Group):
     image_channels: int = option(3, "3 for RGB, 1 for greyscale", choices=(1, 3))
     channel_mult: str = option("", "channels per level / num_channels, such as 1,2,2; built in for sizes 32 to 512")
     network: str = option("unet", " or ".join(NETWORKS), choices=tuple(NETWORKS))
+    class_dropout: float = option(0.0, "probability in training of no class; above 0 for guidance", minimum=0, below=1)
 
 
 @dataclass(frozen=True)
@@ -174,6 +176,10 @@ class PlanOptions(WeightsOptions):
         return [int(word) for word in self.steps.split(",")]
 
 
+GUIDANCE_SCALE_HELP = "strength of the class: 1 is the model's own, 1.5 to 5 favour it, 0 ignores it"
+GUIDANCE_INTERVAL_HELP = "noise levels with guidance, LOW,HIGH in sigma = sqrt((1 - abar) / abar)"
+
+
 @dataclass(frozen=True)
 class SamplingOptions(WeightsOptions):
     batch_size: int = option(16, "images per batch on each rank", minimum=1, maximum=2**24)
@@ -183,9 +189,14 @@ class SamplingOptions(WeightsOptions):
     sampling_steps: int = option(0, "evaluations of the model by a solver (all but ancestral, ddim); 0 = 20", minimum=0)
     spacing: str = option("lam", "timesteps of a solver: " + " or ".join(SPACINGS), choices=SPACINGS)
     eta: float | None = option(None, "noise of ddim and solvers; default: 1 for -sde, else 0", minimum=0, maximum=1)
+    guidance_scale: float = option(1.0, GUIDANCE_SCALE_HELP, minimum=0, maximum=1000)
+    guidance_interval: str = option("0,inf", GUIDANCE_INTERVAL_HELP, several=True, minimum=0)
 
     def __post_init__(self):
         super().__post_init__()
+        interval_of(self.guidance_interval)
+        if self.guidance_scale == 1 and self.guidance_interval != "0,inf":
+            raise InputError(f"guidance_interval {self.guidance_interval}: needs a guidance_scale other than 1")
         name = self.sampler_name
         if self.use_ddim and self.sampler not in ("ancestral", "ddim"):  # the first is the default
             raise InputError(f"use_ddim True: contradicts sampler {self.sampler}; give one of the two")

@@ -34,7 +34,7 @@ CHANNEL_MULT = {  # by image size: width of each level in num_channels
     512: (0.5, 1, 1, 2, 2, 4, 4),
 }
 # not options of the original: absent from its dictionaries
-EXTRA = ("num_classes", "image_channels", "channel_mult", "network", "predict_v")
+EXTRA = ("num_classes", "image_channels", "channel_mult", "network", "predict_v", "class_dropout")
 
 
 # ---------------------------------------------------------------- defaults
@@ -66,7 +66,7 @@ def create_model_and_diffusion(
     predict_xstart: bool, rescale_timesteps: bool, rescale_learned_sigmas: bool, use_checkpoint: bool,
     use_scale_shift_norm: bool, num_classes: int | None = None, image_channels: int = 3,
     channel_mult: str | Sequence[float] = "", network: str = "unet", predict_v: bool = False,
-    loss_weighting: str = "uniform", min_snr_gamma: float = 5.0,
+    loss_weighting: str = "uniform", min_snr_gamma: float = 5.0, class_dropout: float = 0.0,
 ) -> tuple[nn.Module, SpacedDiffusion]:  # fmt: skip
     """
     A model and its diffusion. Parameters as in create_model() and create_gaussian_diffusion().
@@ -83,7 +83,7 @@ def create_model_and_diffusion(
     model = create_model(
         image_size, num_channels, num_res_blocks, learn_sigma, class_cond, use_checkpoint, attention_resolutions,
         num_heads, num_heads_upsample, use_scale_shift_norm, dropout, num_classes, image_channels, channel_mult,
-        network,
+        network, class_dropout,
     )  # fmt: skip
     return model, diffusion
 
@@ -95,7 +95,7 @@ def sr_create_model_and_diffusion(
     predict_xstart: bool, rescale_timesteps: bool, rescale_learned_sigmas: bool, use_checkpoint: bool,
     use_scale_shift_norm: bool, num_classes: int | None = None, image_channels: int = 3,
     channel_mult: str | Sequence[float] = "", sigma_small: bool = False, network: str = "unet",
-    predict_v: bool = False, loss_weighting: str = "uniform", min_snr_gamma: float = 5.0,
+    predict_v: bool = False, loss_weighting: str = "uniform", min_snr_gamma: float = 5.0, class_dropout: float = 0.0,
 ) -> tuple[nn.Module, SpacedDiffusion]:  # fmt: skip
     """A super-resolution model and its diffusion. Parameters as in create_model_and_diffusion()."""
     diffusion = create_gaussian_diffusion(
@@ -107,7 +107,7 @@ def sr_create_model_and_diffusion(
     model = sr_create_model(
         large_size, small_size, num_channels, num_res_blocks, learn_sigma, class_cond, use_checkpoint,
         attention_resolutions, num_heads, num_heads_upsample, use_scale_shift_norm, dropout,
-        num_classes, image_channels, channel_mult, network,
+        num_classes, image_channels, channel_mult, network, class_dropout,
     )  # fmt: skip
     return model, diffusion
 
@@ -116,7 +116,7 @@ def create_model(
     image_size: int, num_channels: int, num_res_blocks: int, learn_sigma: bool, class_cond: bool, use_checkpoint: bool,
     attention_resolutions: str | Sequence[int], num_heads: int, num_heads_upsample: int, use_scale_shift_norm: bool,
     dropout: float, num_classes: int | None = None, image_channels: int = 3, channel_mult: str | Sequence[float] = "",
-    network: str = "unet",
+    network: str = "unet", class_dropout: float = 0.0,
 ) -> nn.Module:  # fmt: skip
     """
     A network for images [N, image_channels, image_size, image_size].
@@ -127,12 +127,13 @@ def create_model(
     :param num_classes: number of labels, if class_cond; NUM_CLASSES if None.
     :param channel_mult: width of each level in num_channels, such as "1,2,2"; "" for that of the image size.
     :param network: a key of NETWORKS.
+    :param class_dropout: probability in training that a label is replaced by null_label, a further row of label_emb.
     :raises InputError: (a ValueError) if sizes, widths and heads do not fit together.
     """
     return _create_network(
         0, network, "image_size", image_size, num_channels, num_res_blocks, learn_sigma, class_cond, use_checkpoint,
         attention_resolutions, num_heads, num_heads_upsample, use_scale_shift_norm, dropout,
-        num_classes, image_channels, channel_mult,
+        num_classes, image_channels, channel_mult, class_dropout,
     )  # fmt: skip
 
 
@@ -140,23 +141,25 @@ def sr_create_model(
     large_size: int, small_size: int, num_channels: int, num_res_blocks: int, learn_sigma: bool, class_cond: bool,
     use_checkpoint: bool, attention_resolutions: str | Sequence[int], num_heads: int, num_heads_upsample: int,
     use_scale_shift_norm: bool, dropout: float, num_classes: int | None = None, image_channels: int = 3,
-    channel_mult: str | Sequence[float] = "", network: str = "unet",
+    channel_mult: str | Sequence[float] = "", network: str = "unet", class_dropout: float = 0.0,
 ) -> nn.Module:  # fmt: skip
     """create_model() at large_size, with low-resolution images of any size as second input."""
     return _create_network(
         1, network, "large_size", large_size, num_channels, num_res_blocks, learn_sigma, class_cond, use_checkpoint,
         attention_resolutions, num_heads, num_heads_upsample, use_scale_shift_norm, dropout,
-        num_classes, image_channels, channel_mult,
+        num_classes, image_channels, channel_mult, class_dropout,
     )  # fmt: skip
 
 
 def _create_network(
     kind, network, size_name, size, num_channels, num_res_blocks, learn_sigma, class_cond, use_checkpoint,
     attention_resolutions, num_heads, num_heads_upsample, use_scale_shift_norm, dropout,
-    num_classes, image_channels, channel_mult,
+    num_classes, image_channels, channel_mult, class_dropout,
 ):  # fmt: skip
     if network not in NETWORKS:
         raise InputError(f"network {network}: give one of {', '.join(NETWORKS)}")
+    if class_dropout and not class_cond:
+        raise InputError(f"class_dropout {class_dropout}: needs class_cond True")
     mult = _channel_mult(size_name, size, channel_mult)
     resolutions = _numbers("attention_resolutions", attention_resolutions, int)
     levels = {level for level in range(len(mult)) if 2**level in [size // r for r in resolutions]}
@@ -180,6 +183,7 @@ def _create_network(
         num_heads=num_heads,
         num_heads_upsample=num_heads_upsample,
         use_scale_shift_norm=use_scale_shift_norm,
+        **({"class_dropout": class_dropout} if class_dropout else {}),  # other networks need not know it
     )
 
 

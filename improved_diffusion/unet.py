@@ -224,6 +224,7 @@ class UNetModel(nn.Module):
     """
 
     use_bf16 = False
+    class_dropout = 0.0  # of a model that was pickled whole by the original
 
     def __init__(
         self,
@@ -241,8 +242,11 @@ class UNetModel(nn.Module):
         num_heads: int = 1,
         num_heads_upsample: int = -1,  # in the decoder; -1: num_heads
         use_scale_shift_norm: bool = False,  # see ResBlock
+        class_dropout: float = 0.0,  # probability in training that a label becomes null_label, num_classes
     ):
         super().__init__()
+        if class_dropout and num_classes is None:
+            raise ValueError(f"class_dropout {class_dropout} needs num_classes")
         if num_heads_upsample == -1:
             num_heads_upsample = num_heads
         self.in_channels = in_channels
@@ -258,6 +262,7 @@ class UNetModel(nn.Module):
         self.use_checkpoint = use_checkpoint
         self.num_heads = num_heads
         self.num_heads_upsample = num_heads_upsample
+        self.class_dropout = class_dropout
 
         emb_channels = model_channels * 4
         self.time_embed = nn.Sequential(
@@ -266,7 +271,7 @@ class UNetModel(nn.Module):
             linear(emb_channels, emb_channels),
         )
         if num_classes is not None:
-            self.label_emb = nn.Embedding(num_classes, emb_channels)
+            self.label_emb = nn.Embedding(num_classes + (self.null_label is not None), emb_channels)
 
         def res_block(channels, out_channels):
             return ResBlock(
@@ -339,6 +344,11 @@ class UNetModel(nn.Module):
         """The dtype of the torso."""
         return next(self.input_blocks.parameters()).dtype
 
+    @property
+    def null_label(self) -> int | None:
+        """The label for no class, the last row of label_emb; None for a model without class_dropout."""
+        return self.num_classes if self.class_dropout else None
+
     def forward(self, x: th.Tensor, timesteps: th.Tensor, y: th.Tensor | None = None) -> th.Tensor:
         """
         :param x: [N, in_channels, ...], each size a multiple of 2^(levels - 1).
@@ -370,6 +380,9 @@ class UNetModel(nn.Module):
         if y is not None:
             if y.shape != x.shape[:1]:
                 raise ValueError(f"y must have shape {tuple(x.shape[:1])}, one label per sample, not {tuple(y.shape)}")
+            if self.training and self.null_label is not None:
+                dropped = th.rand(y.shape, device=y.device) < self.class_dropout   # (N,)
+                y = th.where(dropped, self.null_label, y)
             emb = emb + self.label_emb(y)                                          # (N, 4 * model_channels)
 
         h = x.type(self.inner_dtype)                                               # (N, in_channels, ...)

@@ -24,6 +24,7 @@ LAYERS = (
     ("option_groups",),
     ("samplers",),
     ("solvers",),
+    ("guidance",),
     ("respace",),
     ("gaussian_diffusion",),
     ("resample",),  # gathers losses over the ranks

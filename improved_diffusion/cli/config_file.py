@@ -2,6 +2,8 @@
 config.json: the flags of a run, in its folder.
 
     {"script": "image_train", "flags": {"image_size": 64, ...}, "class_names": ["cat", "dog"] or null}
+
+A safetensors file has the same text in its metadata, as "config".
 """
 
 import json
@@ -12,6 +14,7 @@ import blobfile as bf
 
 from ..option_groups import Option, check, rows
 from ..options import ScriptOptions
+from ..utils import safe_tensors
 from ..utils.errors import InputError
 
 CONFIG = "config.json"
@@ -24,6 +27,20 @@ def read_config(directory: str) -> dict[str, Any] | None:
     if not bf.exists(path):
         return None
     return _read(path, "delete it, and give the flags instead")
+
+
+def config_of(weights: str) -> tuple[dict[str, Any] | None, str]:
+    """
+    The config of a file of weights: config.json beside it, else the metadata of safetensors.
+
+    :return: (the config, None if there is none, the path of the file that has it).
+    :raises InputError: if it is damaged.
+    """
+    beside = bf.join(bf.dirname(weights), CONFIG)
+    if (config := read_config(bf.dirname(weights))) is not None or not weights.endswith(safe_tensors.ENDING):
+        return config, beside
+    text = safe_tensors.read_metadata(weights).get("config")
+    return (None, beside) if text is None else (_parse(text, weights, "put a config.json beside it"), weights)
 
 
 def flags_of_another(path: str, options: ScriptOptions) -> dict[str, Any]:
@@ -58,7 +75,15 @@ def _checked(path: str, row: Option, value: Any) -> Any:
 def _read(path, advice="give the config.json of a run"):
     try:
         with bf.BlobFile(path, "rb") as f:
-            config = json.loads(f.read())
+            text = f.read()
+    except OSError as e:
+        raise InputError(f"{path}: not the flags of a run ({type(e).__name__}: {e}); {advice}") from None
+    return _parse(text, path, advice)
+
+
+def _parse(text, path, advice):
+    try:
+        config = json.loads(text)
         flags, names = config["flags"], config["class_names"]
         if not isinstance(flags, dict) or not (names is None or isinstance(names, list)):
             raise ValueError("no flags in it")
@@ -69,7 +94,7 @@ def _read(path, advice="give the config.json of a run"):
             raise ValueError("class_names are none; null stands for unknown ones")
         if len(set(names or [])) < count:
             raise ValueError("class_names has a name twice")
-    except (ValueError, KeyError, TypeError, OSError, RecursionError) as e:
+    except (ValueError, KeyError, TypeError, RecursionError) as e:
         problem = f"not the flags of a run ({type(e).__name__}: {e})"
         raise InputError(f"{path}: {problem}; {advice}") from None
     return config

@@ -27,6 +27,8 @@ def estimate_memory(model: Any, options: ScriptOptions) -> tuple[int, int]:
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     half = values["use_fp16"] * weights // 2
     batch_size, passes = values["batch_size"], 1
+    if values.get("guidance_scale", 1) != 1:
+        batch_size *= 2  # with and without the class
     if training is not None:
         held = weights * (3 + len(training.ema_rate.split(","))) + half  # weights, two moments, averages
         size = _microbatch(options)

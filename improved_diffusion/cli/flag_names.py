@@ -12,9 +12,10 @@ DECAY = "the averages of the weights have constant rates, --ema_rate, or begin w
 LR_SCHEDULE = "the learning rate --lr is constant, rises over --lr_warmup_steps, or falls to 0 over --lr_anneal_steps"
 ADAM = "the optimizer is AdamW, with --lr and --weight_decay"
 NO_NETWORK = "the network has no such part; --network names those that there are"
-NO_GUIDANCE = "guidance is not built in; a class-conditional model draws --classes"
+NO_CLASSIFIER = "guidance is without a classifier: --guidance_scale, for a model trained with class_dropout"
+GUIDANCE = "it is a flag of image_sample.py; training needs --class_dropout"
 DEVICES = "a GPU is used if there is one; CUDA_VISIBLE_DEVICES chooses, and torchrun or mpiexec starts several ranks"
-LOGS = "the environment variable OPENAI_LOG_FORMAT chooses among stdout, log, csv, json and tensorboard"
+LOGS = "the environment variable OPENAI_LOG_FORMAT chooses among stdout, log, csv, json, tensorboard and wandb"
 NO_BETAS = "the noise levels are those of --noise_schedule"
 
 # names in diffusers, accelerate, edm, guided-diffusion and elsewhere: answers, of which a script gives the first whose
@@ -42,6 +43,7 @@ ANSWERS: dict[str, tuple[str, ...]] = {
     "attn_resolutions attn_res attention_levels": ("--attention_resolutions",),
     "dropout_rate dropout_prob p_dropout drop": ("--dropout",),
     "cond conditional class_conditional": ("--class_cond True",),
+    "class_dropout_prob p_uncond cond_drop_prob uncond_prob drop_label_prob": ("--class_dropout",),
     "n_classes nb_classes label_dim num_class_embeds": ("--num_classes",),
     "gradient_checkpointing grad_checkpoint activation_checkpointing": ("--use_checkpoint True",),
     "arch model_type unet": ("--network",),
@@ -102,7 +104,8 @@ ANSWERS: dict[str, tuple[str, ...]] = {
     "n_samples samples nsamples num_images n_images num_images_per_prompt": ("--num_samples",),
     "clip_sample clip_denoise clip_x0": ("--clip_denoised",),
     "class class_idx class_labels class_label label": ("--classes", "--class_cond True"),
-    "guidance_scale guidance cfg_scale classifier_scale classifier_path": (NO_GUIDANCE,),
+    "guidance cfg_scale cfg_weight": ("--guidance_scale", GUIDANCE),
+    "classifier_scale classifier_path": (NO_CLASSIFIER,),
     "save_png save_pngs save_imgs": ("--save_images True",),
     # output
     "output out output_dir out_dir outdir logdir logging_dir log_path save_dir results_dir result_dir workdir exp_dir"

@@ -17,7 +17,7 @@ SCRIPTS: dict[str, type[ScriptOptions]] = {
 HEAD = """# Flags
 
 `python -m improved_diffusion.cli.flag_table > docs/flags.md` generates this file from `options.py`.
-Counts may be written as `1e6`. For `prepare.py`, `plot_progress.py` and `plot_nll.py` see `--help`.
+Counts may be written as `1e6`. For `prepare.py`, `convert.py`, `plot_progress.py` and `plot_nll.py` see `--help`.
 """
 
 

@@ -22,7 +22,7 @@ from ..training.weights import infer_architecture, is_young
 from ..utils.errors import InputError
 from ..utils.files import checkpoint_url, write_files
 from .advice import doubts
-from .config_file import CONFIG, read_config
+from .config_file import CONFIG, config_of
 from .parser import Flags, log_directory
 from .presets import PRESETS
 from .run_folder import check_unused
@@ -81,10 +81,11 @@ def _resumed(flags):
             raise InputError("resume_checkpoint auto: give log_dir, the folder of the run")
         if not dist_util.broadcast_from_rank_0(has_checkpoint, directory):  # config.json is of a run that saved nothing
             return new
-    config = dist_util.broadcast_from_rank_0(read_config, directory)
+    file = bf.join(directory, CONFIG) if checkpoint == "auto" else checkpoint
+    config, path = dist_util.broadcast_from_rank_0(config_of, file)
     if config is None:
         return new
-    run = _from_config(flags, config, directory)
+    run = from_config(flags, config, path)
     # a new run from other weights, such as an average, may have other classes
     keeps_classes = (checkpoint == "auto" or is_of_a_run(checkpoint)) and run.options.values()["class_cond"]
     return run if keeps_classes else dataclasses.replace(run, class_names=None)
@@ -98,11 +99,11 @@ def of_weights(flags: Flags[Opts], weights: dict[str, Any]) -> Run[Opts]:
     :raises InputError: if a required option is in neither the command line, config.json nor the shapes.
     """
     path = flags.options.values()["model_path"]
-    config = dist_util.broadcast_from_rank_0(read_config, bf.dirname(path))
+    config, its_path = dist_util.broadcast_from_rank_0(config_of, path)
     shapes = {name: tuple(value.shape) for name, value in weights.items()}
     if config is not None:
-        run = _from_config(flags, config, bf.dirname(path))
-        _check_size(flags, run.options.values(), bf.join(bf.dirname(path), CONFIG), infer_architecture(shapes))
+        run = from_config(flags, config, its_path)
+        _check_size(flags, run.options.values(), its_path, infer_architecture(shapes))
     else:
         run = _from_shapes(flags, path, shapes)
     return dataclasses.replace(run, notes=(*run.notes, *_warnings(bf.basename(path), config), *doubts(run.options)))
@@ -113,9 +114,8 @@ def _model_rows(options: ScriptOptions) -> dict[str, Option]:
     return {row.name: row for group in groups for row in rows(type(group))}
 
 
-def _from_config(flags, config, directory):
-    """The options of a run with config.json: flags that are not given are the run's."""
-    path = bf.join(directory, CONFIG)
+def from_config(flags, config, path):
+    """The options of a run with a config: flags that are not given are the run's."""
     notes, taken = [f"flags of the model: {path}"], {}
     values, saved_flags = flags.options.values(), config["flags"]
     for name, row in sorted(_model_rows(flags.options).items()):
@@ -123,12 +123,17 @@ def _from_config(flags, config, directory):
             continue
         value, saved = values[name], saved_flags[name]
         if type(saved) is not type(value) or (row.valid is not None and not row.valid.accepts(saved)):
-            raise InputError(f"{path}: {name} cannot be {saved!r}; delete the file, and give the flags instead")
+            raise InputError(f"{path}: {name} cannot be {saved!r}; {_instead(path)}")
         if name not in flags.given:
             taken[name] = saved
         elif saved != value and name not in FREE:
             notes.append(f"WARNING: --{name} {value} is given; the model was trained with {saved}")
     return Run(flags.options.replace(**taken), config["class_names"], tuple(notes))
+
+
+def _instead(path):
+    own_file = bf.basename(path) == CONFIG  # else the weights are in it too
+    return "delete the file, and give the flags instead" if own_file else f"put a {CONFIG} beside it"
 
 
 def _check_size(flags, values, path, inferred):
@@ -138,9 +143,10 @@ def _check_size(flags, values, path, inferred):
     """
     for name in ("num_channels", "num_res_blocks", "num_classes"):
         known = inferred is not None and inferred[name] is not None
-        if known and name not in flags.given and inferred[name] != values[name]:
-            problem = f"{name} is {values[name]}, but {inferred[name]} by the shapes of the weights"
-            raise InputError(f"{path}: {problem}; delete the file, and give the flags instead")
+        null_label = name == "num_classes" and values["class_dropout"] > 0  # one more row
+        if known and name not in flags.given and inferred[name] != values[name] + null_label:
+            problem = f"{name} is {values[name]}, but {inferred[name] - null_label} by the shapes of the weights"
+            raise InputError(f"{path}: {problem}; {_instead(path)}")
 
 
 def _from_shapes(flags, path, shapes):
@@ -150,6 +156,8 @@ def _from_shapes(flags, path, shapes):
     if inferred is None or inferred["super_resolution"] != (size_flag == "large_size"):
         return Run(flags.options)  # loading the weights fails, with a message
     found = _as_options(inferred, values[size_flag], values["attention_resolutions"])
+    if "num_classes" in found and values["class_dropout"] > 0:
+        found["num_classes"] -= 1  # the last row of label_emb is the null label's
     overridden = {k: v for k, v in found.items() if k not in flags.given and v != values[k]}
     unknown = [k for k in (size_flag, "small_size", *REQUIRED) if k in values and k not in flags.given]
     if overridden and unknown:
@@ -190,17 +198,17 @@ def _format(values):
 def _warnings(name, config):
     """Warn of weights that give poor samples, by their file name."""
     warmup = config is not None and config["flags"].get("ema_warmup") is True
-    if raw := re.fullmatch(r"model(\d+)\.pt", name):
+    if raw := re.fullmatch(r"model(\d+)\.(pt|safetensors)", name):
         (row,) = (row for row in rows(TrainingOptions) if row.name == "ema_rate")
         rates = config["flags"].get("ema_rate") if config else None
         rates = rates if isinstance(rates, str) and row.valid and row.valid.accepts(rates) else row.default
         if is_young(float(rates.split(",")[0]), int(raw[1]), warmup):
             return []
         return [f"WARNING: {name} has raw weights; the ema_ file of the same step gives better samples"]
-    ema = re.fullmatch(r"ema_(0\.\d+)_(\d+)\.pt", name)
+    ema = re.fullmatch(r"ema_(0\.\d+)_(\d+)\.(pt|safetensors)", name)
     if ema and float(ema[1]) < 1 and is_young(float(ema[1]), int(ema[2]), warmup):
         horizon = math.ceil(1 / (1 - float(ema[1])) - 1e-6)
         seen = f"averages over about {horizon} steps, but has seen {int(ema[2])}, not {3 * horizon}"
-        better = f"model{ema[2]}.pt gives better samples"
+        better = f"model{ema[2]}.{ema[3]} gives better samples"
         return [f"WARNING: {name} {seen}: its samples resemble those of the untrained model; {better}"]
     return []

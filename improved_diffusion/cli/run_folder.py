@@ -16,7 +16,9 @@ from ..utils.errors import InputError, first_line
 from ..utils.files import checkpoint_url, is_inside, is_remote
 
 EARLIER = "earlier-{}"  # subfolder for the files of an earlier run
-LOGS = re.compile(r"(log|progress)(-rank\d+)?\.(txt|csv|json)(\.damaged)?|tb(-rank\d+)?|config\.json|progress\.png")
+LOGS = re.compile(
+    r"(log|progress)(-rank\d+)?\.(txt|csv|json)(\.damaged)?|tb(-rank\d+)?|wandb(-id(-rank\d+)?\.txt)?|config\.json|progress\.png"
+)
 OF_A_STEP = re.compile(r"(?:model|ema_[^_]+_|opt|state|preview_)(\d{6,})(?:_[^.]*)?\.(?:pt|png)(?:\.tmp)?")
 
 

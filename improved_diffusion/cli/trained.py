@@ -29,4 +29,4 @@ def load_trained(flags: Flags, create: Callable) -> tuple[Run, Any, Any]:
     model, diffusion = run.options.call(create)
     load_weights(model, weights, path)
     run = dataclasses.replace(run, weights=digest(weights))
-    return run, run.options.call(for_inference, model=model), diffusion
+    return run, run.options.call(for_inference, model=model, diffusion=diffusion), diffusion

@@ -8,6 +8,7 @@ import numpy as np
 import torch as th
 
 from .. import dist_util, logger
+from ..guidance import guided
 from ..samplers import SAMPLERS, evaluations
 from ..script_util import configure_compute
 from ..utils.errors import InputError
@@ -48,16 +49,21 @@ def noise_of(seed: int | None, numbers: Iterable[int]) -> Callable[[th.Tensor], 
     return th.randn_like if seed is None else SampleNoise(seed, numbers)
 
 
-def for_inference(model, *, batch_size: int, use_fp16=False, use_bf16=False, compile=False) -> Callable:
+def for_inference(
+    model, *, batch_size: int, use_fp16=False, use_bf16=False, compile=False, diffusion=None,
+    guidance_scale: float = 1.0, guidance_interval: str = "0,inf",
+) -> Callable:  # fmt: skip
     """
     Prepare a network for sampling and evaluation, on this rank's device.
 
     :param batch_size: the largest batch.
     :param use_fp16, use_bf16, compile: see script_util.configure_compute().
+    :param diffusion, guidance_scale, guidance_interval: see guidance.guided().
     :return: the function to call instead of the network.
     """
     model.to(dist_util.dev()).eval()
     configure_compute(model, use_fp16=use_fp16, use_bf16=use_bf16, compile=compile)
+    model = guided(model, diffusion, guidance_scale, guidance_interval)
     return pad_batches(model, batch_size) if compile else model
 
 

@@ -8,11 +8,12 @@ from ..utils.streams import counted, printable
 
 def log_start(loop, dataset) -> None:
     """
-    Log what a run trains and when it saves.
+    Log what a run trains and when it saves, and give the logger its options.
 
     :param loop: a TrainLoop.
     :param dataset: with num_images and class_names.
     """
+    logger.get_current().writeconfig(loop.flags)
     names = dataset.class_names
     if names is not None:
         logger.log(f"classes: {describe_classes(names)}")

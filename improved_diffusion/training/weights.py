@@ -151,7 +151,8 @@ def _likely_cause(there, here):
         return "the script: one of the two is a model for super-resolution"
     for name in ("num_channels", "image_channels", "class_cond", "num_classes", "learn_sigma"):
         if there[name] != here[name]:
-            return f"{name}, {there[name]} in the file"
+            null_label = name == "num_classes" and abs(there[name] - here[name]) == 1
+            return f"{name}, {there[name]} in the file{', or class_dropout, which adds a label' * null_label}"
     if there["channel_mult"] != here["channel_mult"]:
         mult = ",".join(f"{m:g}" for m in there["channel_mult"])
         sizes = [size for size, default in CHANNEL_MULT.items() if default == there["channel_mult"]]

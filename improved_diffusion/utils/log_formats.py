@@ -1,5 +1,5 @@
 """
-Outputs of the logger: the terminal, log.txt, CSV, JSON lines, TensorBoard.
+Outputs of the logger: the terminal, log.txt, CSV, JSON lines, TensorBoard, Weights & Biases.
 
 Files are appended to. A crash at any moment costs at most one row.
 """
@@ -13,6 +13,7 @@ import json
 import math
 import os
 import re
+import secrets
 import sys
 import threading
 from collections.abc import Callable
@@ -40,6 +41,9 @@ class KVWriter:
 
     def writeimage(self, key: str, pixels: Any, step: int) -> None:
         """Show a picture, uint8 [h, w, 1 or 3]. By default ignored."""
+
+    def writeconfig(self, config: dict[str, Any]) -> None:
+        """Show the options of the run, plain values. By default ignored."""
 
     def close(self) -> None:
         """Close open files. By default there are none."""
@@ -243,11 +247,80 @@ def _silence_writer_threads():
     threading.excepthook = quiet
 
 
+class WandbOutputFormat(KVWriter):
+    """
+    Weights & Biases: scalars, pictures and options, by their step. A resumed run continues the same W&B run, and shows
+    the rows after its checkpoint twice.
+
+    WANDB_MODE=offline, WANDB_PROJECT, WANDB_NAME and the other variables of wandb apply.
+
+    :param id_path: file with the id of the W&B run, written by a new one. wandb's own files go beside it.
+    :raises InputError: if wandb is not installed or cannot start, such as without an API key.
+    """
+
+    def __init__(self, id_path):
+        try:
+            import wandb
+        except ImportError as e:
+            raise InputError("OPENAI_LOG_FORMAT wandb needs wandb: pip install improved-diffusion[wandb]") from e
+        folder = os.path.dirname(os.path.abspath(id_path))
+        self.wandb, self.step = wandb, 0
+        with self._reported():
+            self.run = wandb.init(
+                project=os.environ.get("WANDB_PROJECT", "improved-diffusion"),
+                name=os.environ.get("WANDB_NAME", os.path.basename(folder)),
+                dir=folder,
+                id=_run_id(id_path),
+                resume="allow",
+                reinit="create_new",  # another logger may have a run of its own
+                settings={"console": "off"},  # else wandb replaces stdout
+            )
+            self.run.define_metric("*", step_metric="step")  # unlike wandb's own, this may fall when a run is resumed
+
+    def writekvs(self, kvs):
+        kvs = plain(kvs)
+        self.step = int(kvs.get("step", self.step + 1))
+        scalars = {key: val for key, val in kvs.items() if isinstance(val, (int, float))}
+        with self._reported():
+            self.run.log({**scalars, "step": self.step})
+
+    def writeimage(self, key, pixels, step):
+        with self._reported():
+            self.run.log({key: self.wandb.Image(pixels), "step": step})
+
+    def writeconfig(self, config):
+        with self._reported():
+            self.run.config.update(config, allow_val_change=True)
+
+    def close(self):
+        with self._reported():
+            self.run.finish()
+
+    @contextlib.contextmanager
+    def _reported(self):
+        try:
+            yield
+        except (self.wandb.Error, OSError) as e:
+            raise InputError(f"OPENAI_LOG_FORMAT wandb: {first_line(e)}") from None
+
+
+def _run_id(path):
+    """The id in a file, which is written if it is missing."""
+    with contextlib.suppress(FileNotFoundError), open(path, encoding="utf-8", errors="replace") as f:
+        if not re.fullmatch(r"[\w-]+", found := f.read().strip()):
+            raise InputError(f"{path}: not the id of a W&B run; delete it to begin another one")
+        return found
+    new = secrets.token_hex(4)
+    _replace(path, new.encode())
+    return new
+
+
 FILE_FORMATS: dict[str, tuple[Callable[[str], Any], str]] = {  # name: (writer, file name with the suffix)
     "log": (HumanOutputFormat, "log{}.txt"),
     "csv": (CSVOutputFormat, "progress{}.csv"),
     "json": (JSONOutputFormat, "progress{}.json"),
     "tensorboard": (TensorBoardOutputFormat, "tb{}"),
+    "wandb": (WandbOutputFormat, "wandb-id{}.txt"),
 }
 
 

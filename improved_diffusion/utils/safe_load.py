@@ -1,4 +1,4 @@
-"""Decode files of tensors, such as checkpoints, without running code."""
+"""Decode files of tensors, such as checkpoints and safetensors, without running code."""
 
 import io
 import pickle
@@ -9,6 +9,7 @@ from typing import Any
 import blobfile as bf
 import torch as th
 
+from . import safe_tensors
 from .errors import FileAccessError, InputError, first_line
 
 
@@ -16,7 +17,7 @@ def read_state_dict(path: str, **kwargs) -> Any:
     """
     Read a file of tensors and plain values.
 
-    :param path: a local path or a URL for blobfile.
+    :param path: a local path or a URL for blobfile; safetensors if it ends so.
     :param kwargs: for torch.load, such as map_location (default without a GPU: the CPU).
     :raises InputError: if the file is missing, damaged, not a checkpoint, or could run code.
     """
@@ -47,6 +48,9 @@ def decode(path: str, data: bytes, **kwargs) -> Any:
     """
     if not th.cuda.is_available():
         kwargs.setdefault("map_location", "cpu")
+    if path.endswith(safe_tensors.ENDING):
+        device = kwargs.get("map_location", "cpu")
+        return {name: tensor.to(device) for name, tensor in safe_tensors.decode(path, data).items()}
     f = io.BytesIO(data)
     try:
         if zipfile.is_zipfile(f):

@@ -7,8 +7,9 @@ import pytest
 import torch as th
 from harness import TINY, build, build_sr
 
+from improved_diffusion.cli.config_file import read_config
 from improved_diffusion.cli.parser import Flags
-from improved_diffusion.cli.run_config import of_weights, read_config, resumed, save_config
+from improved_diffusion.cli.run_config import of_weights, resumed, save_config
 from improved_diffusion.options import SampleOptions, SuperResSampleOptions, TrainOptions
 from improved_diffusion.script_util import create_model_and_diffusion, sr_create_model_and_diffusion
 from improved_diffusion.training.weights import infer_architecture

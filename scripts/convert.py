@@ -1,0 +1,92 @@
+"""
+Convert weights: to and from safetensors, with the config.json of their run inside, and to and from guided-diffusion.
+
+    python scripts/convert.py runs/a/ema_0.9999_200000.pt a.safetensors
+    python scripts/convert.py a.safetensors runs/b/model.pt
+    python scripts/convert.py runs/a/ema_0.9999_200000.pt guided.pt --to guided-diffusion
+    python scripts/convert.py guided.pt b.safetensors -- --image_size 64 --learn_sigma True
+
+Words after -- are the flags of a model that guided-diffusion trained (its MODEL_FLAGS). The sampling scripts take
+safetensors as --model_path.
+"""
+
+import contextlib
+
+if __name__ == "__main__":
+    with contextlib.suppress(ImportError):  # not beside the script in sys.path, as by runpy.run_path()
+        import _start  # noqa: F401
+
+import functools
+import json
+import os
+
+import blobfile as bf
+import torch as th
+
+from improved_diffusion.cli.config_file import CONFIG, config_of, read_config
+from improved_diffusion.cli.interchange import from_guided, in_order, options_of, to_guided
+from improved_diffusion.cli.parser import FlagParser, path_argument, run
+from improved_diffusion.training.weights import read_weights
+from improved_diffusion.utils import safe_tensors
+from improved_diffusion.utils.errors import InputError
+from improved_diffusion.utils.files import write_files
+from improved_diffusion.utils.streams import show
+
+
+def main():
+    args = create_argparser().parse_args()
+    weights = read_weights(args.src)
+    config, path = (from_guided(args.flags, weights), args.src) if args.flags else config_of(args.src)
+    check_new(args.out, config if not args.to else None)
+    if config is None and args.to:
+        raise InputError(f"{args.src}: has no {CONFIG} beside it, which tells its options")
+    if config is not None:
+        options = options_of(config, path)
+        weights = in_order(weights, options, args.src)
+    if args.to:
+        flags, notes = to_guided(options)
+        write(args.out, weights, None)
+        for line in (f"wrote {args.out}, with guided-diffusion: MODEL_FLAGS={flags!r}", *notes):
+            show(line)
+        return
+    write(args.out, weights, config)
+    show(f"wrote {args.out}{'' if config else f', without a {CONFIG}: sampling needs the flags of the model'}")
+
+
+def check_new(out: str, config: dict | None) -> None:
+    """:raises InputError: if a file is in the way, or its name has another ending."""
+    if os.path.splitext(out)[1] not in (".pt", safe_tensors.ENDING):
+        raise InputError(f"{out}: give a name that ends in .pt or {safe_tensors.ENDING}")
+    if bf.exists(out):
+        raise InputError(f"{out}: exists; give another name")
+    if config is not None and out.endswith(".pt") and read_config(bf.dirname(out)) not in (None, config):
+        raise InputError(f"{bf.join(bf.dirname(out), CONFIG)}: is of other weights; give another folder")
+
+
+def write(out: str, weights: dict[str, th.Tensor], config: dict | None) -> None:
+    """Write weights: in safetensors the config is in the file, else beside it."""
+    folder, name = bf.dirname(out), bf.basename(out)
+    text = None if config is None else json.dumps(config, indent=1)
+    if out.endswith(safe_tensors.ENDING):
+        data = safe_tensors.encode(out, weights, {} if text is None else {"config": text})
+        write_files(folder, {name: lambda f: f.write(data)})
+        return
+    beside = {} if text is None else {CONFIG: lambda f: f.write(text.encode())}
+    write_files(folder, {**beside, name: functools.partial(th.save, weights)})
+
+
+def create_argparser():
+    parser = FlagParser(description=__doc__)
+    parser.add_argument("src", metavar="SRC", type=path_argument, help="weights, .pt or .safetensors")
+    parser.add_argument("out", metavar="OUT", type=path_argument, help="file to write, .pt or .safetensors")
+    parser.add_argument("flags", metavar="FLAGS", nargs="*", help="after --: guided-diffusion's flags of SRC")
+    parser.add_argument("--to", default="", choices=("guided-diffusion",), help="write for that program, as .pt")
+    return parser
+
+
+def cli():
+    run(main)
+
+
+if __name__ == "__main__":
+    cli()
