@@ -216,7 +216,8 @@ def logging_to(log_dir: str, notes=(), claim: Callable[[str, str], list[str]] | 
         try:
             yield
         finally:
-            logger.log(f"all files are in {logger.get_dir()}{f', checkpoints in {blob_dir}' if blob_dir else ''}")
+            if not isinstance(sys.exc_info()[1], InputError):  # which ends with one line
+                logger.log(f"all files are in {logger.get_dir()}{f', checkpoints in {blob_dir}' if blob_dir else ''}")
     finally:
         lock.release()
 

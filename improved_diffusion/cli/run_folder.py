@@ -13,7 +13,7 @@ from ..options import TrainOptions
 from ..training.checkpoints import has_checkpoint, newest_step
 from ..training.resume import Checkpoint
 from ..utils.errors import InputError, first_line
-from ..utils.files import checkpoint_url, is_inside, is_remote
+from ..utils.files import FolderLock, checkpoint_url, is_inside, is_remote
 
 EARLIER = "earlier-{}"  # subfolder for the files of an earlier run
 LOGS = re.compile(
@@ -80,6 +80,8 @@ def _claim(checkpoint, overwrite, log_dir, directory):
             kept = os.path.basename(checkpoint.path) if named else ""
             notes += _move(folder, [name for name in _files(folder) if name != kept])
         elif problem:
+            if holder := FolderLock(folder).holder():
+                raise InputError(f"{folder}: is in use by another run ({holder}); stop it, or give another folder")
             choices = ["give another folder", *(["--resume_checkpoint auto to continue it"] if not auto else [])]
             if not is_remote(folder):
                 aside = os.path.join(folder, _unused(folder))

@@ -200,6 +200,13 @@ class FolderLock:
             waiting = True
             time.sleep(0.1)
 
+    def holder(self) -> str | None:
+        """What has the lock, in words; None if nothing has. Not for a process that has it: it would lose it."""
+        holder = self._try()
+        if holder is None:
+            self.release()
+        return holder
+
     def _try(self):
         """:return: the holder of the lock; None if this process has it now, or nothing can be locked."""
         try:

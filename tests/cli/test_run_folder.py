@@ -11,6 +11,7 @@ from harness import TRAIN, flags, run_script, write_images
 from improved_diffusion import train_util
 from improved_diffusion.cli import parser
 from improved_diffusion.options import TrainOptions
+from improved_diffusion.utils.files import FolderLock
 
 
 def parse(monkeypatch, capfd, **values):
@@ -90,6 +91,12 @@ def train(finished, capfd):
         return err
 
     return run
+
+
+def test_a_run_that_still_trains_is_not_to_be_overwritten(used, train, monkeypatch):
+    monkeypatch.setattr(FolderLock, "holder", lambda self: f"process 7, in {self.directory}")
+    err = train(used)
+    assert f"process 7, in {used}" in err and "--overwrite" not in err
 
 
 def content(folder):

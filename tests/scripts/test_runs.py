@@ -137,6 +137,10 @@ def test_a_run_that_fails_says_where_it_is_too(tmp_path, monkeypatch, capfd):
         raise KeyError("x")
     logger.get_current().close()
     assert capfd.readouterr().out.endswith(f"all files are in {tmp_path}\n")
+    with pytest.raises(InputError), parser.logging_to(str(tmp_path)):
+        raise InputError("lr 0: give more")
+    logger.get_current().close()
+    assert "all files" not in capfd.readouterr().out
 
 
 # ---------------------------------------------------------------- training

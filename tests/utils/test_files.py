@@ -265,9 +265,11 @@ def test_a_folder_is_locked_by_one_process(tmp_path, capsys):
     with holder:
         with pytest.raises(InputError, match=f"^{folder} .*process {holder.pid} on "):
             FolderLock(str(folder), patience=0).acquire()
+        assert f"process {holder.pid} on " in FolderLock(str(folder)).holder()
         capsys.readouterr()
         FolderLock(str(tmp_path / "other"), patience=0).acquire()
     lock = FolderLock(str(folder), patience=0)
+    assert lock.holder() is None and contents(folder) == {}
     lock.acquire()
     assert capsys.readouterr().out == ""
     lock.release()
