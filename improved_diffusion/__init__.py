@@ -46,7 +46,7 @@ utils           errors, files, checkpoints as bytes, progress; imports nothing o
 
 import importlib
 import os
-from typing import Any
+import typing
 
 __version__ = "1.0.0"
 
@@ -54,7 +54,7 @@ __version__ = "1.0.0"
 STARTED_AS = os.getpid(), os.getppid()
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> typing.Any:
     """train, load and picture, on first use: they import torch."""
     if name in ("train", "load", "picture"):
         return getattr(importlib.import_module(".notebook", __name__), name)
