@@ -1,6 +1,12 @@
 """
 Improved denoising diffusion probabilistic models (Nichol & Dhariwal 2021, arXiv 2102.09672).
 
+A run, from images to samples:
+
+    from improved_diffusion import load, train
+    train("photos", "runs/a", image_size=64, max_steps=10_000)
+    samples = load("runs/a").sample(16)  # [16, 3, 64, 64]
+
 Two lines build a model and its diffusion:
 
     from improved_diffusion.script_util import create_model_and_diffusion, model_and_diffusion_defaults
@@ -13,6 +19,7 @@ diffusion.calc_bpd_loop(model, x_start)         the bound on the likelihood, bit
 
 The map, from top to bottom. A module imports those below it, never above:
 
+notebook        train and load: a run in a few lines of Python
 cli             the scripts' flags, config.json, exit status
 metrics         how good a model is
 inference       samples and previews from trained weights
@@ -37,9 +44,18 @@ dist_util       ranks, devices, collectives
 utils           errors, files, checkpoints as bytes, progress; imports nothing of the package
 """
 
+import importlib
 import os
+import typing
 
 __version__ = "1.0.0"
 
 # this process and its parent: a launcher may be killed during the seconds in which torch is imported
 STARTED_AS = os.getpid(), os.getppid()
+
+
+def __getattr__(name: str) -> typing.Any:
+    """train, load and picture, on first use: they import torch."""
+    if name in ("train", "load", "picture"):
+        return getattr(importlib.import_module(".notebook", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

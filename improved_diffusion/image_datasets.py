@@ -68,13 +68,28 @@ def load_data(
     """
     workers = num_workers if skip_damaged else None
     dataset = _open_dataset(data_dir, image_size, class_cond, image_channels, num_classes, class_names, labels, workers)
+    collate_fn = functools.partial(_collate, add_conditions=add_conditions)
+    order = dict(shuffle=not deterministic, random_flip=random_flip)
+    return load_dataset(dataset, batch_size, data_dir, num_workers, pin_memory, collate_fn=collate_fn, **order)
+
+
+def load_dataset(
+    dataset, batch_size: int, data_dir: str = "the data", num_workers: int = -1, pin_memory: bool = True, *,
+    shuffle: bool = True, random_flip: bool = False, collate_fn: Callable = default_collate,
+) -> BatchStream:  # fmt: skip
+    """
+    Endless batches of this rank's samples.
+
+    :param dataset: with a length, and a default number of workers, default_workers.
+    :param data_dir: where it is, for messages.
+    :raises InputError: if there are fewer samples than a batch.
+    """
     if len(dataset) < batch_size:
         share = f" for this one of {dist_util.world_size()} ranks" if dist_util.world_size() > 1 else ""
         problem = f"{data_dir}: {counted(len(dataset), 'image')}{share}: fewer than a batch"
         raise InputError(f"{problem}; give batch_size {len(dataset)} or less, or more images")
     num_workers = _workers(num_workers, dataset)
-    collate_fn = functools.partial(_collate, add_conditions=add_conditions)
-    return BatchStream(dataset, batch_size, not deterministic, num_workers, collate_fn, random_flip, pin_memory)
+    return BatchStream(dataset, batch_size, shuffle, num_workers, collate_fn, random_flip, pin_memory)
 
 
 def load_superres_data(*, large_size: int, small_size: int, **kwargs) -> BatchStream:

@@ -13,14 +13,12 @@ if __name__ == "__main__":
 
 import functools
 
-import torch as th
-
 from improved_diffusion import dist_util, logger
 from improved_diffusion.cli.cost import log_cost
 from improved_diffusion.cli.parser import create_parser, logging_to, parse_flags, run
 from improved_diffusion.cli.trained import load_trained
 from improved_diffusion.inference.arrays import refuse_old_images, write_samples
-from improved_diffusion.inference.generate import chosen_labels, draw_labels, generate
+from improved_diffusion.inference.generate import chosen_labels, generate, label_conditions
 from improved_diffusion.inference.parts import Parts
 from improved_diffusion.options import SampleOptions
 from improved_diffusion.script_util import create_model_and_diffusion
@@ -34,20 +32,13 @@ def main():
     this_run, model, diffusion = load_trained(flags, create_model_and_diffusion)
     options, class_names = this_run.options, this_run.class_names
     # the model may have room for more classes than it was trained on
-    num_classes = len(class_names or ()) or options.model.num_classes
+    num_classes = (len(class_names or ()) or options.model.num_classes) if options.model.class_cond else 0
     labels, num_samples = None, options.sampling.num_samples
     if options.sampling.classes:
         count = options.sampling.num_samples if "num_samples" in flags.given else None
         known = options.model.num_classes if options.model.class_cond else 0
         labels = chosen_labels(options.sampling.classes, count, known, class_names)
         num_samples = len(labels)
-
-    def conditions(numbers, noise_fn):
-        if not options.model.class_cond:
-            return {}
-        if labels is not None:
-            return {"y": th.from_numpy(labels[numbers]).to(dist_util.dev())}
-        return {"y": draw_labels(num_classes, len(numbers), noise_fn)}
 
     with (
         logging_to(options.general.log_dir, this_run.notes),
@@ -64,7 +55,7 @@ def main():
             diffusion=diffusion,
             model=model,
             shape=(options.model.image_channels, size, size),
-            conditions=conditions,
+            conditions=label_conditions(labels, num_classes),
             num_samples=num_samples,
             sampler=options.sampling.sampler_name,
             sampler_options=options.sampling.sampler_options,

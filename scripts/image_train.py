@@ -13,8 +13,6 @@ if __name__ == "__main__":
     with contextlib.suppress(ImportError):  # not beside the script in sys.path, as by runpy.run_path()
         import _start  # noqa: F401
 
-import torch as th
-
 from improved_diffusion import dist_util
 from improved_diffusion.cli.dry_run import print_dry_run
 from improved_diffusion.cli.estimate import memory_warnings
@@ -23,12 +21,12 @@ from improved_diffusion.cli.parser import create_parser, logging_to, parse_flags
 from improved_diffusion.cli.run_config import resumed, save_config
 from improved_diffusion.cli.run_folder import claim_folder
 from improved_diffusion.image_datasets import load_data
-from improved_diffusion.inference.preview import Preview
+from improved_diffusion.inference.preview import create_preview
 from improved_diffusion.metrics.sample_distance import create_sample_distance
 from improved_diffusion.metrics.validation import create_validation
 from improved_diffusion.options import TrainOptions
 from improved_diffusion.resample import create_named_schedule_sampler
-from improved_diffusion.script_util import configure_compute, create_diffusion, create_model_and_diffusion
+from improved_diffusion.script_util import configure_compute, create_model_and_diffusion
 from improved_diffusion.train_util import TrainLoop, get_blob_logdir
 from improved_diffusion.training.describe import log_start
 from improved_diffusion.training.resume import open_checkpoint
@@ -69,16 +67,6 @@ def main():
         log_start(loop, data.dataset)
         loop.draw_missing_preview()
         loop.run_loop()
-
-
-def create_preview(options, class_names):
-    """Samples at each checkpoint, of each class in turn."""
-    count, size = options.output.preview_samples, options.model.image_size
-    if not count or dist_util.rank() > 0:
-        return None
-    diffusion = create_diffusion(options.diffusion, timestep_respacing="")
-    conditions = {"y": th.arange(count) % len(class_names)} if options.model.class_cond else {}
-    return Preview(diffusion, (options.model.image_channels, size, size), count, conditions)
 
 
 def create_argparser():

@@ -12,6 +12,7 @@ PACKAGE = ROOT / "improved_diffusion"
 # From top to bottom; the modules of a line may import each other, but not in a circle.
 LAYERS = (
     ("scripts",),
+    ("notebook",),
     ("cli",),
     ("metrics",),
     ("inference",),

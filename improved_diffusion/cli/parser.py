@@ -140,17 +140,12 @@ def parse_flags(parser: FlagParser, options: Opts) -> Flags[Opts]:
     args = vars(parser.parse_args())
     absent = object()
     parser.set_defaults(**dict.fromkeys(args, absent))
-    given = {name for name, value in vars(parser.parse_args()).items() if value is not absent}
+    given = {name: args[name] for name, value in vars(parser.parse_args()).items() if value is not absent}
     try:
-        preset = _preset(args.get("preset"), options, given)
-        if args.get("config"):
-            args.update({k: v for k, v in flags_of_another(args["config"], options).items() if k not in given})
-        args.update(preset)
-        for row in rows(type(options)):
-            check(row, args[row.name])
-        options = options.replace(**args)
+        flags = with_defaults(options, given)
     except InputError as e:
         parser.error(_with_flag(str(e)) if args.get("config") else f"--{e}")
+    options = flags.options
     try:
         log_dir = log_directory(options.general.log_dir)
         if isinstance(options, TrainOptions):
@@ -159,9 +154,27 @@ def parse_flags(parser: FlagParser, options: Opts) -> Flags[Opts]:
         parser.error(_with_flag(str(e)))
     for row in rows(type(options)):
         needed = row.name == "model_path" or not getattr(options.general, "dry_run", False)
-        if needed and row.valid is not None and not row.valid.accepts(args[row.name]):
+        if needed and row.valid is not None and not row.valid.accepts(options.values()[row.name]):
             parser.error(f"--{row.name} is not given: give {row.valid}")
-    return Flags(options, frozenset(given | preset.keys()))
+    return flags
+
+
+def with_defaults(options: Opts, given: dict[str, Any]) -> Flags[Opts]:
+    """
+    Options by the values that are given, then those of the preset and the config that they name, then the defaults.
+
+    :param options: the defaults.
+    :param given: {name: value}.
+    :raises InputError: for an invalid value.
+    """
+    preset = _preset(given.get("preset"), options, given)
+    values = {**options.values(), **given}
+    if given.get("config"):
+        values |= {k: v for k, v in flags_of_another(given["config"], options).items() if k not in given}
+    values |= preset
+    for row in rows(type(options)):
+        check(row, values[row.name])
+    return Flags(options.replace(**values), frozenset(given.keys() | preset.keys()))
 
 
 def _preset(name, options, given):

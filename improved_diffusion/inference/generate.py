@@ -129,13 +129,8 @@ def generate(
             share = min(batch_size, -(-(num_samples - first) // world))  # spreads the last round over all ranks
             start = min(first + share * rank, num_samples)
             mine = range(start, min(start + share, num_samples))
-            noise_fn = None if seed is None else SampleNoise(seed, mine)
-            kwargs = conditions(mine, noise_fn)
-            x = th.empty(len(mine), *shape, device=device)
-            if len(mine):
-                x_T = (noise_fn or th.randn_like)(x)
-                options = dict(model_kwargs=kwargs, noise_fn=noise_fn, clip_denoised=clip_denoised)
-                x = SAMPLERS[sampler](diffusion, model, x_T, **options, **sampler_options)
+            settings = dict(shape=shape, conditions=conditions, clip_denoised=clip_denoised, seed=seed)
+            x, kwargs = draw(diffusion, model, mine, **settings, sampler=sampler, sampler_options=sampler_options)
             if dist_util.any_rank(not (model.so_far and x.isfinite().all())):
                 raise not_finite(model_path, use_fp16)
             gathered = {"images": dist_util.all_gather(to_uint8(x))}
@@ -157,6 +152,26 @@ def generate(
     if parts is not None:
         return parts.rows("images"), parts.rows("labels")
     return np.concatenate(kept["images"]), np.concatenate(kept["labels"]) if "labels" in kept else None
+
+
+def draw(
+    diffusion, model, numbers: range, *, shape, conditions, sampler="ancestral", sampler_options=None,
+    clip_denoised=True, seed=None,
+) -> tuple[th.Tensor, dict[str, th.Tensor]]:  # fmt: skip
+    """
+    Draw a batch of samples. Parameters that are not here are those of generate().
+
+    :param numbers: the indices of the samples.
+    :return: ([N, C, H, W] on this rank's device, the keyword arguments of the model).
+    """
+    noise_fn = None if seed is None else SampleNoise(seed, numbers)
+    kwargs = conditions(numbers, noise_fn)
+    x = th.empty(len(numbers), *shape, device=dist_util.dev())
+    if len(numbers):
+        x_T = (noise_fn or th.randn_like)(x)
+        options = dict(model_kwargs=kwargs, noise_fn=noise_fn, clip_denoised=clip_denoised)
+        x = SAMPLERS[sampler](diffusion, model, x_T, **options, **(sampler_options or {}))
+    return x, kwargs
 
 
 class Finite:
@@ -184,6 +199,22 @@ def draw_labels(num_classes: int, count: int, noise_fn: SampleNoise | None = Non
     if noise_fn is not None and count:
         return noise_fn.labels(num_classes)
     return th.randint(0, num_classes, (count,), device=dist_util.dev())
+
+
+def label_conditions(labels: np.ndarray | None, num_classes: int) -> Callable[..., dict[str, th.Tensor]]:
+    """
+    The conditions of generate(), {"y": int64 [N]}, or {} for a model without classes.
+
+    :param labels: of all samples; None for random ones.
+    :param num_classes: of random labels; 0 if the model is not class-conditional.
+    """
+
+    def conditions(numbers, noise_fn):
+        if labels is not None:
+            return {"y": th.from_numpy(labels[numbers]).to(dist_util.dev())}
+        return {"y": draw_labels(num_classes, len(numbers), noise_fn)} if num_classes else {}
+
+    return conditions
 
 
 def chosen_labels(

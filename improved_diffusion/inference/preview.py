@@ -7,7 +7,9 @@ import torch as th
 import torch.nn.functional as F
 
 from .. import dist_util, logger
+from ..options import TrainOptions
 from ..samplers import SAMPLERS
+from ..script_util import create_diffusion
 from ..solvers import default_steps
 from ..utils.errors import first_line
 from ..utils.streams import counted
@@ -84,6 +86,18 @@ class Preview:
         if "low_res" in kwargs:
             sample = th.cat([F.interpolate(kwargs["low_res"], self.shape[1:], mode="nearest"), sample], dim=-1)
         return to_uint8(sample).cpu().numpy()
+
+
+def create_preview(options: TrainOptions, class_names: list[str] | None) -> Preview | None:
+    """Samples at each checkpoint, of each class in turn; None without preview_samples, and on ranks above 0."""
+    count, size = options.output.preview_samples, options.model.size
+    if not count or dist_util.rank() > 0:
+        return None
+    diffusion = create_diffusion(options.diffusion, timestep_respacing="")
+    conditions = {}
+    if options.model.class_cond:
+        conditions["y"] = th.arange(count) % len(class_names or range(options.model.num_classes))
+    return Preview(diffusion, (options.model.image_channels, size, size), count, conditions)
 
 
 class _Stopped(Exception):

@@ -106,7 +106,7 @@ def create_validation(
     if not valid_dir:
         return None
     data_dir = options.data.data_dir
-    if is_inside(valid_dir, data_dir) or is_inside(data_dir, valid_dir):
+    if data_dir and (is_inside(valid_dir, data_dir) or is_inside(data_dir, valid_dir)):
         raise InputError(f"valid_dir {valid_dir}: has images that data_dir {data_dir} has too; give a folder beside it")
     arguments = dict(data_dir=valid_dir, image_size=options.model.size, class_names=class_names)
     loader = options.call(load_data_once, **arguments, batch_size=BATCH_SIZE, num_workers=0)

@@ -28,6 +28,8 @@ from ..utils.errors import FileAccessError, InputError, first_line
 from ..utils.files import TEMPORARY, is_remote, list_folder, rename_files, write_files
 from .contents import files_in
 
+EMA = re.compile(r"ema_(\d*\.?\d+(?:e-?\d+)?)_(\d{6,})\.pt")  # rate, step
+
 
 def model_filename(step):
     return f"model{step:06d}.pt"
@@ -186,6 +188,22 @@ def _is_complete(step, names, first_of_ours):
 def newest_step(directory):
     """The largest number in the name of a model file in a folder, None if there is none."""
     return max((step for step, names in _sets_in(directory).items() if model_filename(step) in names), default=None)
+
+
+def newest_average(directory: str, rates: str = "") -> str | None:
+    """
+    The path of the newest ema_ file in a folder, None if there is none.
+
+    :param rates: of the run, separated by commas: of several files of a step, the first rate's.
+    """
+    found = [match for match in map(EMA.fullmatch, list_folder(directory)) if match] if bf.isdir(directory) else []
+    order = [float(rate) for rate in rates.split(",") if rate]
+
+    def rank(match):
+        rate = float(match[1])
+        return int(match[2]), -order.index(rate) if rate in order else -len(order), rate
+
+    return bf.join(directory, max(found, key=rank)[0]) if found else None
 
 
 def has_checkpoint(directory):

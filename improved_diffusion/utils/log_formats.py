@@ -335,7 +335,8 @@ def make_output_format(format: str, ev_dir: str, log_suffix: str = "", lines: bo
     os.makedirs(ev_dir, exist_ok=True)
     if format == "stdout":
         stream = sys.stdout or io.StringIO()  # None if closed before Python started
-        on_a_terminal = getattr(stream, "isatty", bool)()  # what replaces stdout may have only write()
+        notebook = type(stream).__module__.startswith("ipykernel.")  # its cells are no terminal, but narrow
+        on_a_terminal = notebook or getattr(stream, "isatty", bool)()  # what replaces stdout may have only write()
         return LineOutputFormat(stream) if lines and on_a_terminal else HumanOutputFormat(stream)
     writer, name = FILE_FORMATS[format]
     return writer(os.path.join(ev_dir, name.format(log_suffix)))

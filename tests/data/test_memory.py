@@ -1,0 +1,95 @@
+"""Images that are not files: tensors, arrays and other data sets, and what is none of them."""
+
+import numpy as np
+import pytest
+import torch as th
+from harness import random_images
+from PIL import Image
+
+from improved_diffusion.data.memory import OwnImages
+from improved_diffusion.image_datasets import ImageDataset, PackedDataset
+from improved_diffusion.logger import Logger
+from improved_diffusion.utils.errors import InputError
+
+PIXELS = random_images(5)  # [N, H, W, C]
+UINT8 = th.from_numpy(PIXELS).permute(0, 3, 1, 2)
+FLOAT = UINT8.float() / 127.5 - 1
+
+
+class Items(list):
+    """A data set, perhaps with `classes`."""
+
+
+def pictures(size=8):
+    return [Image.fromarray(pixels).resize((size, size)) for pixels in PIXELS]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [UINT8, FLOAT, UINT8.numpy(), Items(UINT8), Items((x, 0, "more") for x in FLOAT), Items(pictures())],
+    ids=["uint8", "float", "array", "items", "tuples", "pictures"],
+)
+def test_samples_are_those_of_packed_images(data):
+    own, packed = OwnImages(data), PackedDataset(PIXELS, None)
+    assert (len(own), own.num_images, own.size, own.channels, own.class_names) == (5, 5, 8, 3, None)
+    for index in (0, 4, (2, True), (2, False)):
+        x, cond = own[index]
+        assert x.dtype == th.float32 and cond == {}
+        th.testing.assert_close(x, th.from_numpy(packed[index][0]), rtol=0, atol=1e-6)
+
+
+def test_labels():
+    assert [OwnImages(UINT8, [0, 2, 1, 0, 2])[i][1]["y"].item() for i in range(5)] == [0, 2, 1, 0, 2]
+    assert OwnImages(UINT8, th.tensor([0, 2, 1, 0, 2])).class_names == ["0", "1", "2"]
+    items = Items(zip(UINT8, [0, 1, 1, 0, 1], strict=True))
+    items.classes = ["cat", "dog"]
+    assert OwnImages(items)[1][1] == {}  # unless they are wanted
+    own = OwnImages(items, class_cond=True)
+    assert own.class_names == ["cat", "dog"] and own[1][1]["y"].dtype == th.int64 and own[1][1]["y"] == 1
+
+
+def test_pictures_are_scaled_as_files_are(tmp_path):
+    for channels in (1, 3):
+        Image.fromarray(random_images(1, size=13)[0]).save(tmp_path / "a.png")
+        with Image.open(tmp_path / "a.png") as image:
+            x, _ = OwnImages([image], image_size=6, image_channels=channels)[0]
+        want, _ = ImageDataset(6, [str(tmp_path / "a.png")], image_channels=channels)[0]
+        th.testing.assert_close(x, th.from_numpy(want), rtol=0, atol=1e-6)
+
+
+def test_ranks_share_them(on_ranks):
+    shares = on_ranks(2, lambda rank: [OwnImages(UINT8, range(5))[i][1]["y"].item() for i in range(3 - rank)])
+    assert shares == [[0, 2, 4], [1, 3]]
+
+
+@pytest.mark.parametrize(
+    ("data", "arguments", "named"),
+    [
+        (UINT8[:0], {}, "no image"),
+        (UINT8[0], {}, r"\(8, 8\)"),
+        (th.from_numpy(PIXELS), dict(image_channels=3), r"\(8, 8, 3\), not \(3, "),
+        (FLOAT * 3, {}, r"from -\d.* to \d"),
+        (UINT8.float(), {}, r"from 3 to 254"),
+        (FLOAT * float("nan"), {}, "nan"),
+        (UINT8, dict(image_size=16), r"\(3, 8, 8\), not \(3, 16, 16\)"),
+        (UINT8, dict(labels=[0, 1]), "labels"),
+        (UINT8, dict(labels=th.rand(5)), "labels"),
+        (UINT8, dict(labels=[0, 1, -1, 0, 0]), "label of image 2 of the data is -1"),
+        (UINT8, dict(class_cond=True), "class_cond"),
+        (Items(UINT8), dict(class_cond=True, class_names=["a"]), "item 0 .*label"),
+        (Items((x, 2) for x in UINT8), dict(class_cond=True, class_names=["a", "b"]), "image 0 .* 2;"),
+    ],
+)  # fmt: skip
+def test_what_is_none_is_refused_in_one_line(data, arguments, named):
+    with pytest.raises(InputError, match=named) as refusal:
+        OwnImages(data, **arguments)
+    assert "\n" not in str(refusal.value)
+
+
+def test_black_that_is_zero_is_noticed(monkeypatch):
+    monkeypatch.setattr(Logger, "CURRENT", None)
+    monkeypatch.setattr(Logger, "EARLY", [])
+    OwnImages(FLOAT)
+    assert Logger.EARLY == []
+    OwnImages(FLOAT / 2 + 0.5)
+    assert "-1" in Logger.EARLY[0] and np.size(Logger.EARLY) == 1

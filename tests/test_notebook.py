@@ -1,0 +1,281 @@
+"""train() and load(): the same runs as the scripts', from folders, tensors and data sets; previews in a notebook."""
+
+import json
+import os
+import subprocess
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch as th
+from harness import TINY, TRAIN, environment, flags, load_script, run_script, save_weights, write_images
+from PIL import Image
+from training import assert_same, checkpoint_names, lines_of
+from training import load as read
+
+import improved_diffusion
+from improved_diffusion import load, picture, train
+from improved_diffusion.inference.arrays import to_uint8
+from improved_diffusion.logger import Logger
+from improved_diffusion.train_util import TrainLoop
+from improved_diffusion.utils.errors import InputError
+
+OPTIONS = {**TRAIN, "seed": 0, "class_cond": True, "num_classes": 2, "class_dropout": 0.1}
+
+
+@pytest.fixture(autouse=True)
+def scripts_log(monkeypatch):
+    """What a notebook begins with: no logger, and rows in the files alone."""
+    monkeypatch.setattr(Logger, "CURRENT", None)
+    monkeypatch.setattr(Logger, "DEFAULT", None)
+    monkeypatch.setenv("OPENAI_LOG_FORMAT", "log,csv")
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """Images of two classes, in the order of their names."""
+    return write_images(tmp_path_factory.mktemp("images"), count=6)
+
+
+@pytest.fixture(scope="module")
+def whole(images, tmp_path_factory):
+    """The folder of a run of image_train.py."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert run_script("image_train", flags(**OPTIONS, data_dir=images), folder) == 0
+    return folder
+
+
+def pixels_of(images):
+    """:return: (uint8 [N, 3, 8, 8], labels [N])."""
+    paths = sorted(images.glob("*.png"))
+    arrays = np.stack([np.asarray(Image.open(path)) for path in paths])
+    return th.from_numpy(arrays).permute(0, 3, 1, 2), th.tensor(["ab".index(path.name[0]) for path in paths])
+
+
+def assert_same_run(folder, whole):
+    assert checkpoint_names(folder) == checkpoint_names(whole)
+    for name in checkpoint_names(whole):
+        if not name.startswith("state"):  # which has the flags
+            assert_same(read(folder / name), read(whole / name), name)
+
+
+# ---------------------------------------------------------------- train
+
+
+def test_a_folder_is_trained_on_as_by_the_script(images, whole, tmp_path):
+    assert train(images, tmp_path, **OPTIONS) == str(tmp_path)
+    assert_same_run(tmp_path, whole)
+
+
+def test_so_is_a_tensor_and_a_data_set(images, whole, tmp_path):
+    pixels, labels = pixels_of(images)
+    sizes = {k: v for k, v in OPTIONS.items() if k not in ("image_size", "class_cond", "num_classes")}
+    train(pixels, tmp_path / "tensor", labels=labels, **sizes)
+    assert_same_run(tmp_path / "tensor", whole)
+    config = json.loads((tmp_path / "tensor" / "config.json").read_text())
+    assert config["class_names"] == ["0", "1"] and config["flags"]["num_classes"] == 2
+    train(th.utils.data.TensorDataset(pixels, labels), tmp_path / "set", labels=labels, **sizes)
+    assert_same_run(tmp_path / "set", whole)
+
+
+def test_a_run_is_continued_and_started_over(images, whole, tmp_path):
+    train(images, tmp_path, **{**OPTIONS, "max_steps": 2})
+    train(images, tmp_path, **OPTIONS)
+    names = set(checkpoint_names(whole)) & set(checkpoint_names(tmp_path))
+    assert "model000004.pt" in names
+    assert_same(read(tmp_path / "model000004.pt"), read(whole / "model000004.pt"))
+    train(images, tmp_path, **{**OPTIONS, "max_steps": 1}, overwrite=True)
+    assert (tmp_path / "earlier-1").is_dir() and not (tmp_path / "model000004.pt").exists()
+
+
+def test_values_of_python_are_taken(tmp_path):
+    x = th.rand(4, 1, 8, 8) * 2 - 1
+    own = {**{k: v for k, v in TRAIN.items() if k not in ("image_size", "max_steps")}, "max_steps": 1}
+    changed = dict(lr=1, channel_mult=(1, 2), ema_rate=[0.5, 0.9], attention_resolutions=4, log_dir=None)
+    del changed["log_dir"]
+    train(x, tmp_path / "a", **{**own, **changed})
+    kept = json.loads((tmp_path / "a" / "config.json").read_text())["flags"]
+    assert (kept["lr"], kept["channel_mult"], kept["ema_rate"], kept["attention_resolutions"]) == (
+        1.0,
+        "1,2",
+        "0.5,0.9",
+        "4",
+    )
+    assert (kept["image_size"], kept["image_channels"], kept["class_cond"]) == (8, 1, False)
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        (dict(learning_rat=1), "learning_rat"),
+        (dict(lrr=1e-3), "lr"),
+        (dict(lr="fast"), "lr 'fast'"),
+        (dict(lr=-1.0), "lr -1"),
+        (dict(max_steps=1.5), "max_steps 1.5"),
+        (dict(learn_sigma=1), "learn_sigma 1"),
+        (dict(batch_size=5), "the data: 4 images"),
+        (dict(num_classes=2, labels=[0, 1, 2, 0]), "num_classes 2"),
+        (dict(preset="none"), "preset none"),
+        (dict(class_dropout=0.1), "class_dropout 0.1"),
+    ],
+)
+def test_what_is_invalid_is_refused_in_one_line(tmp_path, changed, named):
+    own = {k: v for k, v in TRAIN.items() if k != "image_size"}
+    with pytest.raises(InputError, match=named) as refusal:
+        train(th.rand(4, 1, 8, 8) * 2 - 1, tmp_path / "a", **{**own, **changed})
+    assert "\n" not in str(refusal.value) and not list(tmp_path.rglob("*.pt"))
+
+
+def test_classes_of_a_folder_are_those_of_its_files(images, tmp_path):
+    with pytest.raises(InputError, match="labels"):
+        train(images, tmp_path / "a", labels=[0], **TRAIN)
+    pixels, labels = pixels_of(images)
+    train(images, tmp_path / "b", **{**OPTIONS, "max_steps": 1})
+    with pytest.raises(InputError, match="labels"):  # the run's classes are a and b
+        train(pixels, tmp_path / "b", labels=labels, **{**OPTIONS, "max_steps": 2})
+
+
+def test_the_logger_before_is_the_logger_after(images, tmp_path):
+    train(images, tmp_path, **{**OPTIONS, "max_steps": 1})
+    assert Logger.CURRENT is None and f"all files are in {tmp_path}" in lines_of(tmp_path)
+
+
+# ---------------------------------------------------------------- in a notebook
+
+
+@pytest.fixture
+def notebook(monkeypatch):
+    """What is displayed, as if in IPython."""
+    shown = []
+    ipython, display = types.ModuleType("IPython"), types.ModuleType("IPython.display")
+    ipython.get_ipython = object
+    display.Image = lambda png, alt: (png[:4], alt)
+    display.display = lambda image, display_id: shown.append(image) or types.SimpleNamespace(update=shown.append)
+    monkeypatch.setitem(sys.modules, "IPython", ipython)
+    monkeypatch.setitem(sys.modules, "IPython.display", display)
+    return shown
+
+
+def test_previews_are_shown(images, tmp_path, notebook):
+    train(images, tmp_path, **{**OPTIONS, "preview_samples": 2})
+    assert notebook == [(b"\x89PNG", "preview of step 2"), (b"\x89PNG", "preview of step 4")]
+
+
+def test_an_interruption_ends_the_call_only_in_a_notebook(images, tmp_path, notebook, monkeypatch):
+    def interrupted(self):
+        raise SystemExit(0)
+
+    monkeypatch.setattr(TrainLoop, "run_loop", interrupted)
+    train(images, tmp_path / "a", **OPTIONS)
+    monkeypatch.setattr(sys.modules["IPython"], "get_ipython", lambda: None)
+    with pytest.raises(SystemExit):
+        train(images, tmp_path / "b", **OPTIONS)
+
+
+# ---------------------------------------------------------------- load
+
+
+def test_samples_are_those_of_the_script(whole, tmp_path):
+    model, diffusion, config = load(whole)
+    assert not model.training and diffusion.num_timesteps == TINY["diffusion_steps"]
+    assert_same(model.state_dict(), read(whole / "ema_0.9_000004.pt"))
+    saved = json.loads((whole / "config.json").read_text())
+    assert config == saved
+    for number, options in enumerate(
+        (
+            dict(sampler="unipc", sampling_steps=3, guidance_scale=3, batch_size=2),
+            dict(sampler="ancestral", timestep_respacing=4, classes="b"),
+            dict(sampler="ddim", timestep_respacing="ddim6", clip_denoised=False),
+        )
+    ):
+        samples = load(whole).sample(3, seed=1, **options)
+        folder = tmp_path / str(number)
+        words = flags(**options, model_path=whole / "ema_0.9_000004.pt", num_samples=3, seed=1)
+        assert run_script("image_sample", words, folder) == 0
+        want = np.load(next(folder.glob("*.npz")))["arr_0"]
+        assert samples.shape == (3, 3, 8, 8) and not samples.requires_grad
+        assert np.abs(to_uint8(samples).numpy().astype(int) - want).max() <= 1  # batches of other sizes round
+
+
+def test_the_newest_average_of_the_first_rate(images, whole, tmp_path):
+    assert_same(load(whole / "model000002.pt").model.state_dict(), read(whole / "model000002.pt"))
+    train(images, tmp_path, **{**OPTIONS, "ema_rate": "0.5,0.9"})
+    assert_same(load(tmp_path).model.state_dict(), read(tmp_path / "ema_0.5_000004.pt"))
+    (tmp_path / "ema_0.5_000004.pt").unlink()
+    assert_same(load(tmp_path).model.state_dict(), read(tmp_path / "ema_0.9_000004.pt"))
+
+
+def test_weights_without_a_config_file(tmp_path, capfd):
+    weights = save_weights(tmp_path / "w.pt", learn_sigma=True)
+    with pytest.raises(InputError, match="image_size"):
+        load(weights)
+    hidden = {k: v for k, v in TINY.items() if k not in ("num_channels", "channel_mult", "num_res_blocks")}
+    trained = load(weights, **hidden, image_size=8)
+    assert trained.config["flags"]["learn_sigma"] and trained.sample(1, sampling_steps=2).shape == (1, 3, 8, 8)
+
+
+def test_what_is_not_there_or_does_not_fit_is_refused(whole, tmp_path):
+    for path in (tmp_path, tmp_path / "missing"):
+        with pytest.raises(InputError, match=str(path)):
+            load(path)
+    with pytest.raises(InputError, match="no such option"):
+        load(whole, sampel=3)
+    trained = load(whole)
+    for options, named in (
+        (dict(sampler="dpm"), "sampler dpm"),
+        (dict(classes="7"), "'7'"),
+        (dict(steps=3), "steps"),
+        (dict(num_samples=0), "num_samples 0"),
+        (dict(timestep_respacing="4"), "timestep_respacing 4"),
+    ):
+        with pytest.raises(InputError, match=named):
+            trained.sample(**options)
+
+
+def test_a_model_that_enlarges(tmp_path):
+    weights = save_weights(tmp_path / "w.pt", super_resolution=True)
+    values = dict(TINY, large_size=8, small_size=4)
+    (tmp_path / "config.json").write_text(json.dumps({"flags": values, "class_names": None}))
+    model, _, _ = trained = load(weights)
+    assert model(th.zeros(1, 3, 8, 8), th.zeros(1), low_res=th.zeros(1, 3, 4, 4)).shape == (1, 3, 8, 8)
+    with pytest.raises(InputError, match="super_res_sample"):
+        trained.sample(1)
+
+
+def test_pictures():
+    assert picture(th.zeros(4, 1, 8, 8)).mode == "L"
+    rows = picture(th.zeros(4, 3, 8, 8), labels=[0, 0, 0, 1])
+    assert rows.mode == "RGB" and rows.width > rows.height
+
+
+# ---------------------------------------------------------------- the package
+
+
+def test_importing_the_package_is_light():
+    program = "import improved_diffusion, sys; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], env=environment()).returncode == 0
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = improved_diffusion.nothing
+
+
+@pytest.mark.slow
+def test_the_example_is_executed(tmp_path):
+    nbformat = pytest.importorskip("nbformat")
+    nbclient = pytest.importorskip("nbclient")
+    pytest.importorskip("ipykernel")
+    pytest.importorskip("sklearn")
+    root = os.path.dirname(os.path.dirname(load_script("image_train").__file__))
+    book = nbformat.read(os.path.join(root, "examples", "digits.ipynb"), as_version=4)
+    assert not any(cell.get("outputs") for cell in book.cells)
+    for cell in book.cells:
+        cell.source = cell.source.replace("max_steps=1000", "max_steps=3").replace(
+            "save_interval=250", "save_interval=2"
+        )
+    env = environment(IPYTHONDIR=str(tmp_path / "ipython"), JUPYTER_RUNTIME_DIR=str(tmp_path / "runtime"))
+    client = nbclient.NotebookClient(book, timeout=300, resources={"metadata": {"path": str(tmp_path)}})
+    client.execute(env=env)
+    shown = [
+        output for cell in book.cells for output in cell.get("outputs", ()) if "image/png" in output.get("data", {})
+    ]
+    assert len(shown) >= 2  # a preview, and samples
