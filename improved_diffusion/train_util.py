@@ -377,6 +377,10 @@ class TrainLoop:
     def _save(self):
         self.save()  # which subclasses may override
         self.position.mark_saved()
+        done, last = self.position.updates, self.last_step() or 0
+        left = self._progress.left() if self._progress and 1 < done < last else ""  # the first step compiles
+        if left:
+            logger.log(f"{done:,} of {last:,} steps, {left} left")
 
     def run_step(self, batch, cond):
         """One step: `batch` is x_start [N, C, ...], `cond` the model's keyword arguments, tensors [N, ...]."""

@@ -39,8 +39,13 @@ class Progress:
         now = time.monotonic()
         if self._bar is None and self._say and self.total and now - self._last_line >= SECONDS_BETWEEN_LINES:
             self._last_line = now
-            seconds = (now - self._start) / (self.done - self._first) * (self.total - self.done)
-            self._say(f"{self.what}: {self.done} of {self.total} {self.unit}, {duration(seconds)} left")
+            self._say(f"{self.what}: {self.done} of {self.total} {self.unit}, {self.left()} left")
+
+    def left(self) -> str:
+        """The time that the rest takes at the rate so far, in words; "" if that is unknown."""
+        if not self.total or self.done <= self._first:
+            return ""
+        return duration((time.monotonic() - self._start) / (self.done - self._first) * (self.total - self.done))
 
     def reach(self, done: int) -> None:
         """Set the count to `done`, unless it is higher."""

@@ -158,6 +158,7 @@ def test_a_run_says_what_it_is_and_what_it_wrote(tmp_path, images, capfd):
         f"10 images of 3 classes, {parameters:,} parameters, 1 rank of 4 images a step; training to step 4; "
         "next checkpoint: step 0, then every 2" in lines
     )
+    assert [line.split(",")[0] for line in lines if line.endswith(" left")] == ["3 of 4 steps"]
     for step in (0, 2, 4):
         assert f"saved {folder}/model{step:06d}.pt and its ema, opt and state" in lines
         assert (f"drew {folder}/preview_{step:06d}_model.png" in lines) == (step > 0)

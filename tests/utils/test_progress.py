@@ -111,6 +111,17 @@ def test_the_rate_is_that_since_it_was_last_asked(clock):
         assert bar.rate() == 0
 
 
+def test_what_is_left_is_by_the_rate_so_far(clock):
+    progress = Progress("working", 100, "steps", None, done=10)
+    assert progress.left() == ""
+    clock[0] += 30
+    progress.update(30)
+    assert progress.left() == "60 s"
+    unlimited = Progress("working", None, "steps", None)
+    unlimited.update(5)
+    assert unlimited.left() == ""
+
+
 def test_every_call_of_a_model_counts():
     bar = Progress("sampling", 3, "steps", None)
     model = count_calls(lambda x, t, y: x + t + y, bar)
