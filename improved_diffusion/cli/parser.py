@@ -229,8 +229,13 @@ def logging_to(log_dir: str, notes=(), claim: Callable[[str, str], list[str]] | 
         try:
             yield
         finally:
-            if not isinstance(sys.exc_info()[1], InputError):  # which ends with one line
-                logger.log(f"all files are in {logger.get_dir()}{f', checkpoints in {blob_dir}' if blob_dir else ''}")
+            error = sys.exc_info()[1]
+            if not isinstance(error, InputError):  # which ends with one line
+                where = f"{logger.get_dir()}{f', checkpoints in {blob_dir}' if blob_dir else ''}"
+                stopped = claim and isinstance(error, SystemExit)
+                logger.log(
+                    f"all files are in {where}{'; --resume_checkpoint auto continues the run' if stopped else ''}"
+                )
     finally:
         lock.release()
 

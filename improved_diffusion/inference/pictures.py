@@ -11,7 +11,7 @@ from ..utils.files import write_files
 
 COLUMNS, ROWS = 10, 20  # at most
 GAP = 2  # pixels between images
-MIN_SIZE = 48  # pixels: smaller images are enlarged by an integer factor
+MIN_SIZE = 96  # pixels: smaller images are enlarged by an integer factor
 
 
 def arrange(count: int, labels: np.ndarray | None = None) -> list[np.ndarray]:

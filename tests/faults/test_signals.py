@@ -36,6 +36,7 @@ def assert_stopped(folder, by, ranks=1):
     reasons, steps = [], set()
     for rank in range(ranks):
         found = re.fullmatch(r"stopped by (.*) at step (\d+): (.*)", lines_of(folder, rank)[-2])
+        assert "--resume_checkpoint auto" in lines_of(folder, rank)[-1]
         reasons.append(found[1])
         steps.add(int(found[2]))
         assert found[3] == f"{folder}/model{int(found[2]):06d}.pt"
