@@ -96,7 +96,7 @@ class Server:
         self.process.stdin.flush()
         return json.loads(self.process.stdout.readline())
 
-    def start(self, script, words=(), limit=0, stdout=None, stderr=None, **environment):
+    def start(self, script, words=(), limit=0, stdout=None, stderr=None, cwd=".", **environment):
         """
         :param script: a file with a function main().
         :param limit: bytes that a file may have, 0 for any number.
@@ -111,6 +111,7 @@ class Server:
             stdout=str(stdout or out),
             stderr=str(stderr or err),
             limit=limit,
+            cwd=str(cwd),
         )
         return Process(self, pid, out, err)
 
