@@ -5,15 +5,17 @@ threads would only wait for each other.
 """
 
 import functools
+import gc
 import random
 import signal
 import sys
 
 import numpy as np
+import processes
 import pytest
 import torch as th
 import torch.distributed as dist
-from harness import leave_outside, run_on_ranks, write_images
+from harness import leave_outside, load_script, run_on_ranks, write_images
 from hypothesis import settings
 
 from improved_diffusion import dist_util, train_util
@@ -28,6 +30,10 @@ for number, handler in ((signal.SIGHUP, signal.SIG_DFL), (signal.SIGINT, signal.
 
 settings.register_profile("suite", deadline=None, max_examples=50, derandomize=True, database=None)
 settings.load_profile("suite")
+
+
+def pytest_collection_finish():
+    gc.freeze()  # scripts collect garbage when they leave their group, and need not look through all tests and modules
 
 
 @pytest.fixture(autouse=True)
@@ -67,9 +73,26 @@ def on_ranks(monkeypatch):
 
 
 @pytest.fixture
+def no_plot(monkeypatch):
+    """image_nll.py without nll.png, which takes longer than the rest of it; test_nll.py looks at that."""
+    monkeypatch.setattr(load_script("image_nll"), "save_plot", lambda name, figure: name)
+
+
+@pytest.fixture
 def modest_scale(monkeypatch):
     """A loss scale that a network of two parameters does not overflow at."""
     monkeypatch.setattr(train_util, "INITIAL_LOG_LOSS_SCALE", 8.0)
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory):
+    """Starts processes that need not import torch: see processes.Server."""
+    if sys.platform != "linux":
+        pytest.skip("needs /proc and fork")
+    server = processes.Server(tmp_path_factory.mktemp("said"))
+    yield server
+    server.close()
+    assert processes.left_behind(processes.listening_sockets()) == ""
 
 
 @pytest.fixture(scope="session")

@@ -19,6 +19,7 @@ from improved_diffusion.script_util import configure_compute
 from improved_diffusion.unet import ResBlock
 from improved_diffusion.utils.errors import InputError
 
+pytestmark = pytest.mark.usefixtures("no_plot")
 T = th.tensor([3, 20])
 SAMPLE = dict(TINY, image_size=8, num_samples=5, batch_size=2, timestep_respacing=3, seed=1)
 TRAIN = dict(harness.TRAIN, channel_mult="1", attention_resolutions="8", max_steps=3, save_interval=10, seed=0)

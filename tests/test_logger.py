@@ -4,7 +4,6 @@ import io
 import math
 import os
 import re
-import resource
 import subprocess
 import sys
 import tempfile
@@ -13,7 +12,7 @@ import time
 import numpy as np
 import pytest
 import torch as th
-from harness import FULL, environment, on_a_full_disk, on_a_terminal
+from harness import FULL, on_a_full_disk, on_a_terminal
 
 from improved_diffusion import logger
 from improved_diffusion.logger import HumanOutputFormat, KVWriter, Logger, SeqWriter
@@ -580,16 +579,17 @@ import sys
 from improved_diffusion import logger
 from improved_diffusion.cli import parser
 
-def main():
+def work():
     logger.configure(sys.argv[1])
-    sys.stdin.read()
+    open(sys.argv[2]).read()
     for i in range(3):
         logger.log("line", i)
-    if len(sys.argv) > 2:
+    if len(sys.argv) > 3:
         print("what another library prints")
         raise parser.InputError("x")
 
-parser.run(main)
+def main():
+    parser.run(work)
 """
 
 
@@ -597,27 +597,25 @@ parser.run(main)
     "ended, words, status",
     [("stdout", (), 0), ("both", (), 0), ("stdout", ("x",), 2), ("stderr", ("x",), 2), ("both", ("x",), 2)],
 )
-def test_a_process_whose_reader_leaves(tmp_path, ended, words, status):
+def test_a_process_whose_reader_leaves(server, tmp_path, ended, words, status):
     """`| head`: neither the exit status nor what else is printed changes."""
-    with subprocess.Popen(
-        [sys.executable, "-c", PRINTING, tmp_path, *words],
-        env=environment(),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
-        process.stdout.readline()
+    program, go_on, out, err = (tmp_path / name for name in ("printing.py", "go_on", "out", "err"))
+    program.write_text(PRINTING)
+    for pipe in (go_on, out, err):
+        os.mkfifo(pipe)
+    process = server.start(program, [str(tmp_path), str(go_on), *words], stdout=out, stderr=err)
+    with out.open() as stdout, err.open() as stderr:
+        stdout.readline()
         if ended != "stderr":
-            process.stdout.close()
+            stdout.close()
         if ended != "stdout":
-            process.stderr.close()
-        process.stdin.close()
-        assert process.wait(timeout=100) == status
+            stderr.close()
+        go_on.write_text("")
+        assert process.wait() == status
         if ended == "stdout":
-            assert process.stderr.read() == ("-c: error: x\n" if words else "")
+            assert stderr.read() == ("printing.py: error: x\n" if words else "")
         if ended == "stderr":
-            assert process.stdout.read().splitlines()[:3] == ["line 0", "line 1", "line 2"]
+            assert stdout.read().splitlines()[:3] == ["line 0", "line 1", "line 2"]
     log = (tmp_path / "log.txt").read_text().splitlines()
     assert [line for line in log if line.startswith("line")] == ["line 0", "line 1", "line 2"]
     dropped = [line for line in log if line.startswith("<stdout>: cannot be written (Broken pipe)")]
@@ -632,13 +630,14 @@ import sys
 from improved_diffusion import logger
 from improved_diffusion.cli import parser
 
-def main():
+def work():
     logger.configure(sys.argv[1])
     for i in range(1, 9):
         logger.logkv("a", i)
         logger.dumpkvs()
 
-parser.run(main)
+def main():
+    parser.run(work)
 """
 
 
@@ -646,20 +645,17 @@ parser.run(main)
 @pytest.mark.parametrize(
     "format, name, limit", [("log", "log.txt", None), ("csv", "progress.csv", 1), ("tensorboard", "tb", 100)]
 )
-def test_a_whole_process_on_a_full_disk_says_one_line(tmp_path, format, name, limit):
+def test_a_whole_process_on_a_full_disk_says_one_line(server, tmp_path, format, name, limit):
     """The interpreter's end, which closes files, adds nothing."""
     if format == "tensorboard":
         pytest.importorskip("tensorboard")
     if limit is None:
         os.symlink(FULL, tmp_path / name)
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, tmp_path],
-        env=environment(OPENAI_LOG_FORMAT=format),
-        capture_output=True,
-        text=True,
-        timeout=100,
-        preexec_fn=limit and (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))),
-    )
-    assert done.returncode == 2
+    program, err = tmp_path / "rows.py", tmp_path / "err"
+    program.write_text(PROGRAM)
+    os.mkfifo(err)  # which the limit does not reach
+    process = server.start(program, [str(tmp_path)], limit or 0, os.devnull, err, OPENAI_LOG_FORMAT=format)
+    said = err.read_text()
+    assert process.wait() == 2
     reason = "File too large" if limit else "No space left on device"
-    assert done.stderr == f"-c: error: {tmp_path / name}: cannot be written ({reason})\n"
+    assert said == f"rows.py: error: {tmp_path / name}: cannot be written ({reason})\n"

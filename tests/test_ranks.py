@@ -1,34 +1,24 @@
 """One, two and three ranks compute the same: gradients, parameters, samples, likelihoods."""
 
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch as th
-from harness import HELPERS, environment, free_port, save_weights, write_images
+from harness import HELPERS, free_port, save_weights, write_images
 from many_ranks import BATCH_SIZES, SAMPLES, SIZED
+from processes import finish
 
 WORLDS = (1, 2, 3)
 pytestmark = pytest.mark.slow
 
 
-def start_ranks(size, folder, files):
-    world = dict(WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), CUDA_VISIBLE_DEVICES="")
-    return [
-        subprocess.Popen(
-            [sys.executable, HELPERS / "many_ranks.py", folder, files],
-            env=environment(**world, RANK=str(rank), LOCAL_RANK=str(rank)),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(size)
-    ]
+def start_ranks(server, size, folder, files):
+    world = dict(WORLD_SIZE=size, MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port(), CUDA_VISIBLE_DEVICES="")
+    words = [str(folder), str(files)]
+    return [server.start(HELPERS / "many_ranks.py", words, **world, RANK=rank, LOCAL_RANK=rank) for rank in range(size)]
 
 
 @pytest.fixture(scope="module")
-def worlds(tmp_path_factory):
+def worlds(server, tmp_path_factory):
     """{number of ranks: (folder of the scripts' files, what each rank found)}."""
     files = tmp_path_factory.mktemp("files")
     write_images(files / "images", count=SAMPLES + 2, classes=4)
@@ -45,9 +35,7 @@ def worlds(tmp_path_factory):
     found = {}
     for size in WORLDS:
         folder = tmp_path_factory.mktemp(f"{size}-ranks")
-        for process in start_ranks(size, folder, files):
-            _, errors = process.communicate(timeout=300)
-            assert (process.returncode, errors) == (0, "")
+        finish(start_ranks(server, size, folder, files))
         found[size] = folder, [th.load(folder / f"rank{rank}.pt") for rank in range(size)]
     return found
 

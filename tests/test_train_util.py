@@ -190,7 +190,7 @@ NETS = {
 def test_checkpoints_are_plain_float32_weights(tmp_path, modest_scale, net, use_fp16):
     model = NETS[net]()
     like = NETS[net]()
-    loop = train(tmp_path, model=model, use_fp16=use_fp16, ema_rate="0.5,0.9")
+    loop = train(tmp_path, model=model, use_fp16=use_fp16, ema_rate="0.5,0.9", batch_size=1)
     assert (th.float16 in {p.dtype for p in model.parameters()}) == use_fp16
     averages = {f"ema_{rate}": params for rate, params in zip((0.5, 0.9), loop.ema_params, strict=True)}
     for name, params in {"model": loop.master_params, **averages}.items():

@@ -1,4 +1,4 @@
-"""Real runs on two ranks, by torchrun and by mpiexec."""
+"""Real runs on two ranks, with what torchrun tells them and by mpiexec."""
 
 import json
 import re
@@ -8,25 +8,26 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from harness import HELPERS, environment, write_images
+from harness import HELPERS, environment, free_port, write_images
+from processes import finish
 from training import assert_same, checkpoint_names, load, read_rows, written_rows
 
 MPIEXEC = Path(sys.executable).parent / "mpiexec"
-LAUNCHERS = {
-    "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
-    "mpiexec": [str(MPIEXEC), "-n", "2", sys.executable],
-}
+SCRIPT = HELPERS / "two_ranks.py"
 
 
-@pytest.fixture(scope="module", params=[pytest.param(name, marks=pytest.mark.slow) for name in LAUNCHERS])
-def two_ranks(request, tmp_path_factory):
-    """two_ranks.py has run: (its folder, what rank 0 found, what rank 1 found)."""
-    if request.param == "mpiexec" and not MPIEXEC.exists():
+def as_by_torchrun(request, words):
+    """torchrun itself starts ranks in tests/faults."""
+    server = request.getfixturevalue("server")
+    world = dict(WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port(), CUDA_VISIBLE_DEVICES="")
+    finish([server.start(SCRIPT, words, **world, RANK=rank, LOCAL_RANK=rank) for rank in range(2)])
+
+
+def by_mpiexec(request, words):
+    if not MPIEXEC.exists():
         pytest.skip("no mpiexec beside this Python: pip install mpich")
-    folder = tmp_path_factory.mktemp(request.param)
-    images = write_images(tmp_path_factory.mktemp("images"), count=5)
     done = subprocess.run(
-        [*LAUNCHERS[request.param], str(HELPERS / "two_ranks.py"), str(folder), str(images)],
+        [MPIEXEC, "-n", "2", sys.executable, SCRIPT, *words],
         env=environment(CUDA_VISIBLE_DEVICES=""),
         capture_output=True,
         text=True,
@@ -34,6 +35,17 @@ def two_ranks(request, tmp_path_factory):
     )
     assert done.returncode == 0, done.stderr
     assert "Warning" not in done.stderr, done.stderr
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(start, marks=pytest.mark.slow, id=start.__name__) for start in (as_by_torchrun, by_mpiexec)],
+)
+def two_ranks(request, tmp_path_factory):
+    """two_ranks.py has run: (its folder, what rank 0 found, what rank 1 found)."""
+    folder = tmp_path_factory.mktemp("two_ranks")
+    images = write_images(tmp_path_factory.mktemp("images"), count=5)
+    request.param(request, [str(folder), str(images)])
     return folder, *(json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1))
 
 

@@ -16,14 +16,6 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skipif(sys.platform != "linux", reason="needs /proc and fork"))
 
 
-@pytest.fixture(scope="session")
-def server(tmp_path_factory):
-    server = processes.Server(tmp_path_factory.mktemp("said"))
-    yield server
-    server.close()
-    assert processes.left_behind(processes.listening_sockets()) == ""
-
-
 @pytest.fixture(autouse=True)
 def nothing_left_behind(server):
     """No test leaves a process or a listening port, however its processes ended."""

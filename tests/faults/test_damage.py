@@ -34,7 +34,7 @@ def test_file_cut_short(server, images, three_sets, tmp_path, kind):
     finish([process])
     found = json.loads((folder / "cut.json").read_text())
     print(f"{kind}000004.pt of {len(before[f'{kind}000004.pt'])} bytes cut to {[*found]} bytes")
-    assert len(found) == 20
+    assert len(found) == 10
     path = folder / f"{kind}000004.pt"
     for length, (named, auto) in found.items():
         assert named[0] == 2, (length, named)

@@ -81,23 +81,16 @@ def test_a_worker_is_killed(server, images, tmp_path):
     assert_equals_uninterrupted(tmp_path / "run", tmp_path / "whole")
 
 
-def test_piped_to_head(images, uninterrupted, tmp_path):
+def test_piped_to_head(server, images, uninterrupted, tmp_path):
     """It ends after a line. The run does not notice but for one line of its log."""
-    process = subprocess.Popen(
-        [sys.executable, SCRIPT, *train_words(images, max_steps=SHORT)],
-        env=environment(OPENAI_LOGDIR=str(tmp_path)),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    head = subprocess.run(["head", "-n", "1"], stdin=process.stdout, capture_output=True, text=True, check=True)
-    process.stdout.close()
-    assert process.wait(PATIENCE) == 0
-    assert process.stderr.read() == ""
-    process.stderr.close()
-    assert head.stdout == f"Logging to {tmp_path}\n"
-    assert sum("<stdout>: cannot be written (Broken pipe)" in line for line in lines_of(tmp_path)) == 1
-    assert_equals_uninterrupted(tmp_path, uninterrupted(1))
+    folder, pipe = tmp_path / "run", tmp_path / "pipe"
+    os.mkfifo(pipe)
+    processes = start(server, images, folder, stdout=pipe, max_steps=SHORT, resume_checkpoint="auto")
+    head = subprocess.run(["head", "-n", "1", pipe], capture_output=True, text=True, check=True)
+    finish(processes)
+    assert head.stdout == f"Logging to {folder}\n"
+    assert sum("<stdout>: cannot be written (Broken pipe)" in line for line in lines_of(folder)) == 1
+    assert_equals_uninterrupted(folder, uninterrupted(1))
 
 
 IN_LITTLE_SHARED_MEMORY = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]

@@ -87,7 +87,7 @@ def test_ctrl_c(server, images, uninterrupted, tmp_path, workers, name):
 
 
 @pytest.mark.parametrize("nohup", [False, True])
-def test_a_terminal_that_is_closed(images, uninterrupted, tmp_path, nohup):
+def test_a_terminal_that_is_closed(server, images, uninterrupted, tmp_path, nohup):
     """The run stops, or, under nohup, continues without it."""
     folder = tmp_path / "run"
     ours, theirs = os.openpty()
@@ -121,12 +121,8 @@ def test_a_terminal_that_is_closed(images, uninterrupted, tmp_path, nohup):
     if nohup:
         assert_equals_uninterrupted(folder, uninterrupted(1))
         return
-    words = train_words(images, max_steps=SHORT, resume_checkpoint="auto")
     assert any(line.startswith("stopped by SIGHUP at step ") for line in lines_of(folder))
-    done = subprocess.run(
-        [sys.executable, SCRIPT, *words], env=environment(OPENAI_LOGDIR=str(folder)), capture_output=True, text=True
-    )
-    assert done.returncode == 0 and done.stderr == ""
+    finish(start(server, images, folder, max_steps=SHORT, resume_checkpoint="auto"))
     assert_equals_uninterrupted(folder, uninterrupted(1))
 
 

@@ -16,7 +16,7 @@ from processes import lines_of, train_words
 from improved_diffusion import logger
 from improved_diffusion.training import checkpoints
 
-LENGTHS = 20
+LENGTHS = 10
 
 
 def attempt(images, folder, **changed):

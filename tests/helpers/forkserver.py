@@ -2,7 +2,8 @@
 Processes that are real, but need not import torch anew: forkserver.py reads commands, JSON, a line each, on stdin,
 and answers each with a line on stdout.
 
-    {"start": SCRIPT, "words": [...], "environment": {...}, "stdout": PATH, "stderr": PATH, "limit": BYTES}  -> pid
+    {"start": SCRIPT, "words": [...], "environment": {...}, "stdout": PATH, "stderr": PATH, "limit": BYTES,
+     "cwd": PATH}  -> pid
     {"wait": PID, "seconds": S}     -> its status, negative for a signal; null if it still runs then
     {"count_threads": true}         -> how many this process has: a fork takes only one along
 
@@ -84,6 +85,7 @@ def become(command):
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if command["limit"]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (command["limit"], command["limit"]))
+    os.chdir(command["cwd"])
     os.environ.update(command["environment"])
     sys.argv = [command["start"], *command["words"]]
 

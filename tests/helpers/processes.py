@@ -29,8 +29,7 @@ SHORT, LONG = 20, 50  # steps of uninterrupted runs
 PATIENCE = 120  # seconds after which a process hangs
 
 TRAIN = dict(
-    TINY,
-    channel_mult="1",  # checkpoints of 3 MB
+    TINY,  # checkpoints of 3 MB
     image_size=8,
     batch_size=4,
     dropout=0.2,
@@ -97,10 +96,11 @@ class Server:
         self.process.stdin.flush()
         return json.loads(self.process.stdout.readline())
 
-    def start(self, script, words=(), limit=0, stdout=None, **environment):
+    def start(self, script, words=(), limit=0, stdout=None, stderr=None, cwd=".", **environment):
         """
+        :param script: a file with a function main().
         :param limit: bytes that a file may have, 0 for any number.
-        :param stdout: where to; a file in the server's folder if None.
+        :param stdout: where to; a file in the server's folder if None. stderr likewise.
         """
         self.count += 1
         out, err = (self.folder / f"{self.count:04d}.{name}" for name in ("out", "err"))
@@ -109,8 +109,9 @@ class Server:
             words=list(words),
             environment={name: str(value) for name, value in environment.items()},
             stdout=str(stdout or out),
-            stderr=str(err),
+            stderr=str(stderr or err),
             limit=limit,
+            cwd=str(cwd),
         )
         return Process(self, pid, out, err)
 

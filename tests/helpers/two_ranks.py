@@ -158,7 +158,8 @@ def waiting(folder):
     return {"waiting": path.read_text()}
 
 
-def main(folder, images):
+def main():
+    folder, images = Path(sys.argv[1]), sys.argv[2]
     faulthandler.dump_traceback_later(240, exit=True)  # ranks that wait for each other for ever say where
     attendance.PERIOD = 0.05
     dist_util.setup_dist()
@@ -171,4 +172,4 @@ def main(folder, images):
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    main()

@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch as th
-from harness import TINY, flags, run_script, run_subprocess, save_weights, snapshot, write_images
+from harness import ROOT, TINY, flags, run_script, save_weights, snapshot, write_images
 from PIL import Image
 
 TRAINING = ["image_train", "super_res_train"]
@@ -279,8 +279,9 @@ def test_the_flags_that_the_cases_differ_from_work(monkeypatch, capfd, files, tm
     ],
     ids=["image_train", "image_nll", "super_res_sample"],
 )
-def test_bad_input_in_a_process_of_its_own(files, script, changed, parts):
-    before = snapshot(files)
-    done = run_subprocess(script, with_changes(script, changed), logdir=files / "log", cwd=files)
-    check(done.returncode, done.stdout, done.stderr, script, parts)
+def test_bad_input_in_a_process_of_its_own(server, files, script, changed, parts):
+    before, path = snapshot(files), ROOT / "scripts" / f"{script}.py"
+    process = server.start(path, with_changes(script, changed), cwd=files, OPENAI_LOGDIR=files / "log")
+    status = process.wait()
+    check(status, process.out.read_text(), process.stderr, script, parts)
     assert snapshot(files) == before

@@ -21,6 +21,7 @@ from harness import (
     build,
     environment,
     flags,
+    free_port,
     load_script,
     on_a_terminal,
     run_script,
@@ -28,6 +29,7 @@ from harness import (
     write_images,
 )
 from PIL import Image
+from processes import finish
 
 from improved_diffusion import logger
 from improved_diffusion.cli import parser
@@ -417,28 +419,27 @@ def read_all(descriptor):
 # ---------------------------------------------------------------- on two ranks
 
 
-def launch(script, cwd, **words):
-    """A script on two ranks of torchrun's, without a log directory. :return: what it prints."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    words = [*torchrun, ROOT / "scripts" / f"{script}.py", *flags(**words)]
-    done = subprocess.run(words, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+def launch(server, script, cwd, **words):
+    """A script on two ranks, without a log directory. :return: what rank 0 prints."""
+    world = dict(WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
+    path, words = ROOT / "scripts" / f"{script}.py", flags(**words)
+    ranks = [server.start(path, words, cwd=cwd, **world, RANK=rank, LOCAL_RANK=rank) for rank in range(2)]
+    finish(ranks)
+    return ranks[0].out.read_text()
 
 
 @pytest.mark.slow
-def test_two_ranks_share_a_folder_a_picture_and_the_classes(tmp_path, images):
+def test_two_ranks_share_a_folder_a_picture_and_the_classes(server, tmp_path, images):
     words = dict(TRAIN, class_cond=True, num_classes=5, data_dir=images, learn_sigma=True)
-    out = launch("image_train", tmp_path, **{**words, "preview_samples": 4})
+    out = launch(server, "image_train", tmp_path, **{**words, "preview_samples": 4})
     (folder,) = (tmp_path / "runs").iterdir()
     assert f"Logging to runs/{folder.name}" in out and "10 images of 3 classes" in out and "2 ranks of 4 images" in out
     files = {path.name for path in folder.iterdir()}
     assert {"config.json", "log.txt", "log-rank001.txt", "preview_000004_model.png", "ema_0.9_000004.pt"} <= files
 
     weights = folder / "ema_0.9_000004.pt"
-    out = launch(
-        "image_sample", tmp_path, model_path=weights, classes="c:3,a:2", timestep_respacing=1, save_images=True
-    )
+    drawing = dict(model_path=weights, classes="c:3,a:2", timestep_respacing=1, save_images=True)
+    out = launch(server, "image_sample", tmp_path, **drawing)
     assert "classes: 0 a, 2 c" in out
     (folder,) = set((tmp_path / "runs").iterdir()) - {folder}
     names = [path.name for path in sorted((folder / "images").iterdir())]

@@ -8,6 +8,7 @@ import contextlib
 import errno
 import itertools
 import os
+import shutil
 import zipfile
 
 import blobfile as bf
@@ -115,10 +116,12 @@ SCENARIOS = {
 
 def crashes(tmp_path, before, during):
     """For each operation of during(folder), a folder in which it was the last and ended in its middle."""
+    start = tmp_path / "start"
+    start.mkdir()
+    before(start)
     for k in itertools.count():
         folder = tmp_path / f"crash{k}"
-        folder.mkdir()
-        before(folder)
+        shutil.copytree(start, folder)
         try:
             with DyingDisk(k):
                 during(folder)
@@ -172,11 +175,13 @@ def test_killed_again_while_the_set_is_completed(tmp_path, name):
 
 
 def crashes_of_auto(tmp_path, before, crash, count):
+    start = tmp_path / "start"
+    start.mkdir(parents=True)
+    before(start)
+    crash(start)
     for k in range(count):
         folder = tmp_path / str(k)
-        folder.mkdir(parents=True)
-        before(folder)
-        crash(folder)
+        shutil.copytree(start, folder)
         with pytest.raises(Killed), DyingDisk(k):
             newest(str(folder))
         yield folder

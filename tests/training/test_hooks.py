@@ -184,10 +184,49 @@ GRAFTS = {
 }
 
 
+def follow(folder, cls, initial, checkpoint, use_fp16, save_interval):
+    """A run of the class from the checkpoint, "" for none, always with the same random numbers."""
+    np.random.seed(3)
+    th.manual_seed(3)
+    train(
+        folder,
+        cls,
+        model=copy.deepcopy(initial),
+        use_fp16=use_fp16,
+        ema_rate="0.5,0.9",
+        max_steps=0,
+        lr_anneal_steps=8,
+        save_interval=save_interval,
+        resume_checkpoint=checkpoint,
+    )
+
+
+@pytest.fixture(scope="module")
+def ours(tmp_path_factory):
+    """ours(source, use_fp16, save_interval): (the folder of a run of TrainLoop's, its network and its checkpoint)."""
+    runs = {}
+
+    def get(source, use_fp16, save_interval):
+        key = source, use_fp16, save_interval
+        if key not in runs:
+            folder, checkpoint = tmp_path_factory.mktemp("ours"), ""
+            if source != "new":
+                train(folder / "source", use_fp16=use_fp16, ema_rate="0.5,0.9", max_steps=4)
+                checkpoint = latest(folder / "source")
+            for path in (folder / "source").glob("state*.pt") if source == "original" else ():
+                path.unlink()
+            initial = TinyNet()
+            follow(folder / "run", TrainLoop, initial, checkpoint, use_fp16, save_interval)
+            runs[key] = folder / "run", initial, checkpoint
+        return runs[key]
+
+    return get
+
+
 @pytest.mark.parametrize("use_fp16", [False, True])
 @pytest.mark.parametrize("source", ["new", "ours", "original"])
 @pytest.mark.parametrize("name", GRAFTS)
-def test_a_method_of_the_original_on_a_subclass(tmp_path, name, source, use_fp16):
+def test_a_method_of_the_original_on_a_subclass(tmp_path, ours, name, source, use_fp16):
     """Equal numbers."""
     called = []
 
@@ -195,30 +234,13 @@ def test_a_method_of_the_original_on_a_subclass(tmp_path, name, source, use_fp16
         called.append(name)
         return GRAFTS[name](self, *args)
 
-    folder = tmp_path / "source"
-    if source != "new":
-        train(folder, use_fp16=use_fp16, ema_rate="0.5,0.9", max_steps=4)
-    for path in folder.glob("state*.pt") if source == "original" else ():
-        path.unlink()
-    initial = TinyNet()
-    for cls in (TrainLoop, type("Grafted", (TrainLoop,), {name: graft})):
-        np.random.seed(3)
-        th.manual_seed(3)
-        train(
-            tmp_path / cls.__name__,
-            cls,
-            model=copy.deepcopy(initial),
-            use_fp16=use_fp16,
-            ema_rate="0.5,0.9",
-            max_steps=0,
-            lr_anneal_steps=8,
-            save_interval=5 if name == "run_loop" else 3,  # which saves at once where it was resumed
-            resume_checkpoint="" if source == "new" else latest(folder),
-        )
-    names = [file for file in checkpoint_names(tmp_path / "TrainLoop") if file.startswith(("model", "ema"))]
-    assert set(names) <= set(checkpoint_names(tmp_path / "Grafted")) and len(names) >= 3
+    save_interval = 5 if name == "run_loop" else 3  # which saves at once where it was resumed
+    folder, initial, checkpoint = ours(source, use_fp16, save_interval)
+    follow(tmp_path, type("Grafted", (TrainLoop,), {name: graft}), initial, checkpoint, use_fp16, save_interval)
+    names = [file for file in checkpoint_names(folder) if file.startswith(("model", "ema"))]
+    assert set(names) <= set(checkpoint_names(tmp_path)) and len(names) >= 3
     for file in names:
-        got, want = load(tmp_path / "Grafted" / file), load(tmp_path / "TrainLoop" / file)
+        got, want = load(tmp_path / file), load(folder / file)
         th.testing.assert_close(dict(got), dict(want), rtol=1e-6, atol=1e-7)
     unused = {"optimize_normal"} if use_fp16 else {"optimize_fp16"}
     if source == "new":

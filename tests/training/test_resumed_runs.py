@@ -104,9 +104,8 @@ def test_resumed_is_uninterrupted(seven_images, tmp_path_factory, stop, how, **p
     [
         (TinyNet, dict(workers=1)),
         (small_unet, dict(dropout=0.1)),
-        (small_unet, dict(dropout=0.1, use_fp16=True, microbatch=2)),
     ],
-    ids=["worker", "unet", "float16 unet"],
+    ids=["worker", "unet"],
 )
 def test_real_networks_and_workers(tmp_path, seven_images, net, parameters):
     interrupt_and_resume(tmp_path, seven_images, 5, "killed", net=net, save_interval=3, log_interval=2, **parameters)

@@ -18,7 +18,7 @@ def load(model, path):
     load_weights(model, read_weights(path), path)
 
 
-FILE = dict(TINY, image_size=8, class_cond=True, num_classes=5)
+FILE = dict(TINY, channel_mult="1,2", image_size=8, class_cond=True, num_classes=5)
 
 
 DEFAULT_MULT = dict(image_size=32, channel_mult="")

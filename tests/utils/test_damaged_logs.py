@@ -95,7 +95,7 @@ def files_beside(path):
 
 
 @pytest.mark.parametrize("output, text", [(CSVOutputFormat, CSV_ROWS), (JSONOutputFormat, JSON_ROWS)])
-@settings(max_examples=150)
+@settings(max_examples=75)
 @given(
     flips=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 7)), min_size=1, max_size=3),
     data=st.data(),
