@@ -128,7 +128,7 @@ def schedules(counts, rows):
 
 
 def skipping(counts, rows):
-    how = dict(sampler="ancestral", evaluations=counts.skip_steps, samples=counts.skip_samples, sigma_small=True)
+    how = dict(sampler="ancestral", evaluations=counts.skip_steps, samples=counts.skip_samples, fixed="small")
     linear, cosine = (
         {skip: distance(counts, rows[label].runs[0], **how, skip=skip) for skip in counts.skips}
         for label in ("linear L_simple", "cosine L_simple")
@@ -194,7 +194,7 @@ def gradients(counts, rows):
         )
 
     return [
-        Claim("5a", "L_vlb's gradients are noisier than L_hybrid's, less so by importance sampling (noise scale, images)",
+        Claim("5a", "L_vlb's gradients are noisier than L_hybrid's, less by importance sampling (noise scale, images)",
               "by orders of magnitude (Fig. 6, 7)", [noise[steps[-1]]], of_noise),
         compare("5b", "so that L_vlb reaches a better NLL with importance sampling", "Fig. 6, 7", in_order, bpd,
                 rows["cosine L_vlb"], rows["cosine L_vlb uniform"]),
@@ -216,8 +216,8 @@ def few_steps(counts, rows):
         return {k: distance(counts, run, evaluations=k, **how) for k in evaluations}
 
     series = {
-        "fixed large": of(simple, "ancestral", counts.few, sigma_small=False),
-        "fixed small": of(simple, "ancestral", counts.few, sigma_small=True),
+        "fixed large": of(simple, "ancestral", counts.few, fixed="large"),
+        "fixed small": of(simple, "ancestral", counts.few, fixed="small"),
         "learned": of(hybrid, "ancestral", counts.few),
         "DDIM": of(hybrid, "ddim", counts.few),
         "dpm++2m-sde": of(hybrid, "dpm++2m-sde", counts.few_of_solvers),

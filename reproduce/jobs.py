@@ -12,6 +12,7 @@ from typing import Any
 import torch as th
 
 from improved_diffusion import logger
+from improved_diffusion.options import TrainOptions
 from improved_diffusion.utils.errors import TrainingError
 from improved_diffusion.utils.files import write_files
 
@@ -124,4 +125,6 @@ def images(path: Path) -> measures.Images:
 
 @functools.lru_cache(maxsize=1)
 def trained(run: Run, path: Path, step: int | None) -> measures.Trained:
-    return measures.Trained(run, path, step)
+    """The average of a run at a checkpoint, the last one for None."""
+    options = TrainOptions().replace(**dict(run.flags))
+    return measures.Trained(options, str(path / f"ema_{run['ema_rate']}_{step or run.steps:06d}.pt"))

@@ -12,6 +12,7 @@ import numpy as np
 import torch as th
 from torch.utils.flop_counter import FlopCounterMode
 
+from improved_diffusion import dist_util
 from improved_diffusion.image_datasets import open_images
 from improved_diffusion.inference.arrays import to_uint8
 from improved_diffusion.inference.generate import generate, noise_of
@@ -27,9 +28,6 @@ from improved_diffusion.samplers import SAMPLERS
 from improved_diffusion.script_util import create_diffusion, create_gaussian_diffusion, create_model_and_diffusion
 from improved_diffusion.training.weights import load_weights, read_weights
 
-from .declare import Run
-
-BATCH = 100  # images through the network at once
 SEED = 0
 
 
@@ -58,14 +56,13 @@ class Images:
 
 
 class Trained:
-    """The averaged weights of a run. :param step: of the checkpoint; the last one if None."""
+    """A network with the weights in a file. :param batch_size: of images that go through it at once."""
 
-    def __init__(self, run: Run, folder: Path, step: int | None = None):
-        self.options = TrainOptions().replace(**dict(run.flags))
-        self.model, _ = self.options.call(create_model_and_diffusion)
-        path = folder / f"ema_{run['ema_rate']}_{run.steps if step is None else step:06d}.pt"
-        load_weights(self.model, read_weights(str(path)), str(path))
-        self.model.eval()
+    def __init__(self, options: TrainOptions, path: str, batch_size: int = 100):
+        self.options, self.batch_size = options, batch_size
+        self.model, _ = options.call(create_model_and_diffusion)
+        load_weights(self.model, read_weights(path), path)
+        self.model.to(dist_util.dev()).eval()
 
     def diffusion(self, **changed):
         return create_diffusion(self.options.diffusion, **changed)
@@ -83,7 +80,7 @@ def spread(images: np.ndarray, count: int) -> np.ndarray:
 
 def to_model(images: np.ndarray) -> th.Tensor:
     """uint8 [N, S, S, 3] -> [N, 3, S, S] in [-1, 1]."""
-    return th.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return th.from_numpy(images).permute(0, 3, 1, 2).float().to(dist_util.dev()) / 127.5 - 1
 
 
 # ---------------------------------------------------------------- likelihood
@@ -103,15 +100,16 @@ def bound(trained: Trained, diffusion, images: np.ndarray, estimate: int = 0) ->
         sums = pilot_sums(diffusion, trained.model, pilot, numbers, noise_fn=noise_fn)
         p = importance_weights(sums, diffusion.num_timesteps)
     parts = []
-    for first in range(0, len(images), BATCH):
-        batch = x_start[first : first + BATCH]
+    for first in range(0, len(images), trained.batch_size):
+        batch = x_start[first : first + trained.batch_size]
         noise_fn = noise_of(SEED, range(first, first + len(batch)))
         if p is None:
             parts.append(diffusion.calc_bpd_loop(trained.model, batch, noise_fn=noise_fn))
         else:
             parts.append(estimate_bpd(diffusion, trained.model, batch, p=p, evaluations=estimate, noise_fn=noise_fn))
     total, vb = (th.cat([part[name] for part in parts]).double() for name in ("total_bpd", "vb"))
-    found = {"bpd": total.mean().item(), "standard error": (total.var() / len(total)).sqrt().item()}
+    error = total.std(correction=0) / max(len(total) - 1, 1) ** 0.5
+    found = {"bpd": total.mean().item(), "standard error": error.item()}
     if estimate:
         variance = th.cat([part["variance"] for part in parts])
         found["standard error of the estimate"] = (variance.mean() / len(total)).sqrt().item()
@@ -157,9 +155,19 @@ def methods(
 # ---------------------------------------------------------------- samples
 
 
-def draw(trained: Trained, samples: int, sampler: str, evaluations: int, sigma_small: bool = False, skip: float = 0.0):
-    """uint8 [samples, S, S, 3]. :param skip: share of the chain left out at its noisy end."""
-    options, respacing = {}, str(evaluations)
+def draw(trained: Trained, samples: int, sampler: str, evaluations: int, fixed: str = "", skip: float = 0.0):
+    """
+    uint8 [samples, S, S, 3].
+
+    :param fixed: the variances, "small" or "large", whether the network has learned them or not; "" = its own.
+    :param skip: share of the chain left out at its noisy end.
+    """
+    options: dict = {}
+    respacing, model, changed = str(evaluations), trained.model, {}
+    if fixed:
+        changed = dict(learn_sigma=False, sigma_small=fixed == "small")
+        if trained.options.diffusion.learn_sigma:
+            model = lambda x, t: trained.model(x, t).chunk(2, dim=1)[0]  # noqa: E731
     if sampler == "ddim":
         respacing = f"ddim{evaluations}"
     elif sampler != "ancestral":
@@ -170,8 +178,8 @@ def draw(trained: Trained, samples: int, sampler: str, evaluations: int, sigma_s
         respacing = f"at:{','.join(map(str, kept))}"
     size = trained.options.model.image_size
     images, _ = generate(
-        trained.diffusion(timestep_respacing=respacing, sigma_small=sigma_small), trained.model, shape=(3, size, size),
-        num_samples=samples, batch_size=BATCH, conditions=lambda numbers, noise_fn: {}, sampler=sampler,
+        trained.diffusion(timestep_respacing=respacing, **changed), model, shape=(3, size, size),
+        num_samples=samples, batch_size=trained.batch_size, conditions=lambda numbers, noise_fn: {}, sampler=sampler,
         sampler_options=options, seed=SEED,
     )  # fmt: skip
     return images
@@ -208,14 +216,14 @@ def interpolation(trained: Trained, data: Images, *, evaluations: int) -> dict:
     diffusion, chosen = trained.diffusion(timestep_respacing=f"ddim{evaluations}"), spread(data.test, 10)
     x = to_model(chosen)
     for i in range(diffusion.num_timesteps):
-        x = diffusion.ddim_reverse_sample(trained.model, x, th.full((len(x),), i))["sample"]
+        x = diffusion.ddim_reverse_sample(trained.model, x, th.full((len(x),), i, device=x.device))["sample"]
     one, other = x[:5], x[5:]
     dot = (one * other).flatten(1).sum(1) / (one.flatten(1).norm(dim=1) * other.flatten(1).norm(dim=1))
     angle = dot.acos()[:, None, None, None]
     columns = [chosen[:5]]
     for w in np.linspace(0, 1, 9):
         between = (th.sin((1 - w) * angle) * one + th.sin(w * angle) * other) / th.sin(angle)
-        columns.append(to_uint8(SAMPLERS["ddim"](diffusion, trained.model, between.float())).numpy())
+        columns.append(to_uint8(SAMPLERS["ddim"](diffusion, trained.model, between.float())).cpu().numpy())
     columns.append(chosen[5:])
     return picture(np.stack(columns, axis=1).reshape(-1, *chosen.shape[1:]), columns=len(columns))
 
@@ -240,7 +248,7 @@ def gradient_noise(trained: Trained, data: Images, *, batches: int, batch_size: 
     hybrid, vlb = trained.diffusion(), trained.diffusion(use_kl=True)
     importance = LossSecondMomentResampler(vlb)
     with th.no_grad():
-        for t in th.arange(vlb.num_timesteps).repeat(importance.history_per_term).split(BATCH):
+        for t in th.arange(vlb.num_timesteps).repeat(importance.history_per_term).split(trained.batch_size):
             losses = vlb.training_losses(trained.model, images[th.randint(len(images), t.shape)], t)["loss"]
             importance.update_with_all_losses(t.tolist(), losses.tolist())
     parameters = list(trained.model.parameters())

@@ -15,7 +15,7 @@ from .experiments import MODEL
 # by which a network without two of its levels is slower: attention at full resolution
 SLOWER = {"1,2,2": 1.0, "1,1": 0.9, "1": 1.2}
 START = 8.0  # seconds until image_train.py takes its first step, and to save
-FRECHET = 4.0  # seconds of a Fréchet distance of 1280 features
+FRECHET = 2.0  # seconds of a Fréchet distance of 1280 features
 PILOT = 1000  # evaluations before an estimate
 
 
