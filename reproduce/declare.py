@@ -158,6 +158,7 @@ class Counts:
     batches: int = 200  # of gradients
     methods_images: int = 64
     methods_estimate: int = 100
+    even: int = 50  # timesteps of the paper's chain for likelihoods
     chosen: int = 32  # timesteps of a planned chain
     planned_images: int = 32
     reference: int = 5971  # training images that samples are compared with: all
@@ -166,8 +167,7 @@ class Counts:
 FULL = Counts()
 QUICK = Counts(
     steps=8, seeds=(0,), chain=60, long=120, points=2, samples=12, evaluations=3, few_samples=6,
-    few=(6, 10, 20, 30, 60), few_of_solvers=(10, 20),
-    skip_samples=6, skip_steps=5, skips=(0.0, 0.2), images=8, estimate=4, curve_images=4,
-    curve_estimate=4, lengths=(20, 60, 120), terms_images=1, batches=4, methods_images=2, methods_estimate=8, chosen=4,
-    planned_images=1, reference=48,
+    few=(6, 10, 20, 30, 60), few_of_solvers=(10, 20), skip_samples=6, skip_steps=5, skips=(0.0, 0.2), images=8,
+    estimate=4, curve_images=4, curve_estimate=4, lengths=(20, 60, 120), terms_images=1, batches=4, methods_images=2,
+    methods_estimate=8, even=10, chosen=4, planned_images=1, reference=48,
 )  # fmt: skip

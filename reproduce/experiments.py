@@ -269,9 +269,8 @@ def few_steps(counts, rows):
 
 
 def methods(counts, rows):
-    how = dict(images=counts.methods_images, estimate=counts.methods_estimate)
-    run = rows["cosine L_hybrid"].runs[0]
-    return measure("methods", run, **how, chosen=counts.chosen, planned_images=counts.planned_images)
+    how = dict(images=counts.methods_images, estimate=counts.methods_estimate, even=counts.even, chosen=counts.chosen)
+    return measure("methods", rows["cosine L_hybrid"].runs[0], **how, planned_images=counts.planned_images)
 
 
 def likelihoods(counts, rows):

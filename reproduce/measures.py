@@ -6,6 +6,7 @@ Noise depends on the number of an image or sample alone, so that all runs are me
 
 import functools
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -129,7 +130,7 @@ def terms(trained: Trained, data: Images, *, images: int, length: int) -> dict:
 
 
 def methods(
-    trained: Trained, data: Images, *, images: int, estimate: int, chosen: int, planned_images: int
+    trained: Trained, data: Images, *, images: int, even: int, estimate: int, chosen: int, planned_images: int
 ) -> dict:  # fmt: skip
     """The bound of the same images in four ways, and what each costs."""
     held_out, steps = spread(data.test, images), trained.options.diffusion.diffusion_steps
@@ -139,7 +140,7 @@ def methods(
     timesteps = ",".join(map(str, plan(costs, [chosen])[chosen]))
     ways = {
         "every timestep": ("", 0),
-        "50 even timesteps and the first T/50": ("nll50", 0),
+        f"{even} even timesteps and the first T/{even}": (f"nll{even}", 0),
         "estimate": ("", estimate),
         f"{chosen} chosen timesteps": (f"at:{timesteps}", 0),
     }
@@ -256,27 +257,30 @@ def gradient_noise(trained: Trained, data: Images, *, batches: int, batch_size: 
     def gradient(diffusion, sampler):
         t, weights = sampler.sample(batch_size, images.device)
         losses = diffusion.training_losses(trained.model, images[th.randint(len(images), t.shape)], t)
-        return th.cat([g.flatten() for g in th.autograd.grad((losses["loss"] * weights).mean(), parameters)]).double()
+        return th.cat([g.flatten() for g in th.autograd.grad((losses["loss"] * weights).mean(), parameters)])
 
-    def moments(diffusion, sampler):
-        """An unbiased |G|^2, and tr(S) by each half of the batches."""
-        total, traces = th.zeros(()), []
-        for half in (batches // 2, batches - batches // 2):
-            sum_, squares = th.zeros(()), 0.0
-            for _ in range(half):
-                g = gradient(diffusion, sampler)
-                sum_, squares = sum_ + g, squares + g.square().sum().item()
-            traces.append(batch_size * (squares - sum_.square().sum().item() / half) / (half - 1))
-            total = total + sum_
-        return (total / batches).square().sum().item() - sum(traces) / 2 / batch_size / batches, traces
-
-    of = {
-        "L_hybrid": moments(hybrid, UniformSampler(hybrid)),
-        "L_vlb importance": moments(vlb, importance),
-        "L_vlb uniform": moments(vlb, UniformSampler(vlb)),
+    ways = {
+        "L_hybrid": (hybrid, UniformSampler(hybrid)),
+        "L_vlb importance": (vlb, importance),
+        "L_vlb uniform": (vlb, UniformSampler(vlb)),
     }
+    of = {name: moments_of(functools.partial(gradient, *way), batches, batch_size) for name, way in ways.items()}
     norms = {"L_hybrid": of["L_hybrid"][0], **dict.fromkeys(list(of)[1:], of["L_vlb importance"][0])}
     return {name: [trace / norms[name] for trace in traces] for name, (_, traces) in of.items()}
+
+
+def moments_of(gradient: Callable[[], th.Tensor], batches: int, batch_size: int) -> tuple[float, list[float]]:
+    """|G|^2 without bias, and tr(S) by each half of the batches."""
+    total, traces = th.zeros(()), []
+    for half in (batches // 2, batches - batches // 2):
+        sum_, squares = th.zeros(()), 0.0
+        for _ in range(half):
+            g = gradient().double()
+            sum_, squares = sum_ + g, squares + g.square().sum().item()
+        traces.append(batch_size * (squares - sum_.square().sum().item() / half) / (half - 1))
+        total = total + sum_
+    mean = sum(traces) / len(traces)
+    return (total / batches).square().sum().item() - mean / batch_size / batches, traces
 
 
 # ---------------------------------------------------------------- schedules and sizes

@@ -19,8 +19,8 @@ from .verdicts import spread
 HEAD = """# The paper's claims, at small scale
 
 Written by `make reproduce` ([how](reproducing.md)), {date}, torch {torch}: {runs} training runs and {measures}
-measurements, {minutes:.0f} minutes of a core. The paper has 64x64 ImageNet and models of 120M parameters; here are 16x16
-emoji and at most 1.2M parameters. The numbers cannot agree; the order that the paper claims can.
+measurements, {minutes:.0f} minutes of a core. The paper has 64x64 ImageNet and models of 120M parameters; here are
+16x16 emoji and at most 1.2M parameters. The numbers cannot agree; the order that the paper claims can.
 
 NLL is in bits/dim, of held-out images. FD is the Fréchet distance between EfficientNet-Lite0's features of samples and
 of the training images; it is no FID. Of several seeds these are the mean and (least to most). A claim on runs holds if

@@ -38,7 +38,9 @@ def work(job: Run | Measure) -> dict[str, float]:
             return {"trained": 3 * 16 * s["batches"], "evaluated": 10 * job.run["diffusion_steps"] if job.run else 0}
         case "methods":
             steps = job.run["diffusion_steps"] if job.run else 0
-            counted = (steps + 70 + s["estimate"] + s["chosen"]) * s["images"] + steps * s["planned_images"]
+            counted = (steps + s["even"] + steps // s["even"] + s["estimate"] + s["chosen"]) * s["images"] + steps * s[
+                "planned_images"
+            ]
             return {"evaluated": counted, "seconds": 0.06 * steps}
         case "interpolation":
             return {"evaluated": 55 * s["evaluations"]}

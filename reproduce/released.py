@@ -4,8 +4,9 @@ A published checkpoint on a GPU: what is measured beside what is published, by s
     python -m reproduce.released imagenet64 --model_path imagenet64_uncond_100M_1500K.pt \
         --data_dir val64.packed --reference train64.packed --steps 25,50,100
 
-NLL is of held-out images (--data_dir) over chains of even steps; FID is of samples and a reference, as of image_eval.py.
-Each number is printed and kept in --out as it is found; the same command continues. `own` is any model of image_train.py.
+NLL is of held-out images (--data_dir) over chains of even steps; FID is of samples and a reference, as of
+image_eval.py. Each number is printed and kept in --out as it is found; the same command continues. `own` is any model
+of image_train.py.
 """
 
 import argparse

@@ -12,7 +12,7 @@ import argparse
 import multiprocessing
 import os
 import time
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from pathlib import Path
 
 from improved_diffusion.cli.parser import FlagParser, run
@@ -33,27 +33,25 @@ def main():
     out = folder.path if args.quick else ROOT / "docs"
     wanted = experiments(counts)
     if not args.page:
-        execute(wanted, folder, args.workers)
+        context = multiprocessing.get_context("spawn")
+        execute(wanted, folder, ProcessPoolExecutor(args.workers, context, jobs.initialize), args.workers)
     page.write(wanted, folder, out / "paper.md", verdicts=not args.quick)
 
 
-def execute(wanted: Experiments, folder: jobs.Folder, workers: int = 2, rate: dict[str, float] | None = None) -> None:
+def execute(wanted: Experiments, folder: jobs.Folder, pool: Executor, workers: int) -> None:
     """
     Do all jobs that have no result yet, runs before what measures them.
 
-    :param workers: processes of one thread: two jobs at once are faster than one job on two threads.
-    :param rate: of plan.rates(); measured if None.
+    :param pool: of `workers` processes of one thread: two jobs at once are faster than one job on two threads.
     :raises TrainingError: if a job fails; those under way end first, and are kept.
     """
     jobs.prepare(folder)
     missing = [job for job in in_order(wanted) if not folder.has(job)]
     if not missing:
         return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, jobs.initialize) as pool:
-        if rate is None:
-            measured = [future.result() for future in [pool.submit(plan.rates) for _ in range(workers)]]
-            rate = {unit: max(found[unit] for found in measured) for unit in measured[0]}
+    with pool:
+        trials = [future.result() for future in [pool.submit(plan.rates) for _ in range(workers)]]
+        rate = {unit: max(found[unit] for found in trials) for unit in trials[0]}
         show(f"{plan.table(missing, rate, workers)}\n{folder.path}")
         under_way: dict[Future, Run | Measure] = {}
         while missing or under_way:
