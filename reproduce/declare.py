@@ -155,7 +155,7 @@ class Counts:
     curve_estimate: int = 20
     lengths: tuple[int, ...] = (100, 1000, 4000)  # of the chains whose terms are compared
     terms_images: int = 12
-    batches: int = 200  # of gradients
+    batches: int = 300  # of gradients of 32 images
     methods_images: int = 64
     methods_estimate: int = 100
     even: int = 50  # timesteps of the paper's chain for likelihoods

@@ -236,7 +236,7 @@ def picture(images: np.ndarray, columns: int) -> dict:
 # ---------------------------------------------------------------- gradients
 
 
-def gradient_noise(trained: Trained, data: Images, *, batches: int, batch_size: int = 16) -> dict:
+def gradient_noise(trained: Trained, data: Images, *, batches: int, batch_size: int = 32) -> dict:
     """
     The noise scale tr(S) / |G|^2 of the gradient (McCandlish et al. 2018, arXiv 1812.06162), in images: G is its
     expectation, S the covariance of one image's. Both estimates of L_vlb have the same G, that of importance sampling.

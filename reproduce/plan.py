@@ -35,7 +35,7 @@ def work(job: Run | Measure) -> dict[str, float]:
         case "real":
             return {"features": s["samples"] + s["reference"], "seconds": FRECHET}
         case "gradient_noise":
-            return {"trained": 3 * 16 * s["batches"], "evaluated": 10 * job.run["diffusion_steps"] if job.run else 0}
+            return {"trained": 3 * 32 * s["batches"], "evaluated": 10 * job.run["diffusion_steps"] if job.run else 0}
         case "methods":
             steps = job.run["diffusion_steps"] if job.run else 0
             counted = (steps + s["even"] + steps // s["even"] + s["estimate"] + s["chosen"]) * s["images"] + steps * s[
