@@ -5,6 +5,7 @@
 # make benchmark    measure speed and memory (an hour or more; on a machine that does nothing else)
 # make benchmark-samplers    quality of the demo's samples by sampler and evaluations (an hour or more; resumable)
 # make compatibility    the fast tests on the newest versions and on the oldest that pyproject.toml claims (downloads 6 GB)
+# make reproduce    the paper's claims at small scale (at most 100 minutes on two cores; resumable); QUICK=1 only checks that it runs
 # make clean   forget the demo's results; the environment in .venv stays
 
 PYTHON ?= python3
@@ -23,7 +24,7 @@ LAST_DIGIT := demo/digits/8_01796.png
 WEIGHTS := demo/run/ema_0.99_001000.pt
 SAMPLES := demo/samples/samples_500x16x16x1.npz
 
-.PHONY: demo test coverage soak lint benchmark benchmark-digits benchmark-samplers compatibility clean
+.PHONY: demo reproduce test coverage soak lint benchmark benchmark-digits benchmark-samplers compatibility clean
 
 demo: demo/progress.png $(SAMPLES)
 	@echo "How it learned: $(CURDIR)/demo/progress.png"
@@ -52,6 +53,9 @@ benchmark-digits: $(SAMPLES)
 
 benchmark-samplers: $(WEIGHTS)
 	$(PY) benchmarks/run.py samplers
+
+reproduce: .venv/reproduce
+	$(PY) -m reproduce.runner $(if $(QUICK),--quick)
 
 test: lint
 	$(PY) -m pytest $(TWO)
@@ -82,7 +86,7 @@ compatibility: .venv-newest/test .venv-oldest/test
 	touch $@
 
 # .venv/NAME marks that the extra NAME is installed
-.venv/demo .venv/test: pyproject.toml constraints.txt | .venv/bin/python
+.venv/demo .venv/reproduce .venv/test: pyproject.toml constraints.txt | .venv/bin/python
 	$(PIP) --editable ".[$(@F)]"
 	touch $@
 

@@ -154,9 +154,17 @@ def known_flags():
 def test_flags_that_are_named_exist(document):
     launchers = {"nproc_per_node", "nnodes", "node_rank", "master_addr", "max_restarts", "ntasks", "gpus"}
     benchmarks = re.findall(r"^    (\w+)=", (ROOT / "benchmarks/run.py").read_text(), flags=re.MULTILINE)
+    reproduce = [
+        flag for path in (ROOT / "reproduce").glob("*.py") for flag in re.findall(r'"--(\w+)"', path.read_text())
+    ]
     text = re.sub(r"^#SBATCH.*|`--requeue`|--kill-on-bad-exit", "", TEXTS[document], flags=re.MULTILINE)  # Slurm's
     named = set(re.findall(r"(?<![\w-])--([a-z]\w+)", text))
-    assert named <= known_flags() | launchers | {*benchmarks, "variants", "out_dir"}  # the last is the example's
+    assert named <= known_flags() | launchers | {
+        *benchmarks,
+        *reproduce,
+        "variants",
+        "out_dir",
+    }  # the last is the example's
 
 
 def test_every_flag_that_the_original_does_not_have_is_a_difference():
@@ -177,7 +185,7 @@ def test_pictures_are_there():
         if document.startswith("docs/")
         for name in re.findall(r"!\[[^]]+\]\(([^)]+)\)", text)
     ]
-    assert {path.name for path in found} == {path.name for path in (ROOT / "docs").glob("*.png")}
+    assert {path.name for path in found} == {path.name for path in (ROOT / "docs").rglob("*.png")}
     for path in found:
         with Image.open(path) as picture:
             assert np.asarray(picture.convert("L")).std() > 10
