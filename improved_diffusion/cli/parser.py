@@ -230,12 +230,12 @@ def logging_to(log_dir: str, notes=(), claim: Callable[[str, str], list[str]] | 
             yield
         finally:
             error = sys.exc_info()[1]
-            if not isinstance(error, InputError):  # which ends with one line
+            if claim or not isinstance(error, InputError):  # else nothing may have been written
                 where = f"{logger.get_dir()}{f', checkpoints in {blob_dir}' if blob_dir else ''}"
-                stopped = claim and isinstance(error, SystemExit)
-                logger.log(
-                    f"all files are in {where}{'; --resume_checkpoint auto continues the run' if stopped else ''}"
+                stopped = (
+                    "; --resume_checkpoint auto continues the run" if claim and isinstance(error, SystemExit) else ""
                 )
+                logger.log(f"all files are in {where}{stopped}")
     finally:
         lock.release()
 

@@ -35,7 +35,7 @@ def test_the_defaults_are_a_night(tmp_path):
     assert (options.sampling.num_samples, options.sampling.sampler_options["steps"]) == (16, 20)
     assert str(tmp_path / "first_samples.png") in picture
     with Image.open(tmp_path / "first_samples.png") as image:
-        assert image.size == (4 * 50 + 2, 4 * 50 + 2)
+        assert image.size == (4 * 98 + 2, 4 * 98 + 2)
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ def test_the_picture_is_of_the_models_samples_and_random_numbers_stay(tmp_path, 
     preview(lambda: model, str(tmp_path), 8)
     assert_same(checkpoints.rng_state(), before)
     first, second = (np.asarray(Image.open(tmp_path / f"preview_{step:06d}.png")) for step in (7, 8))
-    assert first.shape == (2 * 50 + 2, 2 * 50 + 2, 3) and first.std() > 10
+    assert first.shape == (2 * 98 + 2, 2 * 98 + 2, 3) and first.std() > 10
     np.testing.assert_array_equal(first, second)  # the same noise: the same picture of the same model
     assert [(key, step) for key, _, step in pictures.shown] == [("preview", 7), ("preview", 8)]
     np.testing.assert_array_equal(pictures.shown[0][1], first)
@@ -127,7 +127,7 @@ def test_the_preview_that_a_kill_prevented_is_drawn_on_resume(tmp_path, diffusio
     else:
         assert_same(drawn, [load(tmp_path / shown)])
         with Image.open(name) as picture:
-            assert picture.size == (2 * 50 + 2, 52)
+            assert picture.size == (2 * 98 + 2, 100)
     assert not list(tmp_path.glob("*.tmp"))
 
 
@@ -159,13 +159,13 @@ def test_a_signal_ends_a_preview_between_two_evaluations(tmp_path, evaluations, 
 
 def test_small_images_beside_the_large_ones(tmp_path):
     low_res = th.stack([th.full((3, 2, 2), value) for value in (-0.5, 0.5)])
-    preview = Preview(make_diffusion(24, "cosine"), (3, 48, 48), 2, {"low_res": low_res})
+    preview = Preview(make_diffusion(24, "cosine"), (3, 96, 96), 2, {"low_res": low_res})
     preview(lambda: lambda x, t, low_res: x, str(tmp_path), 7)
     picture = np.asarray(Image.open(tmp_path / "preview_000007.png"))
-    assert picture.shape == (48 + 4, 2 * (96 + 2) + 2, 3)
+    assert picture.shape == (96 + 4, 2 * (192 + 2) + 2, 3)
     for i, value in enumerate((63, 191)):
-        left = 2 + i * 98
-        assert (picture[2:50, left : left + 48] == value).all() and picture[2:50, left + 48 : left + 96].std() > 10
+        left = 2 + i * 194
+        assert (picture[2:98, left : left + 96] == value).all() and picture[2:98, left + 96 : left + 192].std() > 10
 
 
 def test_no_preview_of_another_runs_checkpoint_or_of_none(tmp_path, diffusion):

@@ -189,7 +189,7 @@ def test_previews_of_super_resolution(tmp_path, images):
     del words["image_size"]
     run("super_res_train", tmp_path / "run", **words)
     with Image.open(tmp_path / "run" / "preview_000004_model.png") as picture:
-        assert picture.size == (2 * 98 + 2, 2 * 50 + 2)  # small images on the left of large ones
+        assert picture.size == (2 * 194 + 2, 2 * 98 + 2)  # small images on the left of large ones
 
 
 def test_a_continued_run_keeps_the_numbers_of_its_classes(tmp_path, images, trained, capfd):
@@ -303,9 +303,10 @@ def test_the_weights_are_enough(tmp_path, images, trained, capfd):
     out = capfd.readouterr().out
     assert f"flags of the model: {trained}/config.json" in out and "classes: 0 a, 1 b, 2 c\n" in out
     assert f"WARNING: {weights.name} averages over about 10 steps, but has seen 4, not 30" in out
-    assert f"saved {tmp_path}/s/samples_40x8x8x3.npz\nsaved {tmp_path}/s/samples_40x8x8x3.png\n" in out
+    name = f"{tmp_path}/s/samples_40x8x8x3"
+    assert f"saved {name}.npz\nsaved {name}.png (the first 30 of 40 by class)\n" in out
     picture = np.asarray(Image.open(tmp_path / "s" / "samples_40x8x8x3.png"))
-    assert picture.shape == (3 * 50 + 2, 10 * 50 + 2, 3) and picture.std() > 10
+    assert picture.shape == (3 * 98 + 2, 10 * 98 + 2, 3) and picture.std() > 10
 
     run("image_nll", tmp_path / "n", model_path=weights, data_dir=images, timestep_respacing=2, num_samples=3)
     assert "total bpd over 3 images" in capfd.readouterr().out

@@ -123,9 +123,9 @@ def test_training_leaves_checkpoints_and_a_log(tmp_path, images, changed):
     for name in pictures:
         with Image.open(tmp_path / name) as image:
             pixels = np.asarray(image)
-        assert pixels.shape == (2 * 50 + 2, 2 * 50 + 2) + (() if changed.get("image_channels") == 1 else (3,))
+        assert pixels.shape == (2 * 98 + 2, 2 * 98 + 2) + (() if changed.get("image_channels") == 1 else (3,))
         if not changed.get("predict_xstart"):  # which is nothing at first, where noise is something
-            assert pixels[2:50, 2:50].std() > 10
+            assert pixels[2:98, 2:98].std() > 10
 
     first, last = saved["model000000.pt"], saved["model000004.pt"]
     averaged = saved[f"ema_{rates[0]}_000004.pt"]
@@ -760,13 +760,13 @@ def test_digits_are_drawn_end_to_end(tmp_path, capfd):
     with Image.open(tmp_path / "samples" / "samples_30x16x16x1.png") as image:
         pixels = np.asarray(image)
     longest = max(np.sum(arrays["arr_1"] == label) for label in classes)
-    assert pixels.shape == (len(classes) * 50 + 2, longest * 50 + 2)  # 16 pixels three times enlarged, and gaps of 2
+    assert pixels.shape == (len(classes) * 98 + 2, longest * 98 + 2)  # 16 pixels six times enlarged, and gaps of 2
     for row, label in enumerate(classes):
         of_class = arrays["arr_0"][arrays["arr_1"] == label, ..., 0]
         for column in range(longest):
-            cell = pixels[2 + row * 50 : 50 + row * 50, 2 + column * 50 : 50 + column * 50]
+            cell = pixels[2 + row * 98 : 98 + row * 98, 2 + column * 98 : 98 + column * 98]
             expected = of_class[column] if column < len(of_class) else np.full((16, 16), 255)
-            np.testing.assert_array_equal(cell[1::3, 1::3], expected)
+            np.testing.assert_array_equal(cell[1::6, 1::6], expected)
 
 
 def test_an_unusable_output_ends_in_one_line(tmp_path, capfd):
