@@ -231,11 +231,10 @@ def logging_to(log_dir: str, notes=(), claim: Callable[[str, str], list[str]] | 
         finally:
             error = sys.exc_info()[1]
             if claim or not isinstance(error, InputError):  # else nothing may have been written
-                where = f"{logger.get_dir()}{f', checkpoints in {blob_dir}' if blob_dir else ''}"
-                stopped = (
-                    "; --resume_checkpoint auto continues the run" if claim and isinstance(error, SystemExit) else ""
-                )
-                logger.log(f"all files are in {where}{stopped}")
+                line = f"all files are in {logger.get_dir()}{f', checkpoints in {blob_dir}' if blob_dir else ''}"
+                if claim and isinstance(error, SystemExit):  # after a signal
+                    line += "; --resume_checkpoint auto continues the run"
+                logger.log(line)
     finally:
         lock.release()
 
