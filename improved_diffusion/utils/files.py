@@ -5,6 +5,7 @@ import errno
 import io
 import os
 import platform
+import re
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -20,6 +21,9 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 TEMPORARY = ".tmp"  # suffix of a file until it is whole
+
+
+READABLE = re.compile(r"(gs|az)://|https://[^/]+\.blob\.")
 
 
 def is_remote(path: str) -> bool:
@@ -44,6 +48,8 @@ def user_path(path: str) -> str:
     if not is_remote(path):
         return os.path.expanduser(path)
     try:
+        if not READABLE.match(path):  # early versions of blobfile take other URLs for local paths
+            raise ValueError
         bf.join(bf.dirname(path), "")  # parses it
     except (bf.Error, ValueError):  # the latter for https://[
         supported = "gs://BUCKET/..., az://ACCOUNT/CONTAINER/... or https://ACCOUNT.blob.core.windows.net/CONTAINER/..."
