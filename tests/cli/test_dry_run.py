@@ -16,6 +16,7 @@ from improved_diffusion.cli.estimate import (
     memory_warnings,
     on_meta,
 )
+from improved_diffusion.logger import Logger
 from improved_diffusion.options import SampleOptions, TrainOptions
 from improved_diffusion.script_util import create_model_and_diffusion
 from improved_diffusion.solvers import half_log_snr, time_grid
@@ -235,8 +236,10 @@ def test_the_data_are_opened_counted_and_decoded(tmp_path, capfd):
     assert "data: 6 images of 2 classes, decoded to 3x16x16\n" in out
 
 
-def test_ranks_open_the_data_together(tmp_path, capsys, on_ranks):
+def test_ranks_open_the_data_together(tmp_path, capsys, on_ranks, monkeypatch):
     """Leaving out damaged images is a collective."""
+    monkeypatch.setattr(Logger, "CURRENT", None)
+    monkeypatch.setattr(Logger, "EARLY", [])
     images = write_images(tmp_path / "images", count=6)
     (images / "a_000.png").write_bytes(b"no image")
     options = TrainOptions().replace(**TINY, image_size=8, data_dir=str(images), batch_size=2, skip_damaged=True)
