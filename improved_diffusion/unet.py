@@ -406,7 +406,10 @@ class UNetModel(nn.Module):
 
 def _dtype(module, default):
     """The dtype of a module's weights, `default` if it has no floating-point ones, as after quantisation."""
-    return next((p.dtype for p in module.parameters() if p.is_floating_point()), default)
+    for p in module.parameters():  # torch 2.6 compiles no generator
+        if p.is_floating_point():
+            return p.dtype
+    return default
 
 
 class SuperResModel(UNetModel):
