@@ -262,6 +262,7 @@ class UNetModel(nn.Module):
         self.use_checkpoint = use_checkpoint
         self.num_heads = num_heads
         self.num_heads_upsample = num_heads_upsample
+        self.use_scale_shift_norm = use_scale_shift_norm
         self.class_dropout = class_dropout
 
         emb_channels = model_channels * 4
@@ -273,53 +274,59 @@ class UNetModel(nn.Module):
         if num_classes is not None:
             self.label_emb = nn.Embedding(num_classes + (self.null_label is not None), emb_channels)
 
-        def res_block(channels, out_channels):
-            return ResBlock(
-                channels, emb_channels, dropout, out_channels, use_scale_shift_norm=use_scale_shift_norm, dims=dims,
-                use_checkpoint=use_checkpoint,
-            )  # fmt: skip
-
-        def res_and_attention(level, channels, out_channels, num_heads):
-            layers = [res_block(channels, out_channels)]
-            if 2**level in attention_resolutions:
-                layers.append(AttentionBlock(out_channels, num_heads, use_checkpoint))
-            return layers
-
-        # encoder
         widths = [int(mult * model_channels) for mult in channel_mult]
-        ch = model_channels
-        self.input_blocks = nn.ModuleList([TimestepEmbedSequential(conv_nd(dims, in_channels, ch, 3, padding=1))])
-        skips = [ch]  # channels of the encoder's outputs
+        self.input_blocks, skips = self._encoder(widths)
+        ch = skips[-1]
+        self.middle_block = TimestepEmbedSequential(
+            self._res_block(ch, ch),
+            AttentionBlock(ch, num_heads, use_checkpoint),
+            self._res_block(ch, ch),
+        )
+        self.output_blocks = self._decoder(widths, skips)
+        self.out = nn.Sequential(
+            normalization(widths[0]),
+            SiLU(),
+            zero_module(conv_nd(dims, widths[0], out_channels, 3, padding=1)),  # zero: the first prediction is zero
+        )
+
+    def _encoder(self, widths):
+        """Its blocks, and the channels of their outputs."""
+        ch = self.model_channels
+        blocks, skips = [TimestepEmbedSequential(conv_nd(self.dims, self.in_channels, ch, 3, padding=1))], [ch]
         for level, width in enumerate(widths):
-            for _ in range(num_res_blocks):
-                self.input_blocks.append(TimestepEmbedSequential(*res_and_attention(level, ch, width, num_heads)))
+            for _ in range(self.num_res_blocks):
+                blocks.append(TimestepEmbedSequential(*self._layers(level, ch, width, self.num_heads)))
                 ch = width
                 skips.append(ch)
             if level < len(widths) - 1:
-                self.input_blocks.append(TimestepEmbedSequential(Downsample(ch, conv_resample, dims=dims)))
+                blocks.append(TimestepEmbedSequential(Downsample(ch, self.conv_resample, dims=self.dims)))
                 skips.append(ch)
+        return nn.ModuleList(blocks), skips
 
-        self.middle_block = TimestepEmbedSequential(
-            res_block(ch, ch),
-            AttentionBlock(ch, num_heads, use_checkpoint),
-            res_block(ch, ch),
-        )
-
-        # decoder
-        self.output_blocks = nn.ModuleList()
+    def _decoder(self, widths, skips):
+        """Its blocks, whose inputs are concatenated with the encoder's outputs, the last one first."""
+        ch, blocks = skips[-1], []
         for level, width in reversed(list(enumerate(widths))):
-            for i in range(num_res_blocks + 1):
-                layers = res_and_attention(level, ch + skips.pop(), width, num_heads_upsample)
+            for i in range(self.num_res_blocks + 1):
+                layers = self._layers(level, ch + skips.pop(), width, self.num_heads_upsample)
                 ch = width
-                if level and i == num_res_blocks:
-                    layers.append(Upsample(ch, conv_resample, dims=dims))
-                self.output_blocks.append(TimestepEmbedSequential(*layers))
+                if level and i == self.num_res_blocks:
+                    layers.append(Upsample(ch, self.conv_resample, dims=self.dims))
+                blocks.append(TimestepEmbedSequential(*layers))
+        return nn.ModuleList(blocks)
 
-        self.out = nn.Sequential(
-            normalization(ch),
-            SiLU(),
-            zero_module(conv_nd(dims, ch, out_channels, 3, padding=1)),  # zero: the first prediction is zero
-        )
+    def _layers(self, level, channels, out_channels, num_heads):
+        """A residual block, and attention if the level has it."""
+        layers = [self._res_block(channels, out_channels)]
+        if 2**level in self.attention_resolutions:
+            layers.append(AttentionBlock(out_channels, num_heads, self.use_checkpoint))
+        return layers
+
+    def _res_block(self, channels, out_channels):
+        return ResBlock(
+            channels, 4 * self.model_channels, self.dropout, out_channels,
+            use_scale_shift_norm=self.use_scale_shift_norm, dims=self.dims, use_checkpoint=self.use_checkpoint,
+        )  # fmt: skip
 
     def convert_to_fp16(self) -> None:
         """Compute the torso, all between the embeddings and the output layer, in float16."""
