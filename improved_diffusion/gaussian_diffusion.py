@@ -1,13 +1,11 @@
 """
-Gaussian diffusion: the forward process q, the reverse process p, training losses, and the variational bound.
+Gaussian diffusion: the reverse process p, training losses, and the variational bound; q is forward_process.py's.
 
 Denoising diffusion (Ho et al. 2020, arXiv 2006.11239) with the learned variances and the hybrid loss of
 Nichol & Dhariwal 2021 (arXiv 2102.09672, "the paper" below). samplers.py has the samplers as functions.
 
-Conventions: data is [N, C, ...] in [-1, 1], with any number of trailing axes. Timesteps t are integer tensors [N] in
-0..T-1, t = 0 the least noisy: the paper's x_t is index t - 1 here, and x_start is its x_0. Tables are float64 numpy
-arrays [T]. A model is called as model(x_t, t, **model_kwargs) and returns [N, C, ...], or [N, 2C, ...] if it learns
-the variance.
+Conventions of data, timesteps and tables are forward_process.py's. A model is called as model(x_t, t, **model_kwargs)
+and returns [N, C, ...], or [N, 2C, ...] if it learns the variance.
 """
 
 import enum
@@ -17,23 +15,15 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import torch as th
 
+from .forward_process import ForwardProcess, at, check_shape
 from .losses import discretized_gaussian_log_likelihood, normal_kl
 from .nn import mean_flat
-from .schedules import (
+from .schedules import (  # noqa: F401 (the original defines them here)
     _extract_into_tensor,
-    betas_for_alpha_bar,  # noqa: F401 (the original defines both here)
-    get_named_beta_schedule,  # noqa: F401
-    read_only,
+    betas_for_alpha_bar,
+    get_named_beta_schedule,
 )
 
-at = _extract_into_tensor  # at(table, t, shape): the table's value at each sample's timestep
-
-TABLES = frozenset(
-    """betas alphas_cumprod alphas_cumprod_prev alphas_cumprod_next sqrt_alphas_cumprod sqrt_one_minus_alphas_cumprod
-    log_one_minus_alphas_cumprod sqrt_recip_alphas_cumprod sqrt_recipm1_alphas_cumprod posterior_variance
-    posterior_log_variance_clipped posterior_mean_coef1 posterior_mean_coef2
-    _log_betas _large_variance _large_log_variance""".split()  # noqa: SIM905
-)
 Model = Callable[..., th.Tensor]
 Fn = Callable[[th.Tensor], th.Tensor]
 
@@ -69,14 +59,11 @@ class LossType(enum.Enum):
         return self in (LossType.KL, LossType.RESCALED_KL)
 
 
-class GaussianDiffusion:
+class GaussianDiffusion(ForwardProcess):
     """
     Training and sampling for one noise schedule.
 
-    The tables (betas, alphas_cumprod, posterior_variance, ...) are read-only. To change one, assign another array,
-    `d.betas = d.betas * 0.5`; the other tables keep their values.
-
-    :param betas: [T] in (0, 1], the variance of each step.
+    :param betas: [T] in (0, 1], the variance of each step, see ForwardProcess.
     :param rescale_timesteps: pass timesteps to the model as floats in 0..1000, whatever T is.
     :param min_snr_gamma: weigh the squared error of x_0 by min(SNR, gamma), SNR = abar / (1 - abar), and that of other
                           predictions by the equivalent (Hang et al. 2023, arXiv 2303.09556). None for weights of 1.
@@ -97,93 +84,7 @@ class GaussianDiffusion:
         self.rescale_timesteps = rescale_timesteps
         self.min_snr_gamma = min_snr_gamma
 
-        betas = np.array(betas, dtype=np.float64)
-        if betas.ndim != 1 or not len(betas) or not ((betas > 0) & (betas <= 1)).all():
-            raise ValueError(f"betas must be a one-dimensional array of values in (0, 1], not {betas}")
-        self.betas = betas
-        self.num_timesteps = len(betas)
-
-        alphas = 1.0 - betas
-        self.alphas_cumprod = np.cumprod(alphas)
-        self.alphas_cumprod_prev = np.append(1.0, self.alphas_cumprod[:-1])
-        self.alphas_cumprod_next = np.append(self.alphas_cumprod[1:], 0.0)
-
-        # q(x_t | x_0)
-        self.sqrt_alphas_cumprod = np.sqrt(self.alphas_cumprod)
-        self.sqrt_one_minus_alphas_cumprod = np.sqrt(1.0 - self.alphas_cumprod)
-        self.log_one_minus_alphas_cumprod = np.log(1.0 - self.alphas_cumprod)
-        with np.errstate(divide="ignore"):  # infinite where a last beta of 1 leaves no signal
-            self.sqrt_recip_alphas_cumprod = np.sqrt(1.0 / self.alphas_cumprod)
-            self.sqrt_recipm1_alphas_cumprod = np.sqrt(1.0 / self.alphas_cumprod - 1)
-
-        # q(x_{t-1} | x_t, x_0), equations 10 to 12
-        one_minus_alphas_cumprod = 1.0 - self.alphas_cumprod
-        self.posterior_variance = betas * (1.0 - self.alphas_cumprod_prev) / one_minus_alphas_cumprod
-        # the posterior variance at t = 0 is 0, whose logarithm is -inf
-        self.posterior_log_variance_clipped = np.log(np.append(self._first_variance(), self.posterior_variance[1:]))
-        self.posterior_mean_coef1 = betas * np.sqrt(self.alphas_cumprod_prev) / one_minus_alphas_cumprod
-        self.posterior_mean_coef2 = (1.0 - self.alphas_cumprod_prev) * np.sqrt(alphas) / one_minus_alphas_cumprod
-
-    def _first_variance(self):
-        """The variance that replaces 0 at t = 0: that at t = 1, or beta if there is one step."""
-        return self.posterior_variance[1] if len(self.posterior_variance) > 1 else self.betas[0]
-
-    def __setattr__(self, name, value):
-        if name in TABLES:
-            value = read_only(np.asarray(value))
-        super().__setattr__(name, value)
-        if name == "betas":
-            self._log_betas = np.log(value)
-        sources = ("betas", "posterior_variance")
-        if name in sources and all(hasattr(self, source) for source in sources):  # FIXED_LARGE
-            self._large_variance = np.append(self._first_variance(), self.betas[1:])
-            self._large_log_variance = np.log(self._large_variance)
-
-    def __setstate__(self, state):
-        # neither pickle nor deepcopy() keeps arrays read-only
-        for name, value in state.items():
-            setattr(self, name, value)
-
-    # ---------------------------------------------------------------- q, the forward process
-
-    def q_mean_variance(self, x_start: th.Tensor, t: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
-        """Mean, variance and log-variance of q(x_t | x_0) (equation 8), each of x_start's shape."""
-        mean = at(self.sqrt_alphas_cumprod, t, x_start.shape) * x_start
-        variance = at(1.0 - self.alphas_cumprod, t, x_start.shape)
-        log_variance = at(self.log_one_minus_alphas_cumprod, t, x_start.shape)
-        return mean, variance, log_variance
-
-    def q_sample(self, x_start: th.Tensor, t: th.Tensor, noise: th.Tensor | None = None) -> th.Tensor:
-        """
-        Draw x_t from q(x_t | x_0) (equation 9).
-
-        :param t: [N], or a shape that broadcasts against the first axes of x_start, such as [N, 1, H, W].
-        :param noise: standard normal, x_start's shape; drawn if None.
-        :return: x_start's shape.
-        :raises ValueError: if the noise has another shape.
-        """
-        if noise is None:
-            noise = th.randn_like(x_start)
-        _check_shape("noise", noise, x_start.shape)
-        mean = at(self.sqrt_alphas_cumprod, t, x_start.shape) * x_start
-        return mean + at(self.sqrt_one_minus_alphas_cumprod, t, x_start.shape) * noise
-
-    def q_posterior_mean_variance(
-        self, x_start: th.Tensor, x_t: th.Tensor, t: th.Tensor
-    ) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
-        """
-        Mean, variance and log-variance of q(x_{t-1} | x_t, x_0) (equations 10 to 12), each of x_t's shape.
-
-        The log-variance is clipped: at t = 0 it is that of t = 1.
-
-        :raises ValueError: if x_start and x_t differ in shape.
-        """
-        _check_shape("x_start", x_start, x_t.shape)
-        coef1, coef2 = at(self.posterior_mean_coef1, t, x_t.shape), at(self.posterior_mean_coef2, t, x_t.shape)
-        mean = coef1 * x_start + coef2 * x_t
-        variance = at(self.posterior_variance, t, x_t.shape)
-        log_variance = at(self.posterior_log_variance_clipped, t, x_t.shape)
-        return mean, variance, log_variance
+        super().__init__(betas)
 
     # ---------------------------------------------------------------- p, the reverse process
 
@@ -203,7 +104,7 @@ class GaussianDiffusion:
         :raises ValueError: if t, the model's output or denoised_fn's has the wrong shape.
         :raises TypeError: if the model does not return a tensor.
         """
-        _check_shape("t", t, x.shape[:1])
+        check_shape("t", t, x.shape[:1])
         output = self._call_model(model, x, t, model_kwargs)
 
         if self.model_var_type == ModelVarType.FIXED_LARGE:
@@ -233,7 +134,7 @@ class GaussianDiffusion:
             pred_xstart = denoised_fn(pred_xstart)
         if clip_denoised:
             pred_xstart = pred_xstart.clamp(-1, 1)
-        _check_shape("the predicted x_0", pred_xstart, x.shape)
+        check_shape("the predicted x_0", pred_xstart, x.shape)
 
         mean = output
         if self.model_mean_type != ModelMeanType.PREVIOUS_X:
@@ -246,24 +147,24 @@ class GaussianDiffusion:
         shape = (n, channels * (2 if self._learns_variance() else 1), *rest)
         if not isinstance(output, th.Tensor):
             raise TypeError(f"the model must return a tensor of shape {shape}, not {type(output).__name__}")
-        _check_shape("the model's output", output, shape)
+        check_shape("the model's output", output, shape)
         return output
 
     def _learns_variance(self):
         return self.model_var_type in (ModelVarType.LEARNED, ModelVarType.LEARNED_RANGE)
 
     def _predict_xstart_from_eps(self, x_t, t, eps):
-        _check_shape("eps", eps, x_t.shape)
+        check_shape("eps", eps, x_t.shape)
         scaled = at(self.sqrt_recip_alphas_cumprod, t, x_t.shape) * x_t
         return scaled - at(self.sqrt_recipm1_alphas_cumprod, t, x_t.shape) * eps
 
     def _predict_xstart_from_xprev(self, x_t, t, xprev):
-        _check_shape("xprev", xprev, x_t.shape)
+        check_shape("xprev", xprev, x_t.shape)
         coef1, coef2 = at(self.posterior_mean_coef1, t, x_t.shape), at(self.posterior_mean_coef2, t, x_t.shape)
         return (xprev - coef2 * x_t) / coef1  # equation 11 solved for x_0
 
     def _predict_xstart_from_velocity(self, x_t, t, velocity):
-        _check_shape("the velocity", velocity, x_t.shape)
+        check_shape("the velocity", velocity, x_t.shape)
         # no division by sqrt(abar): at the noisiest timesteps an error of the velocity does not grow
         signal = at(self.sqrt_alphas_cumprod, t, x_t.shape) * x_t
         return signal - at(self.sqrt_one_minus_alphas_cumprod, t, x_t.shape) * velocity
@@ -523,11 +424,6 @@ class GaussianDiffusion:
 def _unless_first(t, x):
     """0 at t = 0, else 1, broadcastable to x: the last step adds no noise."""
     return (t != 0).float().view(-1, *[1] * (x.dim() - 1))
-
-
-def _check_shape(what, tensor, shape):
-    if tensor.shape != shape:
-        raise ValueError(f"{what} must have shape {tuple(shape)}, not {tuple(tensor.shape)}")
 
 
 def if_given(**kwargs):

@@ -267,9 +267,7 @@ class UNetModel(nn.Module):
 
         emb_channels = model_channels * 4
         self.time_embed = nn.Sequential(
-            linear(model_channels, emb_channels),
-            SiLU(),
-            linear(emb_channels, emb_channels),
+            linear(model_channels, emb_channels), SiLU(), linear(emb_channels, emb_channels)
         )
         if num_classes is not None:
             self.label_emb = nn.Embedding(num_classes + (self.null_label is not None), emb_channels)
@@ -278,9 +276,7 @@ class UNetModel(nn.Module):
         self.input_blocks, skips = self._encoder(widths)
         ch = skips[-1]
         self.middle_block = TimestepEmbedSequential(
-            self._res_block(ch, ch),
-            AttentionBlock(ch, num_heads, use_checkpoint),
-            self._res_block(ch, ch),
+            self._res_block(ch, ch), AttentionBlock(ch, num_heads, use_checkpoint), self._res_block(ch, ch)
         )
         self.output_blocks = self._decoder(widths, skips)
         self.out = nn.Sequential(

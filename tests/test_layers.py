@@ -28,6 +28,7 @@ LAYERS = (
     ("guidance",),
     ("respace",),
     ("gaussian_diffusion",),
+    ("forward_process",),
     ("resample",),  # gathers losses over the ranks
     ("networks",),
     ("unet", "fp16_util", "nn", "losses", "schedules"),

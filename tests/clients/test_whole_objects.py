@@ -9,7 +9,7 @@ import pytest
 import torch as th
 from parity_cases import REVERSE, assert_recorded, make_diffusion, recorded_network
 
-from improved_diffusion.gaussian_diffusion import TABLES
+from improved_diffusion.forward_process import TABLES
 
 
 def test_a_network_saved_whole():
