@@ -35,7 +35,7 @@ solvers         good samples in 10 to 20 evaluations of the network
 guidance        samples that fit their class better
 respace         fewer timesteps of a longer process
 gaussian_diffusion   the reverse process p, losses, the bound
-forward_process the tables of a noise schedule, and q
+forward_process   the tables of a noise schedule, and q
 resample        which timesteps to train on
 networks        the table of networks
 unet            the network of the paper

@@ -1,5 +1,6 @@
 """
-The training loop: what is computed in which order, and when it is logged and saved.
+The training loop: what is computed in which order, and when it is logged and saved. One file, since that order is read
+in one place, and since the methods for resuming and saving are the class's: forks override them.
 
 One step, for a batch x_0 and timesteps t drawn by the schedule sampler:
 

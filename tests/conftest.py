@@ -17,6 +17,7 @@ import torch as th
 import torch.distributed as dist
 from harness import leave_outside, load_script, run_on_ranks, write_images
 from hypothesis import settings
+from training import on_one_cpu
 
 from improved_diffusion import dist_util, train_util
 
@@ -76,6 +77,12 @@ def on_ranks(monkeypatch):
 def no_plot(monkeypatch):
     """image_nll.py without nll.png, which takes longer than the rest of it; test_nll.py looks at that."""
     monkeypatch.setattr(load_script("image_nll"), "save_plot", lambda name, figure: name)
+
+
+@pytest.fixture
+def one_cpu(monkeypatch):
+    """No GPU, even where there is one."""
+    on_one_cpu(monkeypatch)
 
 
 @pytest.fixture

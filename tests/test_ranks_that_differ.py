@@ -5,7 +5,7 @@ import os
 
 import pytest
 import torch as th
-from training import batches, latest, make_loop, on_one_cpu, train
+from training import batches, latest, make_loop, train
 
 from improved_diffusion import dist_util, logger, train_util
 from improved_diffusion.cli import parser
@@ -13,10 +13,7 @@ from improved_diffusion.inference.generate import generate
 from improved_diffusion.training.statistics import StepStatistics
 from improved_diffusion.utils.errors import TrainingError
 
-
-@pytest.fixture(autouse=True)
-def one_cpu(monkeypatch, modest_scale):
-    on_one_cpu(monkeypatch)
+pytestmark = pytest.mark.usefixtures("one_cpu", "modest_scale")
 
 
 @pytest.fixture

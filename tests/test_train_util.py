@@ -17,7 +17,6 @@ from training import (
     checkpoint_names,
     load,
     make_loop,
-    on_one_cpu,
     read_rows,
     resume,
     train,
@@ -30,12 +29,7 @@ from improved_diffusion.train_util import TrainLoop, get_blob_logdir
 from improved_diffusion.unet import UNetModel
 from improved_diffusion.utils.errors import InputError, TrainingError
 
-
-@pytest.fixture(autouse=True)
-def one_cpu(monkeypatch):
-    on_one_cpu(monkeypatch)
-    th.manual_seed(1)
-    np.random.seed(2)
+pytestmark = pytest.mark.usefixtures("one_cpu")
 
 
 class Recording(TrainLoop):
@@ -677,7 +671,7 @@ def test_names_the_original_offers():
 @pytest.mark.parametrize("options", [{}, dict(grad_clip=0.1, lr_warmup_steps=9, ema_warmup=True)], ids=str)
 def test_no_step_waits_for_the_gpu(tmp_path, monkeypatch, options):
     """Between two rows of the log; float16 alone must know whether a gradient overflowed."""
-    monkeypatch.undo()  # on_one_cpu()
+    monkeypatch.undo()  # one_cpu
     with logger.scoped_configure(dir=str(tmp_path), format_strs=[]):
         loop = make_loop(model=TinyNet().cuda(), log_interval=10, **options)
         batch, cond = next(batches())

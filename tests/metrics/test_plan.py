@@ -8,7 +8,6 @@ import torch as th
 from hypothesis import given
 from hypothesis import strategies as st
 from parity_cases import image_batch, make_diffusion, toy_model_for
-from training import on_one_cpu
 
 from improved_diffusion import dist_util
 from improved_diffusion.data.loader import BatchesInOrder
@@ -21,9 +20,7 @@ from improved_diffusion.utils.errors import InputError
 IMAGES = [(image.numpy(), {}) for image in image_batch("plan", 5, 3, 4, 4)]
 
 
-@pytest.fixture(autouse=True)
-def settings(monkeypatch):
-    on_one_cpu(monkeypatch)
+pytestmark = pytest.mark.usefixtures("one_cpu")
 
 
 def data(batch_size=5, images=IMAGES):

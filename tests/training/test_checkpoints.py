@@ -9,7 +9,7 @@ import pytest
 import torch as th
 from hypothesis import example, given
 from hypothesis import strategies as st
-from training import assert_same, load, on_one_cpu
+from training import assert_same, load
 
 from improved_diffusion import logger
 from improved_diffusion.training import checkpoints
@@ -29,10 +29,7 @@ from improved_diffusion.training.checkpoints import (
 )
 from improved_diffusion.utils.errors import InputError
 
-
-@pytest.fixture(autouse=True)
-def one_cpu(monkeypatch):
-    on_one_cpu(monkeypatch)
+pytestmark = pytest.mark.usefixtures("one_cpu")
 
 
 # ---------------------------------------------------------------- names

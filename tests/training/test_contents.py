@@ -29,10 +29,7 @@ from improved_diffusion.train_util import TrainLoop
 from improved_diffusion.training.checkpoints import rng_state
 from improved_diffusion.utils.errors import InputError
 
-
-@pytest.fixture(autouse=True)
-def one_cpu(monkeypatch, modest_scale):
-    on_one_cpu(monkeypatch)
+pytestmark = pytest.mark.usefixtures("one_cpu", "modest_scale")
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import blobfile as bf
 import numpy as np
 import pytest
 import torch as th
-from training import TinyNet, assert_same, batches, checkpoint_names, latest, load, make_loop, on_one_cpu, train
+from training import TinyNet, assert_same, batches, checkpoint_names, latest, load, make_loop, train
 
 from improved_diffusion import dist_util, logger
 from improved_diffusion.train_util import (
@@ -28,12 +28,7 @@ from improved_diffusion.train_util import (
     zero_grad,
 )
 
-
-@pytest.fixture(autouse=True)
-def one_cpu(monkeypatch, modest_scale):
-    on_one_cpu(monkeypatch)
-    th.manual_seed(1)
-    np.random.seed(2)
+pytestmark = pytest.mark.usefixtures("one_cpu", "modest_scale")
 
 
 # ---------------------------------------------------------------- one method each, of its own

@@ -22,7 +22,6 @@ from training import (
     load,
     make_diffusion,
     make_loop,
-    on_one_cpu,
     read_rows,
     resume,
     run,
@@ -36,10 +35,7 @@ from improved_diffusion.train_util import TrainLoop
 from improved_diffusion.training import resume as resume_module
 from improved_diffusion.utils.errors import InputError, TrainingError
 
-
-@pytest.fixture(autouse=True)
-def one_cpu(monkeypatch, modest_scale):
-    on_one_cpu(monkeypatch)
+pytestmark = pytest.mark.usefixtures("one_cpu", "modest_scale")
 
 
 @pytest.mark.parametrize("label, updates", [(2, 3), (4, 4)])

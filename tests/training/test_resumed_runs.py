@@ -22,7 +22,6 @@ from training import (
     lines_of,
     load,
     make_loop,
-    on_one_cpu,
     read_rows,
     resume,
     run,
@@ -37,9 +36,7 @@ from improved_diffusion.utils.errors import InputError, TrainingError
 STEPS = 8
 
 
-@pytest.fixture(autouse=True)
-def one_cpu(monkeypatch, modest_scale):
-    on_one_cpu(monkeypatch)
+pytestmark = pytest.mark.usefixtures("one_cpu", "modest_scale")
 
 
 def small_unet(dropout):

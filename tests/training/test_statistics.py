@@ -8,7 +8,6 @@ import pytest
 import torch as th
 from hypothesis import given
 from hypothesis import strategies as st
-from training import on_one_cpu
 
 from improved_diffusion import dist_util, logger
 from improved_diffusion.training.statistics import StepStatistics, log_loss_dict
@@ -23,9 +22,7 @@ class Steps:
         self.num_timesteps = num_timesteps
 
 
-@pytest.fixture(autouse=True)
-def one_cpu(monkeypatch):
-    on_one_cpu(monkeypatch)
+pytestmark = pytest.mark.usefixtures("one_cpu")
 
 
 def means(statistics):

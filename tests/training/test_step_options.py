@@ -17,7 +17,6 @@ from training import (
     latest,
     load,
     make_loop,
-    on_one_cpu,
     read_rows,
     resume,
     train,
@@ -28,12 +27,7 @@ from improved_diffusion.train_util import TrainLoop
 from improved_diffusion.training.weights import is_young
 from improved_diffusion.utils.errors import TrainingError
 
-
-@pytest.fixture(autouse=True)
-def one_cpu(monkeypatch, modest_scale):
-    on_one_cpu(monkeypatch)
-    th.manual_seed(1)
-    np.random.seed(2)
+pytestmark = pytest.mark.usefixtures("one_cpu", "modest_scale")
 
 
 class Updates(TrainLoop):
