@@ -7,7 +7,16 @@ import numpy as np
 import pytest
 import torch as th
 from diffusions import MEANS, VARS
-from harness import TINY, TRAIN, build, build_sr, flags, noisy_network, run_script, write_images
+from harness import (
+    TINY,
+    TRAIN,
+    build,
+    build_sr,
+    flags,
+    noisy_network,
+    run_script,
+    train_with_class_dropout,
+)
 from parity_cases import make_diffusion
 from training import Killed, assert_continues, killed_after, latest, train
 
@@ -202,11 +211,7 @@ def test_resumed_is_uninterrupted(tmp_path, seven_images, modest_scale, use_fp16
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A run with class_dropout. :return: (its folder, its images)."""
-    folder = tmp_path_factory.mktemp("guided")
-    images = write_images(folder / "images")
-    words = flags(**TRAIN, data_dir=images, class_cond=True, num_classes=2, class_dropout=0.5)
-    assert run_script("image_train", words, folder / "run") == 0
-    return folder / "run", images
+    return train_with_class_dropout(tmp_path_factory.mktemp("run"))
 
 
 def sample(run, tmp_path, capfd, **changed):

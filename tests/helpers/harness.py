@@ -160,6 +160,14 @@ def write_images(folder, count=6, size=8, channels=3, classes=2):
     return folder
 
 
+def train_with_class_dropout(folder):
+    """A run of image_train.py on two classes. :return: (its folder, its images)."""
+    images = write_images(folder / "images")
+    words = flags(**TRAIN, data_dir=images, class_cond=True, num_classes=2, class_dropout=0.5)
+    assert run_script("image_train", words, folder / "run") == 0
+    return folder / "run", images
+
+
 def build(**changed):
     """The default model and diffusion, with some flags changed."""
     return script_util.create_model_and_diffusion(**{**script_util.model_and_diffusion_defaults(), **changed})

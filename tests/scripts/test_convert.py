@@ -5,7 +5,18 @@ import json
 import numpy as np
 import pytest
 import torch as th
-from harness import ROOT, TINY, TRAIN, build, build_sr, flags, run_script, save_weights, snapshot, write_images
+from harness import (
+    ROOT,
+    TINY,
+    TRAIN,
+    build,
+    build_sr,
+    flags,
+    run_script,
+    save_weights,
+    snapshot,
+    train_with_class_dropout,
+)
 from parity_cases import fill_parameters, tensor
 from training import assert_same, load
 
@@ -22,11 +33,7 @@ with np.load(ROOT / "tests" / "recorded" / "guided_diffusion.npz") as f:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """:return: (the folder of a run, its images)."""
-    folder = tmp_path_factory.mktemp("run")
-    images = write_images(folder / "images")
-    words = flags(**TRAIN, data_dir=images, class_cond=True, num_classes=2, class_dropout=0.2)
-    assert run_script("image_train", words, folder / "run") == 0
-    return folder / "run", images
+    return train_with_class_dropout(tmp_path_factory.mktemp("run"))
 
 
 def convert(*words):
