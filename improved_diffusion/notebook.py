@@ -29,7 +29,7 @@ from .cli.config_file import config_of, read_config
 from .cli.dry_run import print_dry_run
 from .cli.estimate import memory_warnings
 from .cli.interchange import options_of
-from .cli.pack_first import loading_advice
+from .cli.loop import create_loop
 from .cli.parser import logging_to, with_defaults
 from .cli.run_config import of_weights, resumed, save_config
 from .cli.run_folder import check_outside, claim_folder
@@ -45,14 +45,13 @@ from .metrics.sample_distance import create_sample_distance
 from .metrics.validation import create_validation
 from .option_groups import Option, rows
 from .options import SampleOptions, ScriptOptions, SuperResSampleOptions, TrainOptions
-from .resample import create_named_schedule_sampler
 from .script_util import (
     configure_compute,
     create_diffusion,
     create_model_and_diffusion,
     sr_create_model_and_diffusion,
 )
-from .train_util import TrainLoop, get_blob_logdir
+from .train_util import get_blob_logdir
 from .training.checkpoints import newest_average
 from .training.describe import log_start
 from .training.resume import open_checkpoint
@@ -117,18 +116,7 @@ def train(data: Any, log_dir: str | os.PathLike, *, labels: Any = None, **option
     claim = claim_folder(checkpoint, run.general.overwrite)
     with _own_logger(), logging_to(run.general.log_dir, notes, claim), _interruptible():
         logger.get_current().output_formats += [InlinePictures()] if _in_ipython() else []
-        loop = run.call(
-            TrainLoop,
-            model=model.to(dist_util.dev()),
-            diffusion=diffusion,
-            data=batches,
-            schedule_sampler=create_named_schedule_sampler(run.training.schedule_sampler, diffusion),
-            resume_checkpoint=checkpoint,
-            flags=run.of_the_run(),
-            preview=create_preview(run, names),
-            loading_advice=loading_advice(run) if own is None else "",
-            measures=[measure for measure in measures if measure],
-        )
+        loop = create_loop(run, model, diffusion, batches, checkpoint, create_preview(run, names), measures)
         save_config(get_blob_logdir(), "image_train", run, names)
         log_start(loop, batches.dataset)
         loop.draw_missing_preview()

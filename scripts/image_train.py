@@ -16,7 +16,7 @@ if __name__ == "__main__":
 from improved_diffusion import dist_util
 from improved_diffusion.cli.dry_run import print_dry_run
 from improved_diffusion.cli.estimate import memory_warnings
-from improved_diffusion.cli.pack_first import loading_advice
+from improved_diffusion.cli.loop import create_loop
 from improved_diffusion.cli.parser import create_parser, logging_to, parse_flags, run
 from improved_diffusion.cli.run_config import resumed, save_config
 from improved_diffusion.cli.run_folder import claim_folder
@@ -25,9 +25,8 @@ from improved_diffusion.inference.preview import create_preview
 from improved_diffusion.metrics.sample_distance import create_sample_distance
 from improved_diffusion.metrics.validation import create_validation
 from improved_diffusion.options import TrainOptions
-from improved_diffusion.resample import create_named_schedule_sampler
 from improved_diffusion.script_util import configure_compute, create_model_and_diffusion
-from improved_diffusion.train_util import TrainLoop, get_blob_logdir
+from improved_diffusion.train_util import get_blob_logdir
 from improved_diffusion.training.describe import log_start
 from improved_diffusion.training.resume import open_checkpoint
 
@@ -51,18 +50,8 @@ def main():
     notes = [*this_run.notes, *memory_warnings(options, create_model_and_diffusion)]
     claim = claim_folder(checkpoint, options.general.overwrite)
     with logging_to(options.general.log_dir, notes, claim):
-        loop = options.call(
-            TrainLoop,
-            model=model.to(dist_util.dev()),
-            diffusion=diffusion,
-            data=data,
-            schedule_sampler=create_named_schedule_sampler(options.training.schedule_sampler, diffusion),
-            resume_checkpoint=checkpoint,
-            flags=options.of_the_run(),
-            preview=create_preview(options, data.dataset.class_names),
-            loading_advice=loading_advice(options),
-            measures=[measure for measure in (held_out, samples) if measure],
-        )
+        preview = create_preview(options, data.dataset.class_names)
+        loop = create_loop(options, model, diffusion, data, checkpoint, preview, [held_out, samples])
         save_config(get_blob_logdir(), "image_train", options, data.dataset.class_names)
         log_start(loop, data.dataset)
         loop.draw_missing_preview()

@@ -9,9 +9,9 @@ from ..options import TrainOptions
 
 
 def loading_advice(options: TrainOptions) -> str:
-    """For TrainLoop: the command that packs the images of a run; "" if they are packed."""
+    """For TrainLoop: the command that packs the images of a run; "" if they are packed, or in memory."""
     data_dir, values = options.data.data_dir.rstrip("/"), options.values()
-    if is_packed(data_dir):
+    if not data_dir or is_packed(data_dir):
         return ""
     packed = f"{bf.basename(data_dir).lstrip('.') or 'images'}{ENDING}"
     words = ["python", "scripts/prepare.py", "images", data_dir, packed]

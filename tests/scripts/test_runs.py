@@ -22,7 +22,6 @@ from harness import (
     environment,
     flags,
     free_port,
-    load_script,
     on_a_terminal,
     run_script,
     snapshot,
@@ -32,7 +31,8 @@ from PIL import Image
 from processes import finish
 
 from improved_diffusion import logger
-from improved_diffusion.cli import parser
+from improved_diffusion.cli import loop, parser
+from improved_diffusion.train_util import TrainLoop
 from improved_diffusion.unet import UNetModel
 from improved_diffusion.utils import files, progress
 from improved_diffusion.utils.errors import InputError
@@ -98,7 +98,7 @@ def test_a_run_locks_its_folder(images, tmp_path, monkeypatch, named):
     monkeypatch.chdir(tmp_path)
     refusals = []
 
-    class Meanwhile(load_script("image_train").TrainLoop):
+    class Meanwhile(TrainLoop):
         def run_loop(self):
             code = "import sys; from improved_diffusion.utils.files import FolderLock as F; F(sys.argv[1], 0).acquire()"
             command = [sys.executable, "-c", code, logger.get_dir()]
@@ -106,7 +106,7 @@ def test_a_run_locks_its_folder(images, tmp_path, monkeypatch, named):
             refusals.append(other.stderr)
             super().run_loop()
 
-    monkeypatch.setattr(load_script("image_train"), "TrainLoop", Meanwhile)
+    monkeypatch.setattr(loop, "TrainLoop", Meanwhile)
     assert run_script("image_train", flags(**TRAIN, data_dir=images), tmp_path / "run" if named else "") == 0
     folder = tmp_path / "run" if named else next((tmp_path / "runs").iterdir())
     assert len(refusals) == 1 and folder.name in refusals[0] and str(os.getpid()) in refusals[0]

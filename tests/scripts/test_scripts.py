@@ -16,7 +16,7 @@ from PIL import Image
 from processes import finish
 from training import assert_same
 
-from improved_diffusion.cli import parser
+from improved_diffusion.cli import loop, parser
 from improved_diffusion.gaussian_diffusion import GaussianDiffusion
 from improved_diffusion.image_datasets import load_data_once
 from improved_diffusion.inference import arrays, generate
@@ -726,7 +726,7 @@ def test_super_resolution_is_trained_on_images_of_both_sizes(monkeypatch, tmp_pa
         def run_loop(self):
             batches.append(next(self.data))
 
-    monkeypatch.setattr(load_script("super_res_train"), "TrainLoop", Spy)
+    monkeypatch.setattr(loop, "TrainLoop", Spy)
     train(tmp_path, crops, script="super_res_train", **{**SUPER, "small_size": 2}, class_cond=True, num_classes=2)
     ((x, cond),) = batches
     assert (x.shape, cond["low_res"].shape, cond["y"].shape) == ((4, 3, 16, 16), (4, 3, 2, 2), (4,))
