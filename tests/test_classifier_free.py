@@ -15,6 +15,7 @@ from harness import (
     flags,
     noisy_network,
     run_script,
+    save_weights,
     train_with_class_dropout,
 )
 from parity_cases import make_diffusion
@@ -231,8 +232,22 @@ def test_the_scripts(run, tmp_path, capfd):
         status, err, found[name] = sample(run, tmp_path / name, capfd, **changed)
         assert status == 0, err
     assert np.array_equal(found["none"], found["one"]) and not np.array_equal(found["one"], found["five"])
-    assert sample(run, tmp_path / "i", capfd, guidance_scale=2, guidance_interval="0.3,5", sampler="ddim",
-                  sampling_steps=0, timestep_respacing="ddim6")[0] == 0  # fmt: skip
+    _, _, within = sample(run, tmp_path / "i", capfd, guidance_scale=400, guidance_interval="0.3,5")
+    assert not np.array_equal(within, found["none"]) and not np.array_equal(within, found["five"])
+
+
+def test_guided_super_resolution(tmp_path):
+    classes = dict(class_cond=True, num_classes=3, class_dropout=0.5)
+    path = save_weights(tmp_path / "model.pt", super_resolution=True, **classes)
+    th.save({name: w + 0.05 * th.randn_like(w) for name, w in th.load(path).items()}, path)
+    np.savez(tmp_path / "base.npz", np.full((2, 4, 4, 3), 100, np.uint8), np.array([0, 2]))
+    words = dict(TINY, **classes, large_size=8, small_size=4, model_path=path, base_samples=tmp_path / "base.npz",
+                 sampler="unipc", sampling_steps=4, seed=0)  # fmt: skip
+    found = {}
+    for scale in (1, 20):
+        assert run_script("super_res_sample", flags(**words, guidance_scale=scale), tmp_path / str(scale)) == 0
+        found[scale] = np.load(next((tmp_path / str(scale)).glob("*.npz")))["arr_0"]
+    assert not np.array_equal(found[1], found[20])
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,8 @@ from improved_diffusion.utils.errors import InputError
 
 pytestmark = pytest.mark.usefixtures("no_plot")
 T = th.tensor([3, 20])
-SAMPLE = dict(TINY, image_size=8, num_samples=5, batch_size=2, timestep_respacing=3, seed=1)
+TWO_LEVELS = dict(TINY, channel_mult="1,2")  # so that networks change the size
+SAMPLE = dict(TWO_LEVELS, image_size=8, num_samples=5, batch_size=2, timestep_respacing=3, seed=1)
 TRAIN = dict(harness.TRAIN, channel_mult="1", attention_resolutions="8", max_steps=3, save_interval=10, seed=0)
 
 
@@ -46,13 +47,13 @@ def weights(tmp_path_factory):
     """A model's whose layers all do something."""
     path = tmp_path_factory.mktemp("weights") / "model.pt"
     th.manual_seed(0)
-    save_weights(path)
+    save_weights(path, **TWO_LEVELS)
     th.save({name: w + 0.05 * th.randn_like(w) for name, w in th.load(path).items()}, path)
     return path
 
 
 def network(**changed):
-    model, _ = build(**{"image_size": 8, **TINY, **changed})
+    model, _ = build(**{"image_size": 8, **TWO_LEVELS, **changed})
     return fill_parameters(model).eval()
 
 

@@ -117,4 +117,4 @@ def test_same_estimate_of_the_likelihood(worlds, size):
 
 def test_memory_of_other_ranks_does_not_grow(worlds):
     first, other = (rank["memory"] for rank in worlds[2][1])
-    assert first > 50e6 and other < 36e6  # half of the samples
+    assert first > 50e6 and other < 25e6  # half of its samples are 31e6

@@ -48,7 +48,7 @@ def test_sampling_is_described_with_the_flags_of_the_run(tmp_path, capfd):
     weights = save_weights(tmp_path / "ema.pt", image_channels=1)
     (tmp_path / "config.json").write_text(
         '{"script": "image_train", "class_names": null, "flags": {"image_size": 8, "image_channels": 1, '
-        '"num_channels": 32, "channel_mult": "1,2", "num_res_blocks": 1, "num_heads": 2, '
+        '"num_channels": 32, "channel_mult": "1", "num_res_blocks": 1, "num_heads": 2, '
         '"attention_resolutions": "4", "diffusion_steps": 24, "noise_schedule": "cosine"}}'
     )
     out = printed(tmp_path, capfd, "image_sample", model_path=weights, timestep_respacing="ddim8")

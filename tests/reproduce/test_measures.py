@@ -74,13 +74,74 @@ def test_the_noise_scale_is_that_of_the_gradients_distribution():
     assert traces == pytest.approx([500, 500], rel=0.1)
 
 
-def test_both_estimates_of_the_bound_have_one_gradient_and_importance_sampling_less_noise(trained):
-    class Data:
-        train = IMAGES
+class Data:
+    train = test = IMAGES
 
+
+def test_importance_sampling_has_less_noise(trained):
     found = measures.gradient_noise(trained, Data, batches=6, batch_size=4)
     assert set(found) == {"L_hybrid", "L_vlb importance", "L_vlb uniform"}
-    assert all(len(halves) == 2 and np.isfinite(halves).all() for halves in found.values())
+    assert all(len(halves) == 2 for halves in found.values())
+    assert min(found["L_vlb uniform"]) > 10 * max(found["L_vlb importance"])
+    assert min(found["L_hybrid"]) > 1.1 * max(found["L_vlb importance"])  # another loss
+
+
+# ---------------------------------------------------------------- the rest, by what is known of a small network
+
+
+def test_terms_are_those_of_the_chain(trained):
+    found = measures.terms(trained, Data, images=5, length=10)
+    want = measures.bound(trained, trained.diffusion(timestep_respacing="10"), IMAGES)["vb"]
+    assert found == {"vb": want, "share of first tenth": want[0] / sum(want)}
+
+
+def test_four_ways_to_the_bound(trained):
+    found = measures.methods(trained, Data, images=3, even=6, estimate=40, chosen=4, planned_images=2)
+    whole, even, estimate, chosen = found["rows"]
+    assert whole["bpd"] == measures.bound(trained, trained.diffusion(), measures.spread(IMAGES, 3))["bpd"]
+    assert (whole["evaluations"], estimate["evaluations"], chosen["evaluations"]) == (24, 40, 4)
+    assert even["evaluations"] == trained.diffusion(timestep_respacing="nll6").num_timesteps
+    assert abs(estimate["bpd"] - whole["bpd"]) < 5 * estimate["standard error of the estimate"] + 0.05
+    assert found["evaluations to choose"] == 24 * 2
+
+
+def test_the_size_of_a_network(trained):
+    found = measures.size(trained, Data)
+    assert found["parameters"] == sum(p.numel() for p in trained.model.parameters())
+    assert found["flops"] > 2 * 8 * 8 * 9 * 32 * 32  # one of its convolutions
+
+
+def test_real_images_are_near_and_samples_of_an_untrained_network_are_not(trained, monkeypatch):
+    monkeypatch.setattr(measures, "network", lambda: None)
+    monkeypatch.setattr(measures, "features_of", lambda x, *_, **__: th.from_numpy(x).float().mean((1, 2)))
+
+    class Known(Data):
+        reference = staticmethod(lambda count: (measures.features_of(IMAGES).numpy(), measures.features_of(IMAGES)))
+
+    near = measures.real(Known, samples=5, reference=5)
+    assert near == {"fd": pytest.approx(0, abs=1e-3), "precision": 1, "recall": 1}
+    far = measures.distance(trained, Known, samples=5, reference=5, sampler="ddim", evaluations=3)
+    assert far["fd"] > 100
+
+
+def test_interpolation_begins_and_ends_at_its_images(trained, monkeypatch):
+    noise = np.sqrt(1 - trained.diffusion().alphas_cumprod)
+
+    def of_normal_data(x, t):  # along whose ODE an image keeps its direction
+        sigma = th.from_numpy(noise)[(t * 24 / 1000).round().long()].float().view(-1, 1, 1, 1)
+        return th.cat([sigma * x, th.zeros_like(x)], dim=1)
+
+    others = np.roll(IMAGES, 1, axis=0)
+    monkeypatch.setattr(trained, "model", of_normal_data)
+    monkeypatch.setattr(Data, "test", np.concatenate([IMAGES, others]))
+    found = measures.interpolation(trained, Data, evaluations=24)
+    rows = np.array(found["images"]).reshape(5, found["columns"], -1)
+    np.testing.assert_array_equal(rows[:, 0], IMAGES.reshape(5, -1))
+    np.testing.assert_array_equal(rows[:, -1], others.reshape(5, -1))
+    for row in rows:
+        near = np.corrcoef(row)
+        assert near[0, 1] > 0.99 and near[-1, -2] > 0.99 and near[0, -2] < 0.5
+        assert near[0, 1 : len(near) - 1].tolist() == sorted(near[0, 1 : len(near) - 1], reverse=True)
 
 
 def test_evenly_spread_images():

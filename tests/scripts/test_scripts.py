@@ -96,7 +96,7 @@ def test_help(tmp_path, capfd, script):
     "changed",
     [
         dict(),
-        dict(use_fp16=True),
+        dict(channel_mult="1,2", use_fp16=True),
         dict(class_cond=True, num_classes=3, learn_sigma=True),
         dict(schedule_sampler="loss-second-moment", diffusion_steps=2, batch_size=10),  # warms up
         dict(schedule_sampler="loss-second-moment", use_fp16=True, learn_sigma=True),
