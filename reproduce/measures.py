@@ -177,9 +177,9 @@ def draw(trained: Trained, samples: int, sampler: str, evaluations: int, fixed: 
         steps = trained.options.diffusion.diffusion_steps
         kept = [t for t in sorted(space_timesteps(steps, respacing)) if t < (1 - skip) * steps]
         respacing = f"at:{','.join(map(str, kept))}"
-    size = trained.options.model.image_size
+    size, channels = trained.options.model.image_size, trained.options.model.image_channels
     images, _ = generate(
-        trained.diffusion(timestep_respacing=respacing, **changed), model, shape=(3, size, size),
+        trained.diffusion(timestep_respacing=respacing, **changed), model, shape=(channels, size, size),
         num_samples=samples, batch_size=trained.batch_size, conditions=lambda numbers, noise_fn: {}, sampler=sampler,
         sampler_options=options, seed=SEED,
     )  # fmt: skip

@@ -5,8 +5,8 @@ A published checkpoint on a GPU: what is measured beside what is published, by s
         --data_dir val64.packed --reference train64.packed --steps 25,50,100
 
 NLL is of held-out images (--data_dir) over chains of even steps; FID is of samples and a reference, as of
-image_eval.py. Each number is printed and kept in --out as it is found; the same command continues. `own` is any model
-of image_train.py.
+image_eval.py. Each number is printed and kept in --out as it is found; the same command continues. `own` is any
+unconditional model of image_train.py.
 """
 
 import argparse
@@ -71,6 +71,9 @@ def options_of(args) -> TrainOptions:
         flags = config["flags"]
     else:
         flags = PRESETS[args.model]
+    if flags.get("class_cond"):
+        other = "image_nll.py, and image_eval.py of samples of image_sample.py, measure class-conditional ones"
+        raise InputError(f"{args.model_path}: give an unconditional model; {other}")
     known = {row.name for row in rows(TrainOptions)}
     return TrainOptions().replace(**{name: value for name, value in flags.items() if name in known})
 

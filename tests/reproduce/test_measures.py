@@ -194,5 +194,14 @@ def test_a_checkpoint_beside_published_numbers(monkeypatch, tmp_path, capsys):
     assert end.value.code == 2 and str(tmp_path / "a.json") in capsys.readouterr().err
 
 
+def test_class_conditional_models_are_refused(monkeypatch, tmp_path, capsys):
+    config = {"script": "image_train", "flags": {"class_cond": True}, "class_names": ["a"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(sys, "argv", ["released.py", "own", "--model_path", str(tmp_path / "model.pt")])
+    with pytest.raises(SystemExit, match=r"^2$"):
+        run(released.main)
+    assert f"{tmp_path}/model.pt: " in capsys.readouterr().err
+
+
 def test_published_models_have_presets():
     assert set(released.PUBLISHED) - {"own"} <= set(released.PRESETS)
