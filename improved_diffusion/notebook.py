@@ -18,169 +18,187 @@ import difflib
 import io
 import os
 import sys
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import blobfile as bf
 import torch as th
 from PIL import Image
 
-from . import dist_util, logger
-from .cli.config_file import config_of, read_config
+from . import dist_util
+from .cli.config_file import CONFIG, config_of, read_config
 from .cli.dry_run import print_dry_run
-from .cli.estimate import memory_warnings
 from .cli.interchange import options_of
-from .cli.loop import create_loop
-from .cli.parser import logging_to, with_defaults
-from .cli.run_config import of_weights, resumed, save_config
-from .cli.run_folder import check_outside, claim_folder
+from .cli.loop import train_run
+from .cli.parser import named_as_in_python, with_defaults
+from .cli.run_config import Run, of_weights, resumed
+from .cli.run_folder import check_outside
 from .data.images import to_image
 from .data.memory import OwnImages
 from .guidance import guided
 from .image_datasets import load_data, load_dataset
 from .inference.arrays import to_uint8
-from .inference.generate import chosen_labels, draw, label_conditions
+from .inference.generate import Finite, chosen_labels, draw, label_conditions, not_finite
 from .inference.pictures import grid
 from .inference.preview import create_preview
+from .logger import Logger
 from .metrics.sample_distance import create_sample_distance
 from .metrics.validation import create_validation
-from .option_groups import Option, rows
-from .options import SampleOptions, ScriptOptions, SuperResSampleOptions, TrainOptions
+from .option_groups import Option, coerce, rows
+from .options import SampleOptions, SuperResSampleOptions, TrainOptions
 from .script_util import (
     configure_compute,
     create_diffusion,
     create_model_and_diffusion,
     sr_create_model_and_diffusion,
 )
-from .train_util import get_blob_logdir
-from .training.checkpoints import newest_average
-from .training.describe import log_start
-from .training.resume import open_checkpoint
-from .training.weights import load_weights, read_weights
+from .training.checkpoints import EMA, model_filename, newest_average, rng_state, set_rng_state
+from .training.stopping import StoppedBySignal
+from .training.weights import is_young, load_weights, read_weights
 from .utils.errors import InputError
 from .utils.log_formats import KVWriter
 from .utils.streams import show
 
+
+@contextlib.contextmanager
+def _named_as_in_python():
+    """Errors that name options without the dashes of flags. A decorator."""
+    try:
+        yield
+    except InputError as e:
+        e.args = (named_as_in_python(str(e)),)
+        raise
+
+
 # ---------------------------------------------------------------- train
 
 
+@_named_as_in_python()
 def train(data: Any, log_dir: str | os.PathLike, *, labels: Any = None, **options: Any) -> str:
     """
-    Train a model as scripts/image_train.py does, on images from Python too. In IPython each preview is shown; an
-    interruption saves and returns.
+    Train a model as scripts/image_train.py does, on images from Python too. In IPython each preview is shown, and an
+    interruption saves and returns; elsewhere it saves and raises KeyboardInterrupt.
 
-    A run in log_dir is continued, unless overwrite=True.
+    A run in log_dir is continued, unless overwrite=True. The caller's random generators and logger stay as they are.
 
     :param data: a folder of images, or what OwnImages takes: [N, C, S, S], uint8 or floats in [-1, 1], or a Dataset.
-                 image_size, image_channels, class_cond and num_classes follow from the latter.
-    :param labels: [N], integers: the model is class-conditional.
+                 A new run has its image_size, image_channels and num_classes, unless they are given.
+    :param labels: [N], integers: the model is class-conditional. For a folder the flag of this name.
     :param options: the flags of image_train.py, such as max_steps=1000, lr=2e-4, channel_mult="1,2".
     :return: log_dir.
     :raises InputError: for an invalid option, data or folder; names it.
     """
-    given = _typed(TrainOptions, {**options, "log_dir": log_dir})
+    log_dir = os.path.expanduser(log_dir)
+    if not log_dir:
+        raise InputError("log_dir: give the folder of the run")
+    in_python = not isinstance(data, (str, os.PathLike))
+    if in_python and (of_files := sorted({"data_dir", "skip_damaged"} & options.keys())):
+        raise InputError(f"{of_files[0]}: is for images in files, but the data is {type(data).__name__}")
+    if not in_python:
+        options |= {"data_dir": data} | ({} if labels is None else {"labels": labels})
+    elif labels is not None:
+        options.setdefault("class_cond", True)
+    given = _typed(rows(TrainOptions), {**options, "log_dir": log_dir})
     given.setdefault("resume_checkpoint", "" if given.get("overwrite") else "auto")
     dist_util.setup_dist()
-    own = None
-    if isinstance(data, (str, os.PathLike)):
-        if labels is not None:
-            raise InputError("labels: are those of file names or folders; give class_cond=True")
-        given["data_dir"] = os.path.expanduser(data)
-    else:
-        own = OwnImages(
-            data, labels, image_size=given.get("image_size"), image_channels=given.get("image_channels"),
-            class_cond=given.get("class_cond", False),
-        )  # fmt: skip
-        given |= dict(image_size=own.size, image_channels=own.channels, class_cond=own.class_cond)
-        if own.class_names:
-            given.setdefault("num_classes", len(own.class_names))
-    flags = with_defaults(TrainOptions(), given)
-    classes, num_classes = len((own and own.class_names) or ()), flags.options.model.num_classes
-    if classes > num_classes:
-        raise InputError(f"num_classes {num_classes}: the data has {classes} classes")
-    check_outside(flags.options, flags.options.general.log_dir)
-    dist_util.seed_everything(flags.options.compute.seed)
-    this_run = resumed(flags)
-    run = this_run.options
-    if run.general.dry_run:
-        print_dry_run(this_run, create_model_and_diffusion)
-        return run.general.log_dir
-
-    model, diffusion = run.call(create_model_and_diffusion)
-    configure_compute(model, use_bf16=run.compute.use_bf16, compile=run.compute.compile)
-    batches = run.call(load_data, class_names=this_run.class_names) if own is None else _batches(own, this_run)
-    names = batches.dataset.class_names
-    measures = create_validation(run, diffusion, names), create_sample_distance(run, names)
-    checkpoint = run.call(open_checkpoint, model=model)
-
-    notes = [*this_run.notes, *memory_warnings(run, create_model_and_diffusion)]
-    claim = claim_folder(checkpoint, run.general.overwrite)
-    with _own_logger(), logging_to(run.general.log_dir, notes, claim), _interruptible():
-        logger.get_current().output_formats += [InlinePictures()] if _in_ipython() else []
-        loop = create_loop(run, model, diffusion, batches, checkpoint, create_preview(run, names), measures)
-        save_config(get_blob_logdir(), "image_train", run, names)
-        log_start(loop, batches.dataset)
-        loop.draw_missing_preview()
-        loop.run_loop()
-    return run.general.log_dir
+    with _apart():
+        flags = with_defaults(_defaults_of(data, labels, given) if in_python else TrainOptions(), given)
+        check_outside(flags.options, log_dir)
+        dist_util.seed_everything(flags.options.compute.seed)
+        run = resumed(flags)
+        if run.options.general.dry_run:
+            print_dry_run(run, create_model_and_diffusion)
+        elif in_python:
+            _train(*_own_data(data, labels, run))
+        else:
+            _train(run, run.options.call(load_data, class_names=run.class_names))
+    return log_dir
 
 
-def _batches(own, this_run):
+def _train(run, batches):
+    run = dataclasses.replace(run, notes=tuple(map(named_as_in_python, run.notes)))
+    options, names = run.options, batches.dataset.class_names
+    model, diffusion = options.call(create_model_and_diffusion)
+    configure_compute(model, use_bf16=options.compute.use_bf16, compile=options.compute.compile)
+    measures = create_validation(options, diffusion, names), create_sample_distance(options, names)
+    outputs = [InlinePictures()] if _in_ipython() else []
+    preview = create_preview(options, names)
+    train_run(run, create_model_and_diffusion, model, diffusion, batches, preview, measures, outputs=outputs)
+
+
+def _defaults_of(data, labels, given):
+    """The options of a new run on images from Python."""
+    sizes = {name: given.get(name) for name in ("image_size", "image_channels")}
+    own = OwnImages(data, labels, **sizes, class_cond=given.get("class_cond", False))
+    classes = {"num_classes": len(own.class_names)} if own.class_names else {}
+    return TrainOptions().replace(image_size=own.size, image_channels=own.channels, **classes)
+
+
+def _own_data(data, labels, run):
+    """:return: (the run, its batches) of images from Python, which are checked against its options."""
+    model = run.options.model
+    if labels is not None and not model.class_cond:
+        raise InputError("labels: are given, but class_cond is False")
+    sizes = dict(image_size=model.image_size, image_channels=model.image_channels, class_cond=model.class_cond)
+    own = OwnImages(data, labels, **sizes)
     names = own.class_names
-    if this_run.class_names is not None and this_run.class_names != names:
-        raise InputError(f"labels: are of the classes {names}; those of the run are {this_run.class_names}")
-    return this_run.options.call(load_dataset, dataset=own, data_dir="the data")
+    if len(names or ()) > model.num_classes:
+        raise InputError(f"num_classes {model.num_classes}: the data has {len(names)} classes")
+    if run.class_names is not None and run.class_names != names:
+        raise InputError(f"labels: are of the classes {names}; those of the run are {run.class_names}")
+    run = dataclasses.replace(run, notes=(*run.notes, *own.notes))
+    return run, run.options.call(load_dataset, dataset=own, data_dir="the data")
 
 
-def _typed(options: type[ScriptOptions], values: dict[str, Any]) -> dict[str, Any]:
+def _typed(known: Iterable[Option], values: dict[str, Any]) -> dict[str, Any]:
     """
-    Values of the options' types: 1 for a float, a path or a sequence for text.
+    Values of the options' types: paths, numbers and sequences for text too.
 
     :raises InputError: for an unknown name, or a value of another type.
     """
-    known = {row.name: row for row in rows(options)}
+    by_name = {row.name: row for row in known}
     for name in values:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=2)
+        if name not in by_name:
+            near = difflib.get_close_matches(name, by_name, n=2)
             raise InputError(f"{name}: no such option{f'; did you mean {chr(32).join(near)}?' if near else ''}")
-    return {name: _as_type(known[name], value) for name, value in values.items()}
+    return {name: coerce(row, _as_text(row, values[name])) for name, row in by_name.items() if name in values}
 
 
-def _as_type(row: Option, value):
-    if value is None and row.default is None:
-        return None
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if row.type is str:
-        if isinstance(value, (list, tuple)):
-            value = ",".join(map(str, value))
-        if isinstance(value, (str, os.PathLike)) or number:
-            return os.path.expanduser(value) if row.path or row.name == "log_dir" else str(value)
-    elif type(value) is row.type or (row.valid is not None and value in row.valid.words):
+def _as_text(row, value):
+    if row.type is not str:
         return value
-    elif row.type is float and number:
-        return float(value)
-    raise InputError(f"{row.name} {value!r}: give a {row.type.__name__}")
+    value = value.tolist() if hasattr(value, "tolist") else value  # of numpy or torch
+    if isinstance(value, (list, tuple, range)):
+        return ",".join(map(str, value))
+    if isinstance(value, os.PathLike) or (row.path and isinstance(value, str)):
+        return os.path.expanduser(value)
+    return str(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
+
+
+def _known(options, *names):
+    """The rows of some groups, and some single ones."""
+    found = [row for row in rows(options) if row.group in names and row.name not in ("model_path", "seed")]
+    return found + [row for row in rows(options) if row.name in names]
 
 
 @contextlib.contextmanager
-def _own_logger():
-    """Close the run's logger in the end, and restore the one before."""
-    before = logger.Logger.CURRENT
+def _apart():
+    """Keep the caller's logger and random generators out of a run, and end it by an interruption as Python does."""
+    logger, rng = Logger.CURRENT, rng_state()
+    Logger.CURRENT = None
     try:
         yield
-    finally:
-        if logger.Logger.CURRENT is not before:
-            logger.get_current().close()
-            logger.Logger.CURRENT = before
-
-
-@contextlib.contextmanager
-def _interruptible():
-    """In IPython an interruption, which has saved, ends the cell, not the session."""
-    try:
-        yield
-    except SystemExit as e:
-        if e.code or not _in_ipython():
+    except StoppedBySignal as e:
+        if e.signal == "SIGINT" and not _in_ipython():
+            raise KeyboardInterrupt from None
+        if e.signal != "SIGINT":
             raise
+    finally:
+        if Logger.CURRENT is not None:
+            Logger.CURRENT.close()
+        Logger.CURRENT = logger
+        Logger.EARLY.clear()  # of a run that did not begin
+        set_rng_state(rng)
 
 
 def _in_ipython():
@@ -225,78 +243,104 @@ class Trained(NamedTuple):
     diffusion: Any
     config: dict[str, Any]
 
-    def sample(self, num_samples: int = 16, *, sampler: str = "dpm++2m-sde", **options: Any) -> th.Tensor:
+    @_named_as_in_python()
+    def sample(self, num_samples: int | None = None, *, sampler: str | None = None, **options: Any) -> th.Tensor:
         """
         Draw samples as scripts/image_sample.py does.
 
-        :param sampler: a key of SAMPLERS.
-        :param options: further flags of image_sample.py: sampling_steps=20, classes="3,7", guidance_scale=2, seed=0,
-                        batch_size=16, ...; for ancestral and ddim timestep_respacing.
+        :param num_samples: default: one for each of `classes`, or their counts; without them 16.
+        :param sampler: a key of SAMPLERS; default: dpm++2m-sde, or ancestral with timestep_respacing.
+        :param options: its flags for sampling, and seed and timestep_respacing: sampling_steps=20, classes="3,7",
+                        guidance_scale=2, batch_size=16, ...
         :return: float32 [num_samples, C, H, W], of the data's range [-1, 1], on the model's device.
-        :raises InputError: for an invalid option, or a model of super-resolution.
+        :raises InputError: for an invalid option, a model of super-resolution, or samples that are not finite.
         """
         base = options_of(self.config, "config")
         if isinstance(base, SuperResSampleOptions):
             raise InputError("the model enlarges images: call SAMPLERS with low_res, or scripts/super_res_sample.py")
-        given = _typed(SampleOptions, {**options, "sampler": sampler, "num_samples": num_samples})
-        run = with_defaults(base, given).options
-        sampling, names, labels = run.sampling, self.config["class_names"], None
+        if sampler is None and not options.get("use_ddim"):
+            respaced = options.get("timestep_respacing", base.diffusion.timestep_respacing)
+            sampler = "ancestral" if respaced else "dpm++2m-sde"
+        known = _known(SampleOptions, "sampling", "seed", "timestep_respacing")
+        chosen = {"sampler": sampler, "num_samples": num_samples}
+        given = _typed(known, {**options, **{name: value for name, value in chosen.items() if value is not None}})
+        run = Run(with_defaults(base, given).options, self.config["class_names"])
+        sampling, diffusion_options, labels = run.options.sampling, run.options.diffusion, None
+        count = sampling.num_samples if num_samples is not None else 16
         if sampling.classes:
-            known = run.model.num_classes if run.model.class_cond else 0
-            labels = chosen_labels(sampling.classes, num_samples, known, names)
-        diffusion = create_diffusion(run.diffusion) if run.diffusion.timestep_respacing else self.diffusion
-        model = guided(self.model, diffusion, sampling.guidance_scale, sampling.guidance_interval)
-        num_classes = (len(names or ()) or run.model.num_classes) if run.model.class_cond else 0
+            wanted = None if num_samples is None else count
+            labels = chosen_labels(sampling.classes, wanted, run.num_labels, run.class_names)
+            count = len(labels)
+        diffusion = create_diffusion(diffusion_options) if diffusion_options.timestep_respacing else self.diffusion
+        model = Finite(guided(self.model, diffusion, sampling.guidance_scale, sampling.guidance_interval))
         settings = dict(
-            shape=(run.model.image_channels, run.model.size, run.model.size),
-            conditions=label_conditions(labels, num_classes),
+            shape=(run.options.model.image_channels, run.options.model.size, run.options.model.size),
+            conditions=label_conditions(labels, run.num_labels),
             sampler=sampling.sampler_name,
             sampler_options=sampling.sampler_options,
             clip_denoised=sampling.clip_denoised,
-            seed=run.compute.seed,
+            seed=run.options.compute.seed,
         )
-        numbers = range(num_samples)
-        batches = (numbers[i : i + sampling.batch_size] for i in range(0, num_samples, sampling.batch_size))
+        batches = (range(i, min(i + sampling.batch_size, count)) for i in range(0, count, sampling.batch_size))
         with th.no_grad():
-            return th.cat([draw(diffusion, model, batch, **settings)[0] for batch in batches])
+            samples = th.cat([draw(diffusion, model, batch, **settings)[0] for batch in batches])
+        if not (model.so_far and samples.isfinite().all()):
+            raise not_finite("the model", run.options.compute.use_fp16)
+        return samples
 
 
+@_named_as_in_python()
 def load(path: str | os.PathLike, **options: Any) -> Trained:
     """
     Load a trained model.
 
-    :param path: the folder of a run, for its newest average; or a file of weights.
-    :param options: flags of image_sample.py, which weights without config.json need: preset="imagenet64", or image_size
-                    and so on; use_bf16=True, ...
+    :param path: the folder of a run, for its newest average, or the newest weights while that is young (is_young());
+                 or a file of weights.
+    :param options: flags that weights without config.json need: preset="imagenet64", or image_size and so on; and
+                    use_bf16=True, timestep_respacing=..., for another precision or diffusion.
     :return: (model, diffusion, config).
     :raises InputError: if there are no weights, or they do not fit.
     """
-    path = os.path.expanduser(path)
-    if bf.isdir(path):
-        config = read_config(path) or {"flags": {}}
-        file = newest_average(path, str(config["flags"].get("ema_rate", "")))
-        if file is None:
-            raise InputError(f"{path}: has no ema_ file; give the folder of a run, or a file of weights")
-        path = file
-    weights = read_weights(path)
-    found, _ = config_of(path)
+    file: str = os.path.expanduser(path)
+    if bf.isdir(file):
+        config_and_path = read_config(file), bf.join(file, CONFIG)
+        file = _newest_weights(file, (config_and_path[0] or {"flags": {}})["flags"])
+    else:
+        config_and_path = config_of(file)
+    found, _ = config_and_path
     enlarges = "large_size" in (found["flags"] if found else options)
     defaults = SuperResSampleOptions() if enlarges else SampleOptions()
-    run = of_weights(with_defaults(defaults, _typed(type(defaults), {**options, "model_path": path})), weights)
+    known = _known(type(defaults), "model", "diffusion", "compute", "preset")
+    flags = with_defaults(defaults, {**_typed(known, options), "model_path": file})
+    weights = read_weights(file)
+    run = of_weights(flags, weights, config_and_path)
     for note in run.notes:
         if note.startswith("WARNING"):
-            show(note)
+            show(named_as_in_python(note))
     model, diffusion = run.options.call(sr_create_model_and_diffusion if enlarges else create_model_and_diffusion)
-    load_weights(model, weights, path)
+    load_weights(model, weights, file)
     model.to(dist_util.dev()).eval()
     run.options.call(configure_compute, model=model)
-    flags = {**dataclasses.asdict(run.options.model), **dataclasses.asdict(run.options.diffusion)}
+    chosen = {**dataclasses.asdict(run.options.model), **dataclasses.asdict(run.options.diffusion)}
     config = {
         "script": "super_res_train" if enlarges else "image_train",
         "class_names": run.class_names,
         **(found or {}),
     }
-    return Trained(model, diffusion, {**config, "flags": {**config.get("flags", {}), **flags}})
+    return Trained(model, diffusion, {**config, "flags": {**config.get("flags", {}), **chosen}})
+
+
+def _newest_weights(folder, flags):
+    """The file that a preview of the newest checkpoint shows."""
+    average = newest_average(folder, str(flags.get("ema_rate", "")))
+    if average is None:
+        raise InputError(f"{folder}: has no ema_ file; give the folder of a run, or a file of weights")
+    rate, step = EMA.fullmatch(bf.basename(average)).groups()
+    newest = bf.join(folder, model_filename(int(step)))
+    if is_young(float(rate), int(step), flags.get("ema_warmup") is True) and bf.exists(newest):
+        show(f"{newest}: the average of step {int(step)} still resembles the untrained model")
+        return newest
+    return average
 
 
 def picture(samples: th.Tensor, labels: Any = None) -> Image.Image:

@@ -109,6 +109,27 @@ def check(row: Option, value) -> None:
         raise InputError(f"{row.name} {value}: give {row.valid}")
 
 
+KINDS = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}
+
+
+def coerce(row: Option, value: Any) -> Any:
+    """
+    A value from Python or JSON as the option's type: 1e4 or numpy's integers for an int, 1 for a float.
+
+    :raises InputError: for a value of another type.
+    """
+    value = value.item() if hasattr(value, "item") else value  # of numpy or torch
+    words = row.valid.words if row.valid is not None else ()
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if type(value) is row.type or value in words or (value is None and row.default is None):
+        return value
+    if row.type is float and number:
+        return float(value)
+    if row.type is int and number and value.is_integer():
+        return int(value)
+    raise InputError(f"{row.name} {value!r}: give {' or '.join([KINDS[row.type], *words])}")
+
+
 def rows(group: Any) -> tuple[Option, ...]:
     """The options of a Group, or of all groups in a ScriptOptions class, in order of declaration."""
     found: list[Option] = []

@@ -14,7 +14,7 @@ import dataclasses
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from .guidance import interval_of
 from .networks import NETWORKS
@@ -372,6 +372,8 @@ class ScriptOptions:
 
 @dataclass(frozen=True)
 class TrainOptions(ScriptOptions):
+    script: ClassVar[str] = "image_train"  # in config.json
+
     general: TrainGeneralOptions = TrainGeneralOptions()
     data: DataOptions = DataOptions()
     model: ModelOptions = ModelOptions()
@@ -383,6 +385,8 @@ class TrainOptions(ScriptOptions):
 
 @dataclass(frozen=True)
 class SuperResTrainOptions(TrainOptions):
+    script: ClassVar[str] = "super_res_train"
+
     model: SuperResModelOptions = SuperResModelOptions()  # type: ignore[assignment]
     output: TrainOutputOptions = TrainOutputOptions()  # type: ignore[assignment]
 

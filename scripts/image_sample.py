@@ -31,13 +31,10 @@ def main():
     dist_util.seed_everything(flags.options.compute.seed)
     this_run, model, diffusion = load_trained(flags, create_model_and_diffusion)
     options, class_names = this_run.options, this_run.class_names
-    # the model may have room for more classes than it was trained on
-    num_classes = (len(class_names or ()) or options.model.num_classes) if options.model.class_cond else 0
     labels, num_samples = None, options.sampling.num_samples
     if options.sampling.classes:
         count = options.sampling.num_samples if "num_samples" in flags.given else None
-        known = options.model.num_classes if options.model.class_cond else 0
-        labels = chosen_labels(options.sampling.classes, count, known, class_names)
+        labels = chosen_labels(options.sampling.classes, count, this_run.num_labels, class_names)
         num_samples = len(labels)
 
     with (
@@ -55,7 +52,7 @@ def main():
             diffusion=diffusion,
             model=model,
             shape=(options.model.image_channels, size, size),
-            conditions=label_conditions(labels, num_classes),
+            conditions=label_conditions(labels, this_run.num_labels),
             num_samples=num_samples,
             sampler=options.sampling.sampler_name,
             sampler_options=options.sampling.sampler_options,

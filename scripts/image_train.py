@@ -15,20 +15,15 @@ if __name__ == "__main__":
 
 from improved_diffusion import dist_util
 from improved_diffusion.cli.dry_run import print_dry_run
-from improved_diffusion.cli.estimate import memory_warnings
-from improved_diffusion.cli.loop import create_loop
-from improved_diffusion.cli.parser import create_parser, logging_to, parse_flags, run
-from improved_diffusion.cli.run_config import resumed, save_config
-from improved_diffusion.cli.run_folder import claim_folder
+from improved_diffusion.cli.loop import train_run
+from improved_diffusion.cli.parser import create_parser, parse_flags, run
+from improved_diffusion.cli.run_config import resumed
 from improved_diffusion.image_datasets import load_data
 from improved_diffusion.inference.preview import create_preview
 from improved_diffusion.metrics.sample_distance import create_sample_distance
 from improved_diffusion.metrics.validation import create_validation
 from improved_diffusion.options import TrainOptions
 from improved_diffusion.script_util import configure_compute, create_model_and_diffusion
-from improved_diffusion.train_util import get_blob_logdir
-from improved_diffusion.training.describe import log_start
-from improved_diffusion.training.resume import open_checkpoint
 
 
 def main():
@@ -43,19 +38,10 @@ def main():
     model, diffusion = options.call(create_model_and_diffusion)
     configure_compute(model, use_bf16=options.compute.use_bf16, compile=options.compute.compile)
     data = options.call(load_data, class_names=this_run.class_names)
-    held_out = create_validation(options, diffusion, data.dataset.class_names)
-    samples = create_sample_distance(options, data.dataset.class_names)
-    checkpoint = options.call(open_checkpoint, model=model)
-
-    notes = [*this_run.notes, *memory_warnings(options, create_model_and_diffusion)]
-    claim = claim_folder(checkpoint, options.general.overwrite)
-    with logging_to(options.general.log_dir, notes, claim):
-        preview = create_preview(options, data.dataset.class_names)
-        loop = create_loop(options, model, diffusion, data, checkpoint, preview, [held_out, samples])
-        save_config(get_blob_logdir(), "image_train", options, data.dataset.class_names)
-        log_start(loop, data.dataset)
-        loop.draw_missing_preview()
-        loop.run_loop()
+    names = data.dataset.class_names
+    measures = create_validation(options, diffusion, names), create_sample_distance(options, names)
+    preview = create_preview(options, names)
+    train_run(this_run, create_model_and_diffusion, model, diffusion, data, preview, measures)
 
 
 def create_argparser():

@@ -14,19 +14,14 @@ import functools
 
 from improved_diffusion import dist_util
 from improved_diffusion.cli.dry_run import print_dry_run
-from improved_diffusion.cli.estimate import memory_warnings
-from improved_diffusion.cli.loop import create_loop
-from improved_diffusion.cli.parser import create_parser, logging_to, parse_flags, run
-from improved_diffusion.cli.run_config import resumed, save_config
-from improved_diffusion.cli.run_folder import claim_folder
+from improved_diffusion.cli.loop import train_run
+from improved_diffusion.cli.parser import create_parser, parse_flags, run
+from improved_diffusion.cli.run_config import resumed
 from improved_diffusion.image_datasets import load_data, load_superres_data, low_res
 from improved_diffusion.inference.preview import Preview
 from improved_diffusion.metrics.validation import create_validation
 from improved_diffusion.options import SuperResTrainOptions
 from improved_diffusion.script_util import configure_compute, create_diffusion, sr_create_model_and_diffusion
-from improved_diffusion.train_util import get_blob_logdir
-from improved_diffusion.training.describe import log_start
-from improved_diffusion.training.resume import open_checkpoint
 
 
 def main():
@@ -48,16 +43,8 @@ def main():
     )
     enlarged_from = functools.partial(low_res, options.model.small_size)
     held_out = create_validation(options, diffusion, data.dataset.class_names, enlarged_from)
-    checkpoint = options.call(open_checkpoint, model=model)
-
-    notes = [*this_run.notes, *memory_warnings(options, sr_create_model_and_diffusion)]
-    claim = claim_folder(checkpoint, options.general.overwrite)
-    with logging_to(options.general.log_dir, notes, claim):
-        loop = create_loop(options, model, diffusion, data, checkpoint, create_preview(options, data), [held_out])
-        save_config(get_blob_logdir(), "super_res_train", options, data.dataset.class_names)
-        log_start(loop, data.dataset)
-        loop.draw_missing_preview()
-        loop.run_loop()
+    preview = create_preview(options, data)
+    train_run(this_run, sr_create_model_and_diffusion, model, diffusion, data, preview, [held_out])
 
 
 def create_preview(options, data):

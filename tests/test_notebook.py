@@ -2,8 +2,11 @@
 
 import json
 import os
+import random
+import signal
 import subprocess
 import sys
+import time
 import types
 
 import numpy as np
@@ -19,9 +22,11 @@ from improved_diffusion import load, picture, train
 from improved_diffusion.inference.arrays import to_uint8
 from improved_diffusion.logger import Logger
 from improved_diffusion.train_util import TrainLoop
+from improved_diffusion.training.signals import StopSignals
+from improved_diffusion.training.stopping import stop_run
 from improved_diffusion.utils.errors import InputError
 
-OPTIONS = {**TRAIN, "seed": 0, "class_cond": True, "num_classes": 2, "class_dropout": 0.1}
+OPTIONS = {**TRAIN, "seed": 0, "class_cond": True, "num_classes": 2, "class_dropout": 0.1, "ema_warmup": True}
 
 
 @pytest.fixture(autouse=True)
@@ -92,8 +97,8 @@ def test_a_run_is_continued_and_started_over(images, whole, tmp_path):
 def test_values_of_python_are_taken(tmp_path):
     x = th.rand(4, 1, 8, 8) * 2 - 1
     own = {**{k: v for k, v in TRAIN.items() if k not in ("image_size", "max_steps")}, "max_steps": 1}
-    changed = dict(lr=1, channel_mult=(1, 2), ema_rate=[0.5, 0.9], attention_resolutions=4, log_dir=None)
-    del changed["log_dir"]
+    changed = dict(lr=1, channel_mult=(1, 2), ema_rate=[0.5, 0.9], attention_resolutions=4)
+    changed |= dict(weight_decay=np.float32(0.5), save_interval=1e4, batch_size=np.int64(2))
     train(x, tmp_path / "a", **{**own, **changed})
     kept = json.loads((tmp_path / "a" / "config.json").read_text())["flags"]
     assert (kept["lr"], kept["channel_mult"], kept["ema_rate"], kept["attention_resolutions"]) == (
@@ -118,6 +123,8 @@ def test_values_of_python_are_taken(tmp_path):
         (dict(num_classes=2, labels=[0, 1, 2, 0]), "num_classes 2"),
         (dict(preset="none"), "preset none"),
         (dict(class_dropout=0.1), "class_dropout 0.1"),
+        (dict(class_cond=False, labels=[0, 1, 2, 0]), "labels"),
+        (dict(data_dir="photos"), "data_dir"),
     ],
 )
 def test_what_is_invalid_is_refused_in_one_line(tmp_path, changed, named):
@@ -136,9 +143,45 @@ def test_classes_of_a_folder_are_those_of_its_files(images, tmp_path):
         train(pixels, tmp_path / "b", labels=labels, **{**OPTIONS, "max_steps": 2})
 
 
-def test_the_logger_before_is_the_logger_after(images, tmp_path):
-    train(images, tmp_path, **{**OPTIONS, "max_steps": 1})
+def test_the_caller_keeps_its_logger_and_random_generators(images, tmp_path):
+    one_step = {**OPTIONS, "max_steps": 1}
+    random.seed(1), np.random.seed(1), th.manual_seed(1)
+    before = random.getstate(), np.random.get_state()[1].tolist(), th.get_rng_state().tolist()
+    for _ in range(2):  # the second continues the first, from its checkpoint's generators
+        train(images, tmp_path, **one_step)
+        assert (random.getstate(), np.random.get_state()[1].tolist(), th.get_rng_state().tolist()) == before
     assert Logger.CURRENT is None and f"all files are in {tmp_path}" in lines_of(tmp_path)
+
+
+def test_what_a_refused_run_has_noted_is_not_of_the_next(tmp_path):
+    own = {k: v for k, v in TRAIN.items() if k not in ("image_size", "max_steps")}
+    with pytest.raises(InputError, match="lr -1"):
+        train(th.rand(4, 1, 8, 8), tmp_path / "a", **{**own, "lr": -1.0})  # no value is below 0
+    train(th.rand(4, 1, 8, 8) * 2 - 1, tmp_path / "b", **own, max_steps=1)
+    assert "below 0" not in lines_of(tmp_path / "b")
+
+
+def test_a_run_keeps_its_size_on_images_of_another(tmp_path):
+    pictures = [(Image.new("RGB", (12, 12), (i, 9, 9)), 0) for i in range(4)]
+    own = {k: v for k, v in TRAIN.items() if k not in ("image_size", "max_steps")}
+    train(pictures, tmp_path, **own, image_size=8, max_steps=1)
+    train(pictures, tmp_path, **own, max_steps=2)
+    assert json.loads((tmp_path / "config.json").read_text())["flags"]["image_size"] == 8
+    assert "WARNING: image_size" not in lines_of(tmp_path)
+    with pytest.raises(InputError, match=r"\(3, 12, 12\).*\(3, 8, 8\)"):  # which are not scaled
+        train(th.zeros(4, 3, 12, 12), tmp_path, **own, max_steps=3)
+
+
+def test_options_are_named_as_in_python(images, tmp_path):
+    train(images, tmp_path, **{**OPTIONS, "max_steps": 1})
+    with pytest.raises(InputError, match="overwrite True") as refusal:
+        train(images, tmp_path, **OPTIONS, resume_checkpoint="")
+    assert "--" not in str(refusal.value)
+
+
+def test_labels_of_a_folder_are_a_flag(images, tmp_path):
+    with pytest.raises(InputError, match="labels"):  # no class has a folder
+        train(images, tmp_path, labels="folder", **OPTIONS)
 
 
 # ---------------------------------------------------------------- in a notebook
@@ -163,14 +206,23 @@ def test_previews_are_shown(images, tmp_path, notebook):
 
 
 def test_an_interruption_ends_the_call_only_in_a_notebook(images, tmp_path, notebook, monkeypatch):
-    def interrupted(self):
-        raise SystemExit(0)
+    name = "SIGINT"
 
-    monkeypatch.setattr(TrainLoop, "run_loop", interrupted)
+    def run_loop(self):
+        with StopSignals() as stop:
+            os.kill(os.getpid(), getattr(signal, name))
+            while not stop.received:
+                time.sleep(0.01)
+            stop_run(stop.received, None, lambda: "at once")
+
+    monkeypatch.setattr(TrainLoop, "run_loop", run_loop)
     train(images, tmp_path / "a", **OPTIONS)
     monkeypatch.setattr(sys.modules["IPython"], "get_ipython", lambda: None)
-    with pytest.raises(SystemExit):
+    with pytest.raises(KeyboardInterrupt):
         train(images, tmp_path / "b", **OPTIONS)
+    name = "SIGTERM"
+    with pytest.raises(SystemExit):
+        train(images, tmp_path / "c", **OPTIONS)
 
 
 # ---------------------------------------------------------------- load
@@ -198,6 +250,12 @@ def test_samples_are_those_of_the_script(whole, tmp_path):
         assert np.abs(to_uint8(samples).numpy().astype(int) - want).max() <= 1  # batches of other sizes round
 
 
+def test_the_newest_weights_while_the_average_is_young(images, tmp_path, capfd):
+    train(images, tmp_path, **{**OPTIONS, "ema_warmup": False})
+    assert_same(load(tmp_path).model.state_dict(), read(tmp_path / "model000004.pt"))
+    assert "model000004.pt" in capfd.readouterr().out
+
+
 def test_the_newest_average_of_the_first_rate(images, whole, tmp_path):
     assert_same(load(whole / "model000002.pt").model.state_dict(), read(whole / "model000002.pt"))
     train(images, tmp_path, **{**OPTIONS, "ema_rate": "0.5,0.9"})
@@ -221,16 +279,44 @@ def test_what_is_not_there_or_does_not_fit_is_refused(whole, tmp_path):
             load(path)
     with pytest.raises(InputError, match="no such option"):
         load(whole, sampel=3)
+    for options, named in ((dict(guidance_scale=3), "guidance_scale"), (dict(seed=1), "seed"), (dict(lr=1), "lr")):
+        with pytest.raises(InputError, match=f"{named}: no such option"):
+            load(whole, **options)
     trained = load(whole)
+    for options in (dict(image_size=16), dict(predict_v=True), dict(preset="cifar10"), dict(model_path="a.pt")):
+        with pytest.raises(InputError, match=f"{next(iter(options))}: no such option"):
+            trained.sample(1, **options)
     for options, named in (
         (dict(sampler="dpm"), "sampler dpm"),
         (dict(classes="7"), "'7'"),
         (dict(steps=3), "steps"),
         (dict(num_samples=0), "num_samples 0"),
-        (dict(timestep_respacing="4"), "timestep_respacing 4"),
+        (dict(timestep_respacing="4", sampler="unipc"), "timestep_respacing 4"),
     ):
         with pytest.raises(InputError, match=named):
             trained.sample(**options)
+
+
+def test_the_number_of_samples_is_that_of_their_classes(whole):
+    trained = load(whole)
+    for options, count in ((dict(), 16), (dict(classes="a,b"), 2), (dict(classes="a:3"), 3), (dict(classes=(1, 0)), 2)):
+        assert len(trained.sample(**options, sampling_steps=1)) == count
+    with pytest.raises(InputError, match="num_samples is 2"):
+        trained.sample(2, classes="a:3")
+
+
+def test_a_diffusion_of_fewer_timesteps(whole):
+    respaced = load(whole, timestep_respacing="4")
+    assert respaced.diffusion.num_timesteps == 4
+    wanted = load(whole).sample(2, seed=0, timestep_respacing="4", sampler="ancestral")
+    assert_same({"": respaced.sample(2, seed=0)}, {"": wanted})
+
+
+def test_samples_that_are_not_finite_are_refused(whole):
+    trained = load(whole)
+    next(trained.model.parameters()).data.fill_(th.nan)
+    with pytest.raises(InputError, match="not finite"):
+        trained.sample(1, sampling_steps=1)
 
 
 def test_a_model_that_enlarges(tmp_path):

@@ -6,6 +6,7 @@ import dataclasses
 import datetime
 import itertools
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -336,3 +337,8 @@ def _with_flag(message):
     matches = [flag for flag, value in values if message.startswith(f"{value}:")]
     matches = matches or [flag for flag, value in values if message.startswith(f"{value}/")]
     return f"{matches[0]} {message}" if len(matches) == 1 else message
+
+
+def named_as_in_python(message: str) -> str:
+    """A message of this room, with options instead of flags."""
+    return re.sub(r"--(?=[a-z])", "", message)

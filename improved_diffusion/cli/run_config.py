@@ -52,6 +52,12 @@ class Run(Generic[Opts]):
     notes: tuple[str, ...] = ()
     weights: str = ""
 
+    @property
+    def num_labels(self) -> int:
+        """Of the classes to draw; 0 for none. The model may have room for more than it was trained on."""
+        model = self.options.model  # type: ignore[attr-defined]
+        return (len(self.class_names or ()) or model.num_classes) if model.class_cond else 0
+
 
 def save_config(directory: str, script: str, options: ScriptOptions, class_names: list[str] | None) -> None:
     """Write config.json on rank 0. A collective."""
@@ -91,15 +97,16 @@ def _resumed(flags):
     return run if keeps_classes else dataclasses.replace(run, class_names=None)
 
 
-def of_weights(flags: Flags[Opts], weights: dict[str, Any]) -> Run[Opts]:
+def of_weights(flags: Flags[Opts], weights: dict[str, Any], found: tuple | None = None) -> Run[Opts]:
     """
     Resolve the options of a script that uses trained weights. A collective.
 
     :param weights: the state dict in model_path.
+    :param found: its config and that one's path, as from config_of(); None to read them.
     :raises InputError: if a required option is in neither the command line, config.json nor the shapes.
     """
     path = flags.options.values()["model_path"]
-    config, its_path = dist_util.broadcast_from_rank_0(config_of, path)
+    config, its_path = found or dist_util.broadcast_from_rank_0(config_of, path)
     shapes = {name: tuple(value.shape) for name, value in weights.items()}
     if config is not None:
         run = from_config(flags, config, its_path)

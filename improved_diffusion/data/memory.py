@@ -7,7 +7,7 @@ import numpy as np
 import torch as th
 from torch.utils.data import Dataset
 
-from .. import dist_util, logger
+from .. import dist_util
 from ..utils.errors import InputError
 from .images import scale_and_crop
 
@@ -50,9 +50,10 @@ class OwnImages(Dataset):
         self.channels = image_channels or (_channels(first) if _is_picture(first) else first.shape[0])
         self.size = image_size or (min(first.size) if _is_picture(first) else first.shape[-1])
         self.class_names = self._names(class_names) if self.class_cond else None
+        self.notes: list[str] = []  # lines for the log
         tried = [self[i][0] for i in range(min(TRIED, len(self)))]
         if min(x.min() for x in tried) >= 0:
-            logger.note("WARNING: no value of the images is below 0: black is -1 for this model, not 0")
+            self.notes.append("WARNING: no value of the images is below 0: black is -1 for this model, not 0")
 
     def _names(self, given):
         names = given if given is not None else getattr(self.data, "classes", None)

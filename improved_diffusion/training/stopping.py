@@ -4,6 +4,14 @@ from .. import dist_util, logger
 from ..utils.errors import InputError, TrainingError, first_line
 
 
+class StoppedBySignal(SystemExit):
+    """The end of a run, with status 0. :param signal: its name; None if another rank has received it."""
+
+    def __init__(self, signal: str | None):
+        super().__init__(0)
+        self.signal = signal
+
+
 def try_next(data, stop):
     """
     The next batch, or the exception that prevents it: an unreadable image, a killed worker, full memory.
@@ -25,7 +33,7 @@ def stop_run(signal, error, save):
     :param signal: name of the one that this rank has received, or None.
     :param error: of this rank, or None.
     :param save: saves if there are unsaved steps; returns the step and the last checkpoint, for the log.
-    :raises SystemExit: (status 0) after a signal; otherwise the error, or on other ranks one of the same kind.
+    :raises StoppedBySignal: after a signal; otherwise the error, or on other ranks one of the same kind.
     """
     mine = None
     if error is not None:
@@ -39,6 +47,6 @@ def stop_run(signal, error, save):
     if error is not None:
         raise error
     if not errors:
-        raise SystemExit(0)
+        raise StoppedBySignal(signal)
     rank, (is_input, text) = min(errors.items())
     raise InputError(text) if is_input else TrainingError(f"rank {rank} cannot continue: {text}")
