@@ -285,7 +285,7 @@ class Trained(NamedTuple):
         with th.no_grad():
             samples = th.cat([draw(diffusion, model, batch, **settings)[0] for batch in batches])
         if not (model.so_far and samples.isfinite().all()):
-            raise not_finite("the model", run.options.compute.use_fp16)
+            raise not_finite("the model", any(p.dtype == th.float16 for p in self.model.parameters()))
         return samples
 
 
