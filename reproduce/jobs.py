@@ -2,9 +2,11 @@
 
 import functools
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -59,10 +61,24 @@ class Folder:
         return float(path.read_text()) if path.exists() else 0.0
 
 
+_script: subprocess.Popen | None = None  # that this process waits for
+
+
 def initialize() -> None:
-    """Of a worker process: one thread, no log."""
+    """Of a worker process: one thread, no log, and an end with the runner's."""
     th.set_num_threads(1)
     logger.Logger.CURRENT = logger.Logger(dir=None, output_formats=[])
+    threading.Thread(target=_end_with_runner, daemon=True).start()
+
+
+def _end_with_runner():
+    """Else a runner that was killed leaves workers, and runs that the next one finds in use."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    if _script is not None:
+        _script.terminate()  # it saves
+    os._exit(1)
 
 
 def prepare(folder: Folder) -> None:
@@ -103,10 +119,13 @@ def train(folder: Folder, run: Run) -> None:
 
 def call(script: str, *words: str) -> None:
     """:raises TrainingError: with what the script printed."""
-    command = [sys.executable, str(ROOT / "scripts" / f"{script}.py"), *words]
-    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-    if done.returncode:
-        raise TrainingError(f"{script}: {done.stderr.strip() or done.stdout.strip()[-500:]}")
+    global _script
+    command, pipe = [sys.executable, str(ROOT / "scripts" / f"{script}.py"), *words], subprocess.PIPE
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, env=env, stdout=pipe, stderr=pipe, text=True) as _script:
+        out, errors = _script.communicate()
+    if _script.returncode:
+        raise TrainingError(f"{script}: {errors.strip() or out.strip()[-500:]}")
 
 
 def compute(folder: Folder, measure: Measure) -> dict[str, Any]:

@@ -1,8 +1,10 @@
 """The runner with a small list of experiments: it does what is missing, continues, and writes what it found."""
 
 import json
-import subprocess
+import signal
 import sys
+import threading
+import time
 from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +17,7 @@ sys.path.insert(0, str(ROOT))
 
 from improved_diffusion.data.prepare import write
 from improved_diffusion.data.sources import Source
+from improved_diffusion.logger import Logger
 from improved_diffusion.utils.errors import TrainingError
 from reproduce import jobs, measures, page, plan, runner
 from reproduce.declare import Claim, Experiments, Figure, Row, Run, measure
@@ -169,9 +172,14 @@ def test_a_run_that_stops_too_early_is_not_measured(folder, monkeypatch):
         jobs.train(folder, run)
 
 
-def test_what_a_script_prints_as_it_fails_is_the_reason(folder, monkeypatch):
-    failed = SimpleNamespace(returncode=2, stderr="image_train.py: error: no images\n", stdout="")
-    monkeypatch.setattr(subprocess, "run", lambda *a, **k: failed)
+def write_script(path, monkeypatch, name, text):
+    (path / "scripts").mkdir()
+    (path / "scripts" / f"{name}.py").write_text(text)
+    monkeypatch.setattr(jobs, "ROOT", path)
+
+
+def test_what_a_script_prints_as_it_fails_is_the_reason(folder, tmp_path, monkeypatch):
+    write_script(tmp_path, monkeypatch, "image_train", "import sys; sys.exit('image_train.py: error: no images')")
     with pytest.raises(TrainingError, match=r"image_train: .*no images"):
         folder.call("image_train")
 
@@ -193,3 +201,18 @@ def test_the_page_of_an_unfinished_run_says_so(folder, tmp_path):
     page.write(listed(), folder, tmp_path / "paper.md")
     text = (tmp_path / "paper.md").read_text()
     assert "| 1 | a claim | a number | not measured |  |" in text and "figures/" not in text
+
+
+def test_a_worker_ends_with_its_runner_and_so_does_its_script(tmp_path, monkeypatch):
+    write_script(tmp_path, monkeypatch, "wait", "import time; time.sleep(100)")
+    runner_ended, ended = threading.Event(), []
+    monkeypatch.setattr(jobs.multiprocessing, "parent_process", lambda: SimpleNamespace(join=runner_ended.wait))
+    monkeypatch.setattr(jobs.os, "_exit", ended.append)
+    monkeypatch.setattr(Logger, "CURRENT", None)
+    jobs.initialize()
+    threading.Timer(0.5, runner_ended.set).start()
+    with pytest.raises(TrainingError):
+        jobs.call("wait")
+    assert jobs._script.returncode == -signal.SIGTERM
+    while not ended:
+        time.sleep(0.01)
