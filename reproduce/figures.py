@@ -54,6 +54,7 @@ def gradients(found):
         halves = np.array([found["noise"][step][label] for step in steps])
         noise.plot(steps, halves.mean(1), marker="o", label=label)
         noise.fill_between(steps, halves.min(1), halves.max(1), alpha=0.3)
+        noise.plot(steps[-1:], [np.mean(found["own"][label][label])], "x", color=noise.lines[-1].get_color())
     noise.set_yscale("log")
     for label, points in found["curves"].items():
         curves.plot(list(points), [one["bpd"] for one in points.values()], marker=".", label=label)

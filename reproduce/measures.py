@@ -241,7 +241,7 @@ def gradient_noise(trained: Trained, data: Images, *, batches: int, batch_size: 
     The noise scale tr(S) / |G|^2 of the gradient (McCandlish et al. 2018, arXiv 1812.06162), in images: G is its
     expectation, S the covariance of one image's. Both estimates of L_vlb have the same G, that of importance sampling.
 
-    :return: for each loss the noise scale by the first half of the batches and by the second.
+    :return: for each loss the noise scale by the first half of the batches and by the second; "|G|^2" of both losses.
     """
     np.random.seed(SEED)
     th.manual_seed(SEED)
@@ -266,7 +266,8 @@ def gradient_noise(trained: Trained, data: Images, *, batches: int, batch_size: 
     }
     of = {name: moments_of(functools.partial(gradient, *way), batches, batch_size) for name, way in ways.items()}
     norms = {"L_hybrid": of["L_hybrid"][0], **dict.fromkeys(list(of)[1:], of["L_vlb importance"][0])}
-    return {name: [trace / norms[name] for trace in traces] for name, (_, traces) in of.items()}
+    scales = {name: [trace / norms[name] for trace in traces] for name, (_, traces) in of.items()}
+    return {**scales, "|G|^2": {"L_hybrid": norms["L_hybrid"], "L_vlb": norms["L_vlb importance"]}}
 
 
 def moments_of(gradient: Callable[[], th.Tensor], batches: int, batch_size: int) -> tuple[float, list[float]]:

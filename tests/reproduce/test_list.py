@@ -30,7 +30,8 @@ class Made(dict):
             "real": lambda: {"fd": 50.0, "precision": 0.5, "recall": 0.5},
             "terms": lambda: {"vb": [1.0 / (t + 1) for t in range(settings["length"])], "share of first tenth": 0.9},
             "gradient_noise": lambda: {
-                f"L_{name}": [number, 2] for name in ("hybrid", "vlb importance", "vlb uniform")
+                **{f"L_{name}": [number, 2] for name in ("hybrid", "vlb importance", "vlb uniform")},
+                "|G|^2": {"L_hybrid": 1.0, "L_vlb": 1.0},
             },
             "methods": lambda: {"rows": [{"bpd": 3.0, "standard error of the estimate": 0.1}] * 4},
             "size": lambda: {"parameters": 1000, "flops": 10_000},
@@ -101,7 +102,10 @@ class AsThePaper(dict):
         noise = {"L_hybrid": 1, "L_vlb importance": 10, "L_vlb uniform": 100}
         return {
             "terms": lambda: {"share of first tenth": 0.4 if self.mirrored else 0.9},
-            "gradient_noise": lambda: {k: [1 / v if self.mirrored else v] for k, v in noise.items()},
+            "gradient_noise": lambda: {
+                **{k: [1 / v if self.mirrored else v] for k, v in noise.items()},
+                "|G|^2": {"L_hybrid": 1.0, "L_vlb": 1.0},
+            },
             "methods": lambda: {
                 "rows": [{"bpd": 3.0, "standard error of the estimate": 0.1 if not self.mirrored else 0.001}] * 2
                 + [{"bpd": 3.1, "standard error of the estimate": 0.1 if not self.mirrored else 0.001}] * 2
