@@ -24,6 +24,7 @@ from training import Killed, assert_continues, killed_after, latest, train
 from improved_diffusion.guidance import guided
 from improved_diffusion.image_datasets import load_data
 from improved_diffusion.inference.generate import for_inference
+from improved_diffusion.options import SampleOptions
 from improved_diffusion.resample import UniformSampler
 from improved_diffusion.samplers import SAMPLERS
 from improved_diffusion.unet import UNetModel
@@ -138,6 +139,8 @@ def test_each_sample_has_its_own_noise_level():
 def test_what_is_no_interval_is_refused(interval):
     with pytest.raises(InputError, match=f"guidance_interval {interval}: .*LOW,HIGH"):
         guided(Classes(), make_diffusion(8, "cosine"), 2.0, interval)
+    with pytest.raises(InputError, match=f"guidance_interval {interval}: .*LOW,HIGH"):  # before weights are loaded
+        SampleOptions().replace(guidance_scale=2.0, guidance_interval=interval)
 
 
 def test_what_would_do_nothing_is_refused():
