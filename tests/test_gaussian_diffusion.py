@@ -639,7 +639,7 @@ def test_min_snr_leaves_the_bound_of_the_hybrid_loss_its_weight(mean, loss):
 
 @pytest.mark.parametrize("mean", MEANS)
 def test_min_snr_weighs_whole_samples(mean):
-    """The loss is the weight times "mse" to the last bit: a timestep per element, which has no such weight, is refused."""
+    """The loss is the weight times "mse": a timestep per element, which has no such weight, is refused."""
     d = make_diffusion(100, "cosine", mean=mean, min_snr_gamma=5.0)
     x_start, eps, t = image_batch("x0", 2, 3, 4), tensor("eps", 2, 3, 4), th.tensor([3, 70])
     terms = d.training_losses(lambda x, t: th.zeros_like(x), x_start, t, noise=eps)

@@ -36,7 +36,7 @@ class OwnImages(Dataset):
         class_cond: bool = False,
     ):  # fmt: skip
         if not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
-            raise InputError(f"the data: is a {type(data).__name__}; give a tensor, an array or a Dataset with a length")
+            raise InputError(f"the data: is a {type(data).__name__}; give a tensor, an array or a sized Dataset")
         self.data, self.num_images = data, len(data)
         if not self.num_images:
             raise InputError("the data: is empty; give images")

@@ -126,7 +126,7 @@ def test_labels_of_items_that_are_no_class(item, named):
 def test_a_label_far_behind_is_refused_at_the_start():
     labels = th.zeros(500, dtype=th.long)
     labels[400] = -1
-    with pytest.raises(InputError, match="labels: .*image 400 is -1"):
+    with pytest.raises(InputError, match=r"labels: .*image 400 is -1"):
         OwnImages(UINT8[:1].expand(500, -1, -1, -1), labels)
 
 
