@@ -23,6 +23,7 @@ from .schedules import (  # noqa: F401 (the original defines them here)
     betas_for_alpha_bar,
     get_named_beta_schedule,
 )
+from .utils.errors import InputError
 
 Model = Callable[..., th.Tensor]
 Fn = Callable[[th.Tensor], th.Tensor]
@@ -67,7 +68,8 @@ class GaussianDiffusion(ForwardProcess):
     :param rescale_timesteps: pass timesteps to the model as floats in 0..1000, whatever T is.
     :param min_snr_gamma: weigh the squared error of x_0 by min(SNR, gamma), SNR = abar / (1 - abar), and that of other
                           predictions by the equivalent (Hang et al. 2023, arXiv 2303.09556). None for weights of 1.
-    :raises ValueError: if betas is not a one-dimensional array in (0, 1], or min_snr_gamma is given for a bound.
+    :raises ValueError: if betas is not a one-dimensional array in (0, 1]; InputError (a ValueError) if min_snr_gamma is
+                        not above 0, or given for a bound.
     """
 
     min_snr_gamma: float | None = None  # objects pickled with the original have none
@@ -77,7 +79,10 @@ class GaussianDiffusion(ForwardProcess):
         rescale_timesteps: bool = False, min_snr_gamma: float | None = None,
     ):  # fmt: skip
         if min_snr_gamma is not None and loss_type.is_vb():
-            raise ValueError(f"min_snr_gamma {min_snr_gamma}: {loss_type} has no squared error to weigh")
+            problem = f"weighs the squared error, which use_kl True replaces by the bound ({loss_type})"
+            raise InputError(f"loss_weighting min_snr: {problem}")
+        if min_snr_gamma is not None and not min_snr_gamma > 0:
+            raise InputError(f"min_snr_gamma {min_snr_gamma}: give more than 0")
         self.model_mean_type = model_mean_type
         self.model_var_type = model_var_type
         self.loss_type = loss_type
@@ -318,7 +323,7 @@ class GaussianDiffusion(ForwardProcess):
         :param noise: standard normal, x_start's shape; drawn if None.
         :return: tensors [N]: "loss", and its terms "mse" and "vb" (bits per dimension) if it has them. min_snr_gamma
                  weighs the squared error in "loss" alone.
-        :raises ValueError: if the noise or the model's output has the wrong shape.
+        :raises ValueError: if the noise or the model's output has the wrong shape, or t with min_snr_gamma.
         """
         if noise is None:
             noise = th.randn_like(x_start)
@@ -348,23 +353,23 @@ class GaussianDiffusion(ForwardProcess):
             target = target - at(self.sqrt_one_minus_alphas_cumprod, t, x_start.shape) * x_start
         else:
             target, _, _ = self.q_posterior_mean_variance(x_start=x_start, x_t=x_t, t=t)
-        squared_error = (target - output) ** 2
-        terms["mse"] = loss = mean_flat(squared_error)
+        loss = terms["mse"] = mean_flat((target - output) ** 2)
         if self.min_snr_gamma is not None:
-            loss = mean_flat(self._min_snr_weight(t, x_start.shape) * squared_error)
+            check_shape("t", t, loss.shape)
+            loss = self._min_snr_weight(t) * loss
         terms["loss"] = loss + terms["vb"] if "vb" in terms else loss  # equation 16
         return terms
 
-    def _min_snr_weight(self, t, shape):
-        """The weight of the squared error of a prediction: min(SNR, gamma) (d x_0 / d prediction)^2."""
-        snr = (at(self.sqrt_alphas_cumprod, t, shape) / at(self.sqrt_one_minus_alphas_cumprod, t, shape)) ** 2
+    def _min_snr_weight(self, t):
+        """The weight of the squared error of a prediction at t [N]: min(SNR, gamma) (d x_0 / d prediction)^2."""
+        snr = (at(self.sqrt_alphas_cumprod, t, t.shape) / at(self.sqrt_one_minus_alphas_cumprod, t, t.shape)) ** 2
         if self.model_mean_type == ModelMeanType.EPSILON:
             return (self.min_snr_gamma / snr).clamp(max=1)  # min(SNR, gamma) / SNR, also where SNR is 0
         weight = snr.clamp(max=self.min_snr_gamma)
         if self.model_mean_type == ModelMeanType.VELOCITY:
             return weight / (snr + 1)
         if self.model_mean_type == ModelMeanType.PREVIOUS_X:
-            return weight / at(self.posterior_mean_coef1, t, shape) ** 2
+            return weight / at(self.posterior_mean_coef1, t, t.shape) ** 2
         return weight
 
     def _vb_terms_bpd(self, model, x_start, x_t, t, clip_denoised=True, model_kwargs=None):

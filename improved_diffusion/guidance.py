@@ -40,7 +40,7 @@ def guided(model: Any, diffusion: Any, scale: float, interval: str = "0,inf") ->
     (inside,) = np.nonzero((low <= sigmas) & (sigmas <= high))
     if not len(inside):
         known = f"from {sigmas[0]:.3g} to {sigmas[-1]:.3g}"
-        raise InputError(f"guidance_interval {interval}: has no timestep; their sigma is {known}")
+        raise InputError(f"guidance_interval {interval}: no timestep lies in it; sigma goes {known}")
     if len(inside) == len(sigmas):
         return _Guided(model, null_label, scale)
     # as the model sees them; half a step of margin, as they are rounded

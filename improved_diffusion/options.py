@@ -190,7 +190,7 @@ class SamplingOptions(WeightsOptions):
     spacing: str = option("lam", "timesteps of a solver: " + " or ".join(SPACINGS), choices=SPACINGS)
     eta: float | None = option(None, "noise of ddim and solvers; default: 1 for -sde, else 0", minimum=0, maximum=1)
     guidance_scale: float = option(1.0, GUIDANCE_SCALE_HELP, minimum=0, maximum=1000)
-    guidance_interval: str = option("0,inf", GUIDANCE_INTERVAL_HELP, several=True, minimum=0)
+    guidance_interval: str = option("0,inf", GUIDANCE_INTERVAL_HELP)
 
     def __post_init__(self):
         super().__post_init__()

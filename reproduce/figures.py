@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from improved_diffusion.inference.pictures import grid
 from improved_diffusion.metrics.plots import new_figure
 
 LOG = dict(xscale="log", yscale="log")
@@ -87,15 +88,9 @@ def scaling(found):
     return figure
 
 
-def picture(found, scale: int = 3, gap: int = 2):
+def picture(found):
     """uint8 [h, w, 3]: the images in rows, enlarged."""
-    images, columns = np.array(found["images"], dtype=np.uint8), found["columns"]
-    size = images.shape[1] * scale
-    canvas = np.full((-(-len(images) // columns) * (size + gap), columns * (size + gap), 3), 255, dtype=np.uint8)
-    for i, image in enumerate(images):
-        top, left = (n * (size + gap) for n in divmod(i, columns))
-        canvas[top : top + size, left : left + size] = image.repeat(scale, axis=0).repeat(scale, axis=1)
-    return canvas
+    return grid(np.array(found["images"], dtype=np.uint8), columns=found["columns"], min_size=48)
 
 
 noised = real = samples = interpolation = picture

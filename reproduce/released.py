@@ -14,6 +14,8 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
+
 from improved_diffusion import dist_util, logger
 from improved_diffusion.cli.config_file import read_config
 from improved_diffusion.cli.parser import FlagParser, run
@@ -115,7 +117,7 @@ class Finder:
         dataset = open_images(self.args.data_dir, model.image_size, False, model.image_channels)
         count = min(self.args.images, len(dataset))
         chosen = [(2 * i + 1) * len(dataset) // (2 * count) for i in range(count)]
-        images = measures.np.stack([dataset.pixels(i) for i in chosen])
+        images = np.stack([dataset.pixels(i) for i in chosen])
         diffusion = self.trained.diffusion(timestep_respacing=str(steps))
         return measures.bound(self.trained, diffusion, images)["bpd"]
 
@@ -144,7 +146,7 @@ def table(model: str, found: dict[str, float], steps: list[int]) -> str:
 
 def create_argparser() -> argparse.ArgumentParser:
     parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", choices=list(PUBLISHED), help="what it is, or own")
+    parser.add_argument("model", choices=list(PUBLISHED), help="a published model, or own for one of a run")
     parser.add_argument("--model_path", required=True, help="the weights")
     parser.add_argument("--data_dir", default="", help="held-out images, for the NLL")
     parser.add_argument("--reference", default="", help="images or statistics, for the FID")

@@ -17,6 +17,7 @@ import numpy as np
 from improved_diffusion.cli.parser import FlagParser, path_argument, run
 from improved_diffusion.metrics.plots import draw_terms, save_figure
 from improved_diffusion.utils.errors import InputError, first_line
+from improved_diffusion.utils.streams import show
 
 FILES = {"vb_terms.npz": "arr_0", "estimate.npz": "vb"}  # and the array of terms in it
 
@@ -24,7 +25,9 @@ FILES = {"vb_terms.npz": "arr_0", "estimate.npz": "vb"}  # and the array of term
 def main():
     args = create_argparser().parse_args()
     figure = draw_terms({os.path.basename(os.path.abspath(logdir)): read_terms(logdir) for logdir in args.LOGDIR})
-    save_figure(figure, args.out or os.path.join(args.LOGDIR[0], "nll.png"))
+    path = args.out or os.path.join(args.LOGDIR[0], "nll.png")
+    save_figure(figure, path)
+    show(os.path.abspath(path))
 
 
 def read_terms(logdir: str) -> np.ndarray:

@@ -20,6 +20,7 @@ from improved_diffusion.cli.parser import FlagParser, path_argument, run
 from improved_diffusion.metrics.plots import literal, new_figure, save_figure
 from improved_diffusion.utils.errors import InputError
 from improved_diffusion.utils.log_formats import number
+from improved_diffusion.utils.streams import show
 
 PANELS = [  # title, {column: its label}, logarithmic
     ("loss", {"loss": "", "valid_loss": "held out"}, True),
@@ -39,7 +40,9 @@ STYLES = ["-", "--", "-.", ":"]  # a line style per column, a colour per run
 def main():
     args = create_argparser().parse_args()
     runs = [(os.path.basename(os.path.abspath(logdir)), read_progress(logdir)) for logdir in args.LOGDIR]
-    save_figure(draw(runs), args.out or os.path.join(args.LOGDIR[0], "progress.png"))
+    path = args.out or os.path.join(args.LOGDIR[0], "progress.png")
+    save_figure(draw(runs), path)
+    show(os.path.abspath(path))
 
 
 def read_progress(logdir: str) -> dict[float, dict[str, float]]:

@@ -19,12 +19,10 @@ from harness import (
     train_with_class_dropout,
 )
 from parity_cases import make_diffusion
-from training import Killed, assert_continues, killed_after, latest, train
 
 from improved_diffusion.guidance import guided
-from improved_diffusion.image_datasets import load_data
 from improved_diffusion.inference.generate import for_inference
-from improved_diffusion.resample import UniformSampler
+from improved_diffusion.options import SampleOptions
 from improved_diffusion.samplers import SAMPLERS
 from improved_diffusion.unet import UNetModel
 from improved_diffusion.utils.errors import InputError
@@ -138,6 +136,8 @@ def test_each_sample_has_its_own_noise_level():
 def test_what_is_no_interval_is_refused(interval):
     with pytest.raises(InputError, match=f"guidance_interval {interval}: .*LOW,HIGH"):
         guided(Classes(), make_diffusion(8, "cosine"), 2.0, interval)
+    with pytest.raises(InputError, match=f"guidance_interval {interval}: .*LOW,HIGH"):  # before weights are loaded
+        SampleOptions().replace(guidance_scale=2.0, guidance_interval=interval)
 
 
 def test_what_would_do_nothing_is_refused():
@@ -186,24 +186,6 @@ def test_the_null_label_is_one_more_row_and_no_class():
             make(class_dropout=0.1)
     with pytest.raises(ValueError, match=r"class_dropout 0.1"):
         UNetModel(3, 32, 3, 1, [], class_dropout=0.1)
-
-
-@pytest.mark.parametrize("use_fp16", [False, True])
-def test_resumed_is_uninterrupted(tmp_path, seven_images, modest_scale, use_fp16):
-    def run(folder, cls=None, seed=0, **parameters):
-        th.manual_seed(seed)
-        np.random.seed(seed)
-        data = load_data(data_dir=str(seven_images), batch_size=3, image_size=8, class_cond=True, num_workers=0)
-        d = make_diffusion(4, "cosine")
-        options = dict(diffusion=d, data=data, schedule_sampler=UniformSampler(d), batch_size=3, use_fp16=use_fp16)
-        common = dict(model=labelled_unet(0.5), max_steps=6, save_interval=2, **options, **parameters)
-        return train(folder, *([cls] if cls else []), **common)
-
-    run(tmp_path / "whole")
-    with pytest.raises(Killed):
-        run(tmp_path / "parts", killed_after(3))
-    run(tmp_path / "parts", seed=1, resume_checkpoint=latest(tmp_path / "parts"))
-    assert_continues(tmp_path / "parts", tmp_path / "whole")
 
 
 # ---------------------------------------------------------------- scripts

@@ -35,6 +35,7 @@ from improved_diffusion.gaussian_diffusion import (
     ModelVarType,
     get_named_beta_schedule,
 )
+from improved_diffusion.utils.errors import InputError
 
 TABLE_NAMES = [
     "betas",
@@ -636,19 +637,27 @@ def test_min_snr_leaves_the_bound_of_the_hybrid_loss_its_weight(mean, loss):
     assert not th.equal(grads[0][0], grads[1][0])
 
 
-def test_min_snr_of_each_element_with_its_own_timestep():
-    d = make_diffusion(100, "cosine", min_snr_gamma=5.0)
-    x_start, eps, t = image_batch("x0", 2, 3, 4), tensor("eps", 2, 3, 4), th.randint(100, (2, 1, 4))
-    got = d.training_losses(lambda x, t: th.zeros_like(x), x_start, t, noise=eps)["loss"]
-    abar = th.tensor(d.alphas_cumprod)[t]
-    weight = (5 * (1 - abar) / abar).clamp(max=1)
-    th.testing.assert_close(got.double(), (weight * eps**2).mean(dim=(1, 2)), rtol=1e-4, atol=1e-7)
+@pytest.mark.parametrize("mean", MEANS)
+def test_min_snr_weighs_whole_samples(mean):
+    """The loss is the weight times "mse": a timestep per element, which has no such weight, is refused."""
+    d = make_diffusion(100, "cosine", mean=mean, min_snr_gamma=5.0)
+    x_start, eps, t = image_batch("x0", 2, 3, 4), tensor("eps", 2, 3, 4), th.tensor([3, 70])
+    terms = d.training_losses(lambda x, t: th.zeros_like(x), x_start, t, noise=eps)
+    assert th.equal(terms["loss"], d._min_snr_weight(t) * terms["mse"])
+    with pytest.raises(ValueError, match=r"\bt\b.*\(2, 1, 4\)"):
+        d.training_losses(lambda x, t: th.zeros_like(x), x_start, th.randint(100, (2, 1, 4)), noise=eps)
 
 
 @pytest.mark.parametrize("loss", ["KL", "RESCALED_KL"])
 def test_min_snr_of_a_bound(loss):
-    with pytest.raises(ValueError, match=rf"^min_snr_gamma 5\.0: .*{loss}"):
+    with pytest.raises(InputError, match=rf"^loss_weighting min_snr: .*use_kl True.*{loss}"):
         make_diffusion(50, loss=loss, min_snr_gamma=5.0)
+
+
+@pytest.mark.parametrize("gamma", [-1.0, 0, math.nan])
+def test_a_gamma_that_is_not_above_0(gamma):
+    with pytest.raises(InputError, match=f"min_snr_gamma {gamma}"):
+        make_diffusion(50, min_snr_gamma=gamma)
 
 
 def test_how_the_losses_are_composed_and_rescaled():

@@ -24,6 +24,12 @@ def doubts(options: ScriptOptions, given: Collection[str] = ()) -> list[str]:
         gamma, weighting = options.training.min_snr_gamma, options.training.loss_weighting
         if "min_snr_gamma" in given and weighting != "min_snr":
             lines.append(f"WARNING: --min_snr_gamma {gamma} changes nothing without --loss_weighting min_snr")
+        warmup = options.training.lr_warmup_steps
+        limits = options.training.max_steps, options.training.lr_anneal_steps
+        end = min(filter(None, limits), default=warmup)
+        if warmup > end:
+            problem = f"the run ends at step {end}, before the learning rate reaches --lr"
+            lines.append(f"WARNING: --lr_warmup_steps {warmup}: {problem}")
         lines += _attention(values["attention_resolutions"], options.model.size, values["channel_mult"], given)
     return lines
 

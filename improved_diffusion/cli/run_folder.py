@@ -17,7 +17,8 @@ from ..utils.files import FolderLock, checkpoint_url, is_inside, is_remote
 
 EARLIER = "earlier-{}"  # subfolder for the files of an earlier run
 LOGS = re.compile(
-    r"(log|progress)(-rank\d+)?\.(txt|csv|json)(\.damaged)?|tb(-rank\d+)?|wandb(-id(-rank\d+)?\.txt)?|config\.json|progress\.png"
+    r"(log|progress)(-rank\d+)?\.(txt|csv|json)(\.damaged)?|tb(-rank\d+)?|wandb(-id(-rank\d+)?\.txt)?"
+    r"|config\.json|progress\.png"
 )
 OF_A_STEP = re.compile(r"(?:model|ema_[^_]+_|opt|state|preview_)(\d{6,})(?:_[^.]*)?\.(?:pt|png)(?:\.tmp)?")
 

@@ -1,6 +1,6 @@
-"""Images that are a tensor, an array or a Dataset, as samples of the form of a folder's."""
+"""Images in memory, or of a user's Dataset, as samples like those of a folder."""
 
-from collections.abc import Sequence
+import operator
 from typing import Any
 
 import numpy as np
@@ -11,22 +11,21 @@ from .. import dist_util
 from ..utils.errors import InputError
 from .images import scale_and_crop
 
-TRIED = 64  # images that are looked at in the beginning
+TRIED = 64  # images checked at the start
 
 
 class OwnImages(Dataset):
     """
     This rank's share of images. Sample i is (float32 [C, S, S] in [-1, 1], {"y": int64} or {}), as of ImageDataset; an
-    index may be (i, flip).
+    index may be (i, flip). The attribute `notes` has lines of warning about the data.
 
     :param data: [N, C, S, S], a tensor or an array; or a Dataset whose items are images, or tuples that begin with
                  image and label. An image is [C, S, S], or a PIL image, which is scaled and cropped. Values are uint8
                  or floats in [-1, 1].
-    :param labels: [N], integers. For a Dataset instead of its own.
-    :param image_size: S; None for that of the first image.
-    :param image_channels: C; None for that of the first image.
-    :param class_cond: take the labels of a Dataset's items.
-    :param class_names: of the labels; default: data.classes, else their numbers.
+    :param labels: [N], integers from 0, instead of those of a Dataset. The numbers name the classes.
+    :param image_size: S; default: that of the first image.
+    :param image_channels: C; default: that of the first image.
+    :param class_cond: take the labels of a Dataset's items. data.classes names the classes.
     :raises InputError: if images or labels are not of this form.
     """
 
@@ -34,32 +33,31 @@ class OwnImages(Dataset):
 
     def __init__(
         self, data: Any, labels: Any = None, *, image_size: int | None = None, image_channels: int | None = None,
-        class_cond: bool = False, class_names: Sequence[str] | None = None,
+        class_cond: bool = False,
     ):  # fmt: skip
-        self.data = th.from_numpy(data) if isinstance(data, np.ndarray) else data
-        self.num_images = len(data)
+        if not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
+            raise InputError(f"the data: is a {type(data).__name__}; give a tensor, an array or a sized Dataset")
+        self.data, self.num_images = data, len(data)
         if not self.num_images:
-            raise InputError("the data: has no image")
-        self.labels = None if labels is None else th.as_tensor(labels)
-        if self.labels is not None and (self.labels.shape != (len(data),) or self.labels.is_floating_point()):
-            problem = f"{self.labels.dtype} of shape {tuple(self.labels.shape)}"
-            raise InputError(f"labels: {problem}; give {len(data)} integers, one an image")
+            raise InputError("the data: is empty; give images")
+        self.labels = None if labels is None else _checked_labels(labels, self.num_images)
         self.class_cond = class_cond or labels is not None
-        self._own = range(dist_util.rank(), len(data), dist_util.world_size())
+        self.class_names = self._names() if self.class_cond else None
+        self._own = range(dist_util.rank(), self.num_images, dist_util.world_size())
         first = self._image(0)
         self.channels = image_channels or (_channels(first) if _is_picture(first) else first.shape[0])
         self.size = image_size or (min(first.size) if _is_picture(first) else first.shape[-1])
-        self.class_names = self._names(class_names) if self.class_cond else None
+        least = min([self[i][0].min().item() for i in range(min(TRIED, len(self)))], default=-1.0)
         self.notes: list[str] = []  # lines for the log
-        tried = [self[i][0] for i in range(min(TRIED, len(self)))]
-        if min(x.min() for x in tried) >= 0:
+        if least >= 0 and not _is_picture(first) and first.dtype != th.uint8:
             self.notes.append("WARNING: no value of the images is below 0: black is -1 for this model, not 0")
 
-    def _names(self, given):
-        names = given if given is not None else getattr(self.data, "classes", None)
-        if names is None and self.labels is None:
+    def _names(self):
+        if self.labels is not None:
+            return list(map(str, range(int(self.labels.max()) + 1)))
+        if not hasattr(self.data, "classes"):
             raise InputError("class_cond True: give labels, or data whose attribute classes names the classes")
-        return list(map(str, names if names is not None else range(int(self.labels.max()) + 1)))
+        return list(map(str, self.data.classes))
 
     def __len__(self):
         return len(self._own)
@@ -69,21 +67,30 @@ class OwnImages(Dataset):
         return item if isinstance(item, (tuple, list)) else (item,)
 
     def _image(self, i):
-        image = self._item(i)[0]
-        if _is_picture(image):
-            return image
-        image = th.as_tensor(image)
-        if image.dim() != 3:
-            raise InputError(f"image {i} of the data: has shape {tuple(image.shape)}; give (C, S, S)")
+        item = self._item(i)[0]
+        if _is_picture(item):
+            return item
+        image = _as_tensor(item)
+        if image is None:
+            raise InputError(f"image {i} of the data: is a {type(item).__name__}; give (C, S, S)")
+        if image.dim() != 3 or image.shape[1] != image.shape[2]:
+            channels_last = image.dim() == 3 and image.shape[0] == image.shape[1]
+            advice = "channels last: permute to (N, C, S, S)" if channels_last else "give (C, S, S)"
+            raise InputError(f"image {i} of the data: has shape {tuple(image.shape)}; {advice}")
         return image
 
     def _label(self, i):
-        item = self._item(i) if self.labels is None else ()
-        if self.labels is None and len(item) < 2:
+        if self.labels is not None:
+            return int(self.labels[i])
+        item = self._item(i)
+        if len(item) < 2:
             raise InputError(f"class_cond True: item {i} of the data has no label; give (image, label)")
-        label = int(self.labels[i] if self.labels is not None else item[1])
-        if not 0 <= label < len(self.class_names):
-            raise InputError(f"the label of image {i} of the data is {label}; give 0 to {len(self.class_names) - 1}")
+        try:
+            label = operator.index(item[1])
+        except TypeError:  # such as text
+            label = None
+        if label is None or not 0 <= label < len(self.class_names):
+            raise InputError(f"the label of image {i} of the data is {item[1]}; give 0 to {len(self.class_names) - 1}")
         return label
 
     def __getitem__(self, idx):
@@ -109,3 +116,24 @@ def _is_picture(image):
 
 def _channels(image):
     return 1 if image.mode in ("1", "L") else 3
+
+
+def _as_tensor(value):
+    """value as a tensor, None if it is nothing like one."""
+    try:
+        # a copy: torch refuses negative strides, and warns of arrays that are not writable
+        return th.as_tensor(np.array(value) if isinstance(value, np.ndarray) else value)
+    except (TypeError, ValueError, RuntimeError):
+        return None
+
+
+def _checked_labels(labels, count):
+    found, wanted = _as_tensor(labels), f"give {count} integers from 0, one for each image"
+    if found is None or found.is_floating_point() or found.is_complex():
+        raise InputError(f"labels: are not integers; {wanted}")
+    if found.shape != (count,):
+        raise InputError(f"labels: have shape {tuple(found.shape)}; {wanted}")
+    found = found.long()
+    if found.min() < 0:
+        raise InputError(f"labels: that of image {int(found.argmin())} is {found.min()}; {wanted}")
+    return found

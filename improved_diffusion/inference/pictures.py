@@ -11,29 +11,33 @@ from ..utils.files import write_files
 
 COLUMNS, ROWS = 10, 20  # at most
 GAP = 2  # pixels between images
-MIN_SIZE = 96  # pixels: smaller images are enlarged by an integer factor
+MIN_SIZE = 96  # pixels
 
 
-def arrange(count: int, labels: np.ndarray | None = None) -> list[np.ndarray]:
+def arrange(count: int, labels: np.ndarray | None = None, columns: int | None = None) -> list[np.ndarray]:
     """The numbers of the images in each row of grid()."""
     if labels is not None and 1 < len(np.unique(labels)) <= ROWS:
         return [np.flatnonzero(labels == label)[:COLUMNS] for label in np.unique(labels)]
-    columns = min(COLUMNS, math.ceil(math.sqrt(count)))
+    columns = columns or min(COLUMNS, math.ceil(math.sqrt(count)))
     shown = min(count, columns * ROWS)
     return np.split(np.arange(shown), range(columns, shown, columns))
 
 
-def grid(images: np.ndarray, labels: np.ndarray | None = None) -> np.ndarray:
+def grid(
+    images: np.ndarray, labels: np.ndarray | None = None, columns: int | None = None, min_size: int = MIN_SIZE
+) -> np.ndarray:
     """
     Arrange images in a white grid, one row per class if there are 2 to ROWS classes.
 
-    :param images: uint8 [N, H, W, 1 or 3]; those past COLUMNS x ROWS are left out.
+    :param images: uint8 [N, H, W, 1 or 3]; those past columns x ROWS are left out.
     :param labels: int [N], if any.
+    :param columns: default: about the root of N, at most COLUMNS.
+    :param min_size: smaller images are enlarged to this by an integer factor.
     :return: uint8 [h, w, 1 or 3].
     """
     images = np.asarray(images)
-    rows = [images[numbers] for numbers in arrange(len(images), labels)]
-    scale = max(1, math.ceil(MIN_SIZE / images.shape[1]))
+    rows = [images[numbers] for numbers in arrange(len(images), labels, columns)]
+    scale = max(1, math.ceil(min_size / images.shape[1]))
     h, w = (n * scale + GAP for n in images.shape[1:3])
     picture = np.full((len(rows) * h + GAP, max(map(len, rows)) * w + GAP, images.shape[3]), 255, dtype=np.uint8)
     for i, row in enumerate(rows):

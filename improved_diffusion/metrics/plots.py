@@ -1,11 +1,8 @@
 """Plots of the bound by timestep."""
 
-import os
-
 import numpy as np
 
 from ..utils.errors import InputError
-from ..utils.streams import show
 from .estimate import log_bins
 
 
@@ -24,14 +21,13 @@ def new_figure(width: float, height: float):
 
 
 def save_figure(figure, path: str) -> None:
-    """Write a matplotlib Figure as a PNG file, and print its path. :raises InputError: if that is not possible."""
+    """Write a matplotlib Figure as a PNG file. :raises InputError: if that is not possible."""
     if not path.endswith(".png"):
-        raise InputError(f"out {path}: give a name that ends in .png")
+        raise InputError(f"{path}: give a name that ends in .png")
     try:
         figure.savefig(path)
     except OSError as e:
-        raise InputError(f"out {path}: cannot be written ({e.strerror})") from None
-    show(os.path.abspath(path))
+        raise InputError(f"{path}: cannot be written ({e.strerror})") from None
 
 
 def literal(name: str) -> str:

@@ -8,7 +8,6 @@ from PIL import Image
 
 from improved_diffusion.data.memory import OwnImages
 from improved_diffusion.image_datasets import ImageDataset, PackedDataset
-from improved_diffusion.logger import Logger
 from improved_diffusion.utils.errors import InputError
 
 PIXELS = random_images(5)  # [N, H, W, C]
@@ -46,6 +45,8 @@ def test_labels():
     assert OwnImages(items)[1][1] == {}  # unless they are wanted
     own = OwnImages(items, class_cond=True)
     assert own.class_names == ["cat", "dog"] and own[1][1]["y"].dtype == th.int64 and own[1][1]["y"] == 1
+    own = OwnImages(items, [2, 0, 1, 1, 1])  # others than those that have the names
+    assert own.class_names == ["0", "1", "2"] and own[0][1]["y"] == 2
 
 
 def test_pictures_are_scaled_as_files_are(tmp_path):
@@ -60,24 +61,43 @@ def test_pictures_are_scaled_as_files_are(tmp_path):
 def test_ranks_share_them(on_ranks):
     shares = on_ranks(2, lambda rank: [OwnImages(UINT8, range(5))[i][1]["y"].item() for i in range(3 - rank)])
     assert shares == [[0, 2, 4], [1, 3]]
+    assert on_ranks(2, lambda rank: len(OwnImages(UINT8[:1]))) == [1, 0]
+
+
+@pytest.mark.parametrize("flip", [lambda x: x[..., ::-1], lambda x: x[::-1]], ids=["width", "order"])
+def test_arrays_with_negative_strides(flip):
+    x = UINT8.numpy()
+    own = OwnImages(flip(x), flip(np.arange(5)) if flip(x).strides[0] < 0 else None)
+    th.testing.assert_close(own[1][0], OwnImages(flip(x).copy())[1][0])
+
+
+def test_arrays_that_are_not_writable(tmp_path):
+    np.save(tmp_path / "x.npy", UINT8.numpy())
+    assert th.equal(OwnImages(np.load(tmp_path / "x.npy", mmap_mode="r"))[1][0], OwnImages(UINT8)[1][0])
 
 
 @pytest.mark.parametrize(
     ("data", "arguments", "named"),
     [
-        (UINT8[:0], {}, "no image"),
+        (UINT8[:0], {}, "the data: .*empty"),
+        (iter(UINT8), {}, "the data: "),
+        (th.utils.data.DataLoader(UINT8), {}, "the data: .*DataLoader"),
+        (Items(["a.png"]), {}, "image 0 of the data: .*str"),
+        (Items([{"image": UINT8[0]}]), {}, "image 0 of the data: .*dict"),
         (UINT8[0], {}, r"\(8, 8\)"),
-        (th.from_numpy(PIXELS), dict(image_channels=3), r"\(8, 8, 3\), not \(3, "),
+        (th.from_numpy(PIXELS), {}, r"\(8, 8, 3\); .*\(N, C, S, S\)"),
+        (PIXELS, dict(image_channels=3, image_size=8), r"\(8, 8, 3\); .*\(N, C, S, S\)"),
+        (UINT8[:, :, :4], {}, r"\(3, 4, 8\); give \(C, S, S\)"),
         (FLOAT * 3, {}, r"from -\d.* to \d"),
         (UINT8.float(), {}, r"from 3 to 254"),
         (FLOAT * float("nan"), {}, "nan"),
         (UINT8, dict(image_size=16), r"\(3, 8, 8\), not \(3, 16, 16\)"),
         (UINT8, dict(labels=[0, 1]), "labels"),
         (UINT8, dict(labels=th.rand(5)), "labels"),
-        (UINT8, dict(labels=[0, 1, -1, 0, 0]), "label of image 2 of the data is -1"),
+        (UINT8, dict(labels=["a", "b", "a", "b", "a"]), "labels: .*integers"),
+        (UINT8, dict(labels=np.array(["a"] * 5)), "labels: .*integers"),
+        (UINT8, dict(labels=th.zeros(5, 2).long()), r"labels: .*\(5, 2\)"),
         (UINT8, dict(class_cond=True), "class_cond"),
-        (Items(UINT8), dict(class_cond=True, class_names=["a"]), "item 0 .*label"),
-        (Items((x, 2) for x in UINT8), dict(class_cond=True, class_names=["a", "b"]), "image 0 .* 2;"),
     ],
 )  # fmt: skip
 def test_what_is_none_is_refused_in_one_line(data, arguments, named):
@@ -86,10 +106,37 @@ def test_what_is_none_is_refused_in_one_line(data, arguments, named):
     assert "\n" not in str(refusal.value)
 
 
-def test_black_that_is_zero_is_noticed(monkeypatch):
-    monkeypatch.setattr(Logger, "CURRENT", None)
-    monkeypatch.setattr(Logger, "EARLY", [])
-    OwnImages(FLOAT)
-    assert Logger.EARLY == []
-    OwnImages(FLOAT / 2 + 0.5)
-    assert "-1" in Logger.EARLY[0] and np.size(Logger.EARLY) == 1
+@pytest.mark.parametrize(
+    ("item", "named"),
+    [
+        (UINT8[0], "item 0 .*label"),
+        ((UINT8[0], 2), "image 0 .* 2;"),
+        ((UINT8[0], -1), "image 0 .* -1;"),
+        ((UINT8[0], "cat"), "image 0 .* cat;"),
+        ((UINT8[0], 0.5), "image 0 .* 0.5;"),
+    ],
+)
+def test_labels_of_items_that_are_no_class(item, named):
+    data = Items([item] * 5)
+    data.classes = ["cat", "dog"]
+    with pytest.raises(InputError, match=named):
+        OwnImages(data, class_cond=True)
+
+
+def test_a_label_far_behind_is_refused_at_the_start():
+    labels = th.zeros(500, dtype=th.long)
+    labels[400] = -1
+    with pytest.raises(InputError, match=r"labels: .*image 400 is -1"):
+        OwnImages(UINT8[:1].expand(500, -1, -1, -1), labels)
+
+
+def test_black_that_is_zero_is_noticed():
+    assert OwnImages(FLOAT).notes == []
+    (note,) = OwnImages(FLOAT / 2 + 0.5).notes
+    assert "-1" in note
+
+
+@pytest.mark.parametrize("data", [UINT8 // 2 + 128, [Image.new("L", (8, 8), 255)]], ids=["uint8", "picture"])
+def test_bright_pixels_of_bytes_are_none(data):
+    """Icons on white: 0 is black there."""
+    assert OwnImages(data).notes == []

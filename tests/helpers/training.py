@@ -137,7 +137,7 @@ def killed_after(step):
 
 def run(
     folder, images, cls=TrainLoop, *, seed=0, net=TinyNet, dropout=0.0, sampler="uniform", workers=0, process=None,
-    **parameters,
+    class_cond=False, **parameters,
 ):  # fmt: skip
     """
     A run as image_train.py does it: real images, noise, dropout. Only `seed` sets it apart from another.
@@ -146,7 +146,7 @@ def run(
     np.random.seed(seed)
     diffusion = make_diffusion(4, "cosine", **(process or {}))
     samplers = {"uniform": UniformSampler, "loss-second-moment": lambda d: LossSecondMomentResampler(d, 2)}
-    data = load_data(data_dir=str(images), batch_size=3, image_size=8, num_workers=workers)
+    data = load_data(data_dir=str(images), batch_size=3, image_size=8, class_cond=class_cond, num_workers=workers)
     return train(
         folder,
         cls,

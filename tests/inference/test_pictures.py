@@ -48,6 +48,11 @@ def test_a_grid_has_no_more_than_fits():
     assert len(numbers_in(grid(many, np.arange(250) % (ROWS + 1)))[0]) == COLUMNS  # too many classes: as they come
 
 
+def test_columns_and_size_by_choice():
+    found = numbers_in(grid(numbered(14, size=16), columns=12, min_size=48), size=48)
+    assert found == [list(range(12)), [12, 13, *[None] * 10]]
+
+
 @pytest.mark.parametrize(("size", "shown"), [(8, 96), (16, 96), (20, 100), (96, 96)])
 def test_small_images_are_enlarged_by_whole_factors(size, shown):
     pixels = np.random.default_rng(0).integers(0, 255, (1, size, size, 3), dtype=np.uint8)

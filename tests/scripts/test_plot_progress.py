@@ -155,6 +155,13 @@ def test_files_that_cannot_be_written(tmp_path, capfd, out):
     refused(capfd, f"out {tmp_path / out}".removesuffix("/."))
 
 
+def test_the_library_prints_nothing(tmp_path, capfd):
+    plot = load_script("plot_progress")
+    log(tmp_path / "a")
+    plot.save_figure(plot.draw([("a", plot.read_progress(tmp_path / "a"))]), str(tmp_path / "a.png"))
+    assert capfd.readouterr() == ("", "") and (tmp_path / "a.png").exists()
+
+
 def test_without_matplotlib(tmp_path, capfd, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert plot(log(tmp_path / "a")) == 2

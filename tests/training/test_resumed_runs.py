@@ -43,6 +43,10 @@ def small_unet(dropout):
     return UNetModel(3, 32, 3, 1, [], dropout=dropout, channel_mult=(1,))
 
 
+def unet_with_class_dropout(dropout):
+    return UNetModel(3, 32, 3, 1, [], dropout=dropout, channel_mult=(1,), num_classes=4, class_dropout=0.5)
+
+
 def interrupt_and_resume(folder, images, stop, how, **parameters):
     """STEPS steps in one run and in two, and the two compared."""
     run(folder / "whole", images, max_steps=STEPS, **parameters)
@@ -112,7 +116,7 @@ def test_real_networks_and_workers(tmp_path, seven_images, net, parameters):
 @pytest.mark.parametrize("stop", [1, 5])
 @pytest.mark.parametrize("use_fp16", [False, True])
 def test_options_of_the_update_and_the_loss(tmp_path, seven_images, stop, how, use_fp16):
-    """Some steps clipped; stopped while the learning rate rises and after."""
+    """All of them together, some steps clipped; stopped while the learning rate rises and after."""
     interrupt_and_resume(
         tmp_path,
         seven_images,
@@ -122,6 +126,8 @@ def test_options_of_the_update_and_the_loss(tmp_path, seven_images, stop, how, u
         log_interval=3,
         dropout=0.3,
         use_fp16=use_fp16,
+        net=unet_with_class_dropout,
+        class_cond=True,
         grad_clip=0.1,
         lr_warmup_steps=4,
         lr_anneal_steps=STEPS + 3,
