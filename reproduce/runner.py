@@ -13,9 +13,11 @@ import multiprocessing
 import os
 import time
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 from improved_diffusion.cli.parser import FlagParser, run
+from improved_diffusion.utils.errors import TrainingError
 from improved_diffusion.utils.streams import show
 
 from . import jobs, page, plan
@@ -61,7 +63,11 @@ def execute(wanted: Experiments, folder: jobs.Folder, pool: Executor, workers: i
                 under_way[pool.submit(jobs.do, folder, job)] = job
             for future in wait(under_way, return_when=FIRST_COMPLETED).done:
                 job = under_way.pop(future)
-                seconds = future.result()
+                try:
+                    seconds = future.result()
+                except BrokenProcessPool:
+                    problem = f"{describe(job)}: its process ended, for want of memory perhaps"
+                    raise TrainingError(f"{problem}; the same command continues") from None
                 left = sum(plan.seconds(other, rate) for other in [*missing, *under_way.values()]) / 60 / workers
                 show(f"{time.strftime('%H:%M')}  {seconds:5.0f} s  {describe(job)}; about {left:.0f} min left")
 

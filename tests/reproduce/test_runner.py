@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -149,9 +150,12 @@ def test_it_continues_after_an_interruption(folder, monkeypatch, at):
     assert all(folder.done.count(job) == 1 for job in before)
 
 
-def test_a_job_that_fails_ends_the_call_with_its_reason(folder, monkeypatch):
-    monkeypatch.setattr(jobs, "train", lambda *_: (_ for _ in ()).throw(TrainingError("it failed")))
-    with pytest.raises(TrainingError, match="it failed"):
+@pytest.mark.parametrize(
+    ("error", "named"), [(TrainingError("it failed"), "it failed"), (BrokenProcessPool(), "trained tiny s0")]
+)
+def test_a_job_that_fails_ends_the_call_with_its_reason(folder, monkeypatch, error, named):
+    monkeypatch.setattr(jobs, "train", lambda *_: (_ for _ in ()).throw(error))
+    with pytest.raises(TrainingError, match=named):
         execute(listed(), folder)
 
 
