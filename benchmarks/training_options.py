@@ -201,7 +201,7 @@ def rows_of(results: list[dict]) -> list[dict]:
 def note(args, result):
     return (
         f"{args.train_steps} steps of {args.batch_sizes[0]} images, {args.repetitions} seeds. {args.num_samples} "
-        f"samples of dpm++2m-sde in {args.sample_steps} evaluations. NLL: bits/dim of {result['images']} held-out images, by "
-        f"{ESTIMATE} evaluations each. As asked: the share that a classifier reads as their class; of held-out images "
-        f"{result['read']:.1%}. {WORKERS} processes of one thread each."
+        f"samples of dpm++2m-sde in {args.sample_steps} evaluations. NLL: bits/dim of {result['images']} held-out "
+        f"images, by {ESTIMATE} evaluations each. As asked: the share that a classifier reads as their class; of "
+        f"held-out images {result['read']:.1%}. {WORKERS} processes of one thread each."
     )
