@@ -44,7 +44,7 @@ SETTINGS = dict(  # flag: (default, value with --quick)
     num_samples=(1000, 8),
     converged_samples=(200, 2),
     converged_steps=(500, 5),
-    train_steps=(600, 2),
+    train_steps=(500, 2),
 )
 DEFAULTS, QUICK = ({name: values[i] for name, values in SETTINGS.items()} for i in range(2))
 OF_COMMAND = dict(
