@@ -5,6 +5,7 @@ Measure the library: training, sampling, loading, memory, startup, and the quali
     python benchmarks/run.py train --batch_sizes 4,16,64   cost by batch size
     python benchmarks/run.py all --quick                   a check that everything runs, in a minute
     python benchmarks/run.py samplers                      samples of the demo's model, an hour; resumable
+    python benchmarks/run.py training                      what options of training change, half an hour; resumable
 
 Each sub-command prints a Markdown table of medians (least..most) and writes it, with the machine and the settings, to
 OUT/NAME.json. Compared forms alternate, so that other load affects all equally. "plain" is plain.py.
@@ -20,13 +21,14 @@ from models import VARIANTS
 from samplers import samplers
 from speed import sample, train
 from startup import startup
+from training_options import training
 
 from improved_diffusion import dist_util
 from improved_diffusion.cli.parser import FlagParser, path_argument, run
 from improved_diffusion.utils.errors import InputError
 
 WITHOUT_A_MODEL = dict(train=train, sample=sample, load=load, memory=memory, startup=startup)
-COMMANDS = {**WITHOUT_A_MODEL, "samplers": samplers}
+COMMANDS = {**WITHOUT_A_MODEL, "samplers": samplers, "training": training}
 
 SETTINGS = dict(  # flag: (default, value with --quick)
     image_sizes=([32], [32]),
@@ -42,6 +44,7 @@ SETTINGS = dict(  # flag: (default, value with --quick)
     num_samples=(1000, 8),
     converged_samples=(200, 2),
     converged_steps=(500, 5),
+    train_steps=(500, 2),
 )
 DEFAULTS, QUICK = ({name: values[i] for name, values in SETTINGS.items()} for i in range(2))
 OF_COMMAND = dict(
@@ -49,6 +52,7 @@ OF_COMMAND = dict(
     memory=dict(image_sizes=[64], batch_sizes=[8], num_channels=128, num_res_blocks=3),
     startup=dict(repetitions=5),
     samplers=dict(batch_sizes=[100]),
+    training=dict(batch_sizes=[32], num_channels=32, num_res_blocks=1, sample_steps=20, num_samples=300, repetitions=2),
 )
 
 

@@ -51,7 +51,7 @@ class Source(Dataset):
         return f"{self.classes[self.labels[i]]}_{i:0{self.digits}d}"
 
 
-class _Arrays(Source):
+class Arrays(Source):
     """Images in memory."""
 
     digits = 5
@@ -76,7 +76,7 @@ def digits() -> Source:
     found, size = load_digits(), (16, 16)
     small = [Image.fromarray(np.round(pixels * (255 / 16)).astype(np.uint8)) for pixels in found.images]
     images = [np.asarray(image.resize(size, resample=Image.Resampling.BICUBIC)) for image in small]
-    source = _Arrays(np.stack(images)[..., None], found.target, [str(i) for i in range(10)])
+    source = Arrays(np.stack(images)[..., None], found.target, [str(i) for i in range(10)])
     source.compress_level = 6
     return source
 
@@ -100,7 +100,7 @@ def cifar10(src: str) -> dict[str, Source]:
         for file in files:
             labels.append(check_labels(f"{src}: {file}", batches[file].get("labels"), range(len(classes))))
             pixels.append(planar(f"{src}: {file}", batches[file].get("data"), len(labels[-1]), size=32))
-        sources[split] = _Arrays(np.concatenate(pixels), np.concatenate(labels), classes)
+        sources[split] = Arrays(np.concatenate(pixels), np.concatenate(labels), classes)
     return sources
 
 
