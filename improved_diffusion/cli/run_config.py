@@ -22,7 +22,7 @@ from ..training.weights import infer_architecture, is_young
 from ..utils.errors import InputError
 from ..utils.files import checkpoint_url, write_files
 from .advice import doubts
-from .config_file import CONFIG, config_of
+from .config_file import CONFIG, CONVERT_AGAIN, config_of
 from .parser import Flags, log_directory
 from .presets import PRESETS
 from .run_folder import check_unused
@@ -133,7 +133,7 @@ def from_config(flags, config, path):
 
 def _instead(path):
     own_file = bf.basename(path) == CONFIG  # else the weights are in it too
-    return "delete the file, and give the flags instead" if own_file else f"put a {CONFIG} beside it"
+    return "delete the file, and give the flags instead" if own_file else CONVERT_AGAIN
 
 
 def _check_size(flags, values, path, inferred):

@@ -20,8 +20,10 @@ from harness import (
 from parity_cases import fill_parameters, tensor
 from training import assert_same, load
 
+from improved_diffusion.cli.config_file import config_of
 from improved_diffusion.cli.interchange import from_guided, guided_defaults, in_order, options_of, to_guided
 from improved_diffusion.script_util import create_model_and_diffusion, sr_create_model_and_diffusion
+from improved_diffusion.utils import safe_tensors
 from improved_diffusion.utils.errors import InputError
 
 pytest.importorskip("safetensors")
@@ -70,13 +72,16 @@ def test_samples_are_those_of_the_run(run, tmp_path):
     assert np.array_equal(*images)
 
 
-def test_a_config_file_beside_it_comes_before_that_inside(run, tmp_path, capfd):
-    assert convert(run[0] / "ema_0.9_000004.pt", tmp_path / "a.safetensors") == 0
-    (tmp_path / "config.json").write_text('{"flags": {"num_channels": 64}, "class_names": null}')
-    words = flags(model_path=tmp_path / "a.safetensors", num_samples=1)
-    assert run_script("image_sample", words, tmp_path / "log") == 2
-    err = capfd.readouterr().err
-    assert "num_channels" in err and "config.json" in err
+def test_the_config_inside_comes_before_that_of_the_folder(run, tmp_path):
+    """Which may be of another run: the same shapes, but another prediction."""
+    path = tmp_path / "a.safetensors"
+    assert convert(run[0] / "ema_0.9_000004.pt", path) == 0
+    inside = json.loads((run[0] / "config.json").read_text())
+    other = {**inside, "flags": {**inside["flags"], "predict_v": True}}
+    (tmp_path / "config.json").write_text(json.dumps(other))
+    assert config_of(str(path)) == (inside, str(path))
+    (tmp_path / "plain.safetensors").write_bytes(safe_tensors.encode("", load(run[0] / "ema_0.9_000004.pt"), {}))
+    assert config_of(str(tmp_path / "plain.safetensors")) == (other, str(tmp_path / "config.json"))
 
 
 def test_a_run_begins_from_them(run, tmp_path):
