@@ -116,6 +116,26 @@ def test_nothing_is_overwritten(run, tmp_path, capfd):
     assert snapshot(tmp_path) == before
 
 
+def test_a_config_is_of_no_other_weights(run, tmp_path, capfd):
+    """config.json applies to all weights of a folder."""
+    path = run[0] / "ema_0.9_000004.pt"
+    save_weights(tmp_path / "other.pt")
+    refused(capfd, "other.pt", path, tmp_path / "new.pt")
+    assert convert(path, tmp_path / "new.safetensors") == 0
+    (tmp_path / "other.pt").unlink()
+    assert convert(tmp_path / "new.safetensors", tmp_path / "new.pt") == 0  # the one beside it has its own
+    (tmp_path / "a").mkdir()
+    save_weights(tmp_path / "a" / "plain.pt")
+    for out in ("plain.pt", "plain.safetensors"):
+        refused(capfd, "config.json", tmp_path / "a" / "plain.pt", tmp_path / out)
+
+
+@pytest.mark.parametrize("contents", [{}, {1: th.zeros(2)}])
+def test_what_is_no_state_dict(tmp_path, capfd, contents):
+    th.save(contents, tmp_path / "w.pt")
+    refused(capfd, "w.pt: not the weights", tmp_path / "w.pt", tmp_path / "new.safetensors")
+
+
 def test_a_config_that_does_not_fit_is_refused(run, tmp_path, capfd):
     config = json.loads((run[0] / "config.json").read_text())
     (tmp_path / "model.pt").write_bytes((run[0] / "model000004.pt").read_bytes())
@@ -201,7 +221,10 @@ def test_the_script_writes_and_reads_them(run, tmp_path, capfd):
     assert [path.name for path in (tmp_path / "g").iterdir()] == ["g.pt"]
     assert_same(load(tmp_path / "g" / "g.pt"), load(weights))
     words = out.partition("MODEL_FLAGS='")[2].partition("'")[0].split()
+    refused(capfd, "g.safetensors", weights, tmp_path / "g.safetensors", "--to", "guided-diffusion")
     assert convert(tmp_path / "g" / "g.pt", tmp_path / "back.safetensors", "--", *words) == 0
+    assert convert(tmp_path / "g" / "g.pt", tmp_path / "again.pt", "--to", "guided-diffusion", "--", *words) == 0
+    assert_same(load(tmp_path / "again.pt"), load(weights))
     sampling = flags(model_path=tmp_path / "back.safetensors", num_samples=1, sampler="unipc", sampling_steps=2)
     (tmp_path / "config.json").unlink()
     assert run_script("image_sample", sampling, tmp_path / "log") == 0
