@@ -88,7 +88,7 @@ class Logger:
         if self.comm is not None:
             row = mpi_weighted_mean(self.comm, {k: (v, self.name2cnt.get(k, 1)) for k, v in row.items()})
         if row and self.level != DISABLED:
-            self._write(KVWriter, lambda fmt: fmt.writekvs(row))
+            self._write(self._outputs(KVWriter), lambda fmt: fmt.writekvs(row))
         self.warn_of_damage()
         self.name2val.clear()
         self.name2cnt.clear()
@@ -98,30 +98,28 @@ class Logger:
 
     def drop_from(self, key, value, unless_above=math.inf):
         """Call KVWriter.drop_from() of every output."""
-        for fmt in self._kv_writers():
+        for fmt in self._outputs(KVWriter):
             fmt.drop_from(key, value, unless_above)
         self.warn_of_damage()
 
     def warn_of_damage(self):
         """Warn of damage that outputs have found in existing files."""
-        for fmt in self._kv_writers():
+        for fmt in self._outputs(KVWriter):
             if fmt.damage:
                 message, fmt.damage = fmt.damage, None
                 self.log(f"WARNING: {message}", level=WARN)
 
     def log(self, *args, level=INFO):
         if self.level <= level:
-            self._write(SeqWriter, lambda fmt: fmt.writeseq([str(arg) for arg in args]))
+            self._write(self._outputs(SeqWriter), lambda fmt: fmt.writeseq([str(arg) for arg in args]))
 
     def writeimage(self, key, pixels, step):
         """Write a picture, uint8 [h, w, 1 or 3], to the outputs that support it."""
-        for fmt in self._kv_writers():
-            fmt.writeimage(key, pixels, step)
+        self._write(self._outputs(KVWriter), lambda fmt: fmt.writeimage(key, pixels, step))
 
     def writeconfig(self, config):
         """Give the options of the run, plain values, to the outputs that show them."""
-        for fmt in self._kv_writers():
-            fmt.writeconfig(config)
+        self._write(self._outputs(KVWriter), lambda fmt: fmt.writeconfig(config))
 
     def set_level(self, level):
         self.level = level
@@ -133,13 +131,14 @@ class Logger:
         return self.dir
 
     def close(self):
-        for fmt in self.output_formats:
-            fmt.close()
+        lines = self._outputs(SeqWriter)  # last: they take the warning of one that fails
+        self._write([fmt for fmt in self.output_formats if fmt not in lines], lambda fmt: fmt.close())
+        self._write(lines, lambda fmt: fmt.close())
 
-    def _write(self, kind, write):
-        """Call write() with each output of a kind. Drop a closed stream, and log that to the others."""
+    def _write(self, outputs, write):
+        """Call write() with each output. Drop one that has ended, and log that to the others."""
         closed = []
-        for fmt in [fmt for fmt in self.output_formats if isinstance(fmt, kind)]:
+        for fmt in outputs:
             try:
                 write(fmt)
             except StreamEnded as e:
@@ -148,8 +147,8 @@ class Logger:
         for message in closed:
             self.log(f"{message}: this output is dropped", level=WARN)
 
-    def _kv_writers(self):
-        return [fmt for fmt in self.output_formats if isinstance(fmt, KVWriter)]
+    def _outputs(self, kind):
+        return [fmt for fmt in self.output_formats if isinstance(fmt, kind)]
 
 
 def mpi_weighted_mean(comm, local_name2valcount: dict[str, tuple[Any, float]]) -> dict[str, float]:
@@ -193,19 +192,14 @@ def configure(dir: str | None = None, format_strs: list[str] | None = None, comm
         dir = os.environ.get("OPENAI_LOGDIR") or os.path.join(tempfile.gettempdir(), now)
     dir = os.path.expanduser(dir)
 
-    variable, names = "OPENAI_LOG_FORMAT", "stdout,log,csv"
     rank = get_rank_without_mpi_import()
     if rank > 0:
         log_suffix += f"-rank{rank:03d}"
-        variable, names = "OPENAI_LOG_FORMAT_MPI", "log"
-    by_default = format_strs is None and variable not in os.environ
-    if format_strs is None:
-        format_strs = [name.strip() for name in os.environ.get(variable, names).split(",")]
-    for name in filter(None, format_strs):
-        check_format(name)
+    by_default = format_strs is None and _formats_variable(rank) not in os.environ
+    names = checked_formats(format_strs)
     try:
         os.makedirs(dir, exist_ok=True)
-        outputs = [make_output_format(name, dir, log_suffix, by_default) for name in format_strs if name]
+        outputs = [make_output_format(name, dir, log_suffix, by_default) for name in names]
     except OSError as e:
         raise InputError(f"log_dir {dir}: cannot be a folder for logs ({e.strerror})") from None
 
@@ -214,6 +208,27 @@ def configure(dir: str | None = None, format_strs: list[str] | None = None, comm
     Logger.CURRENT.warn_of_damage()
     while Logger.EARLY:
         log(Logger.EARLY.pop(0))
+
+
+def checked_formats(format_strs: list[str] | None = None) -> list[str]:
+    """
+    The names of this rank's formats.
+
+    :param format_strs: as in configure().
+    :raises InputError: if one is unknown, or its library cannot be imported.
+    """
+    if format_strs is None:
+        rank = get_rank_without_mpi_import()
+        names = os.environ.get(_formats_variable(rank), "log" if rank else "stdout,log,csv")
+        format_strs = [name.strip() for name in names.split(",")]
+    found = [name for name in format_strs if name]
+    for name in found:
+        check_format(name)
+    return found
+
+
+def _formats_variable(rank):
+    return "OPENAI_LOG_FORMAT_MPI" if rank else "OPENAI_LOG_FORMAT"
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ The original's interface: defaults as dictionaries, derived from options.py, and
 
 import argparse
 import dataclasses
-import inspect  # noqa: F401 (the original offers it by star import)
+import inspect
 import os
 import shutil
 from collections.abc import Iterable, Sequence
@@ -170,7 +170,10 @@ def _create_network(
         _check_heads("num_heads_upsample", num_heads_upsample, [num_channels * mult[level] for level in levels])
     if num_classes is None:
         num_classes = NUM_CLASSES  # not a default: client code assigns to it
-    return NETWORKS[network][kind](
+    factory = NETWORKS[network][kind]
+    if class_dropout and not _takes(factory, "class_dropout"):
+        raise InputError(f"network {network}: has no class_dropout; give class_dropout 0")
+    return factory(
         in_channels=image_channels,
         model_channels=num_channels,
         out_channels=image_channels * (2 if learn_sigma else 1),
@@ -185,6 +188,11 @@ def _create_network(
         use_scale_shift_norm=use_scale_shift_norm,
         **({"class_dropout": class_dropout} if class_dropout else {}),  # other networks need not know it
     )
+
+
+def _takes(function, name):
+    parameters = inspect.signature(function).parameters
+    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
 def _channel_mult(size_name, size, channel_mult):

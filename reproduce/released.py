@@ -48,6 +48,7 @@ PUBLISHED: dict[str, dict[str, dict[int, float]]] = {
     "lsun_bedroom": {"FID learned": {1000: 4.24}},
     "own": {},
 }
+SETTINGS = ("model", "model_path", "data_dir", "reference", "images", "samples", "features")  # of the numbers
 SAMPLING = {"FID learned": {}, "FID DDIM": dict(sampler="ddim"), "FID fixed small": dict(fixed="small")}
 
 
@@ -91,13 +92,13 @@ class Finder:
     """
     Measures, and keeps what it finds in a file.
 
-    :raises InputError: if the file has numbers of another model, or of other counts.
+    :raises InputError: if the file has numbers of another model, other data or counts.
     """
 
     def __init__(self, trained: measures.Trained, args):
         self.trained, self.args, self.kept = trained, args, {}
         self.path = Path(args.out or f"released-{args.model}.json")
-        self.settings = {name: getattr(args, name) for name in ("model", "model_path", "images", "samples", "features")}
+        self.settings = {name: getattr(args, name) for name in SETTINGS}
         if self.path.exists():
             found = json.loads(self.path.read_text(encoding="utf-8"))
             if found["settings"] != self.settings:

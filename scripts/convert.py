@@ -18,7 +18,7 @@ if __name__ == "__main__":
 
 import functools
 import json
-import os
+import sys
 
 import blobfile as bf
 import torch as th
@@ -29,15 +29,18 @@ from improved_diffusion.cli.parser import FlagParser, path_argument, run
 from improved_diffusion.training.weights import read_weights
 from improved_diffusion.utils import safe_tensors
 from improved_diffusion.utils.errors import InputError
-from improved_diffusion.utils.files import write_files
+from improved_diffusion.utils.files import list_folder, write_files
 from improved_diffusion.utils.streams import show
+
+ELSEWHERE = f"give another folder, or a name that ends in {safe_tensors.ENDING}"
 
 
 def main():
-    args = create_argparser().parse_args()
+    words, flags = split(sys.argv[1:])
+    args = create_argparser().parse_args(words)
     weights = read_weights(args.src)
-    config, path = (from_guided(args.flags, weights), args.src) if args.flags else config_of(args.src)
-    check_new(args.out, config if not args.to else None)
+    config, path = (from_guided(flags, weights), args.src) if flags else config_of(args.src)
+    check_new(args.out, config, bool(args.to))
     if config is None and args.to:
         raise InputError(f"{args.src}: has no {CONFIG} beside it, which tells its options")
     if config is not None:
@@ -53,14 +56,29 @@ def main():
     show(f"wrote {args.out}{'' if config else f', without a {CONFIG}: sampling needs the flags of the model'}")
 
 
-def check_new(out: str, config: dict | None) -> None:
-    """:raises InputError: if a file is in the way, or its name has another ending."""
-    if os.path.splitext(out)[1] not in (".pt", safe_tensors.ENDING):
-        raise InputError(f"{out}: give a name that ends in .pt or {safe_tensors.ENDING}")
+def split(words: list[str]) -> tuple[list[str], list[str]]:
+    """The words before and after --."""
+    end = words.index("--") if "--" in words else len(words)
+    return words[:end], words[end + 1 :]
+
+
+def check_new(out: str, config: dict | None, for_guided: bool) -> None:
+    """:raises InputError: if a file is in the way, a config would be of other weights, or the name ends otherwise."""
+    endings = (".pt",) if for_guided else (".pt", safe_tensors.ENDING)
+    if not out.endswith(endings):
+        raise InputError(f"{out}: give a name that ends in {' or '.join(endings)}")
     if bf.exists(out):
         raise InputError(f"{out}: exists; give another name")
-    if config is not None and out.endswith(".pt") and read_config(bf.dirname(out)) not in (None, config):
-        raise InputError(f"{bf.join(bf.dirname(out), CONFIG)}: is of other weights; give another folder")
+    if for_guided or (config is not None and out.endswith(safe_tensors.ENDING)):
+        return  # no config.json applies to it
+    folder = bf.dirname(out)
+    beside = read_config(folder)
+    if beside not in (None, config):
+        raise InputError(f"{bf.join(folder, CONFIG)}: is of other weights; give another folder")
+    if beside is None and config is not None and bf.isdir(folder or "."):
+        for name in sorted(list_folder(folder or ".")):
+            if name.endswith((".pt", safe_tensors.ENDING)) and config_of(bf.join(folder, name))[0] is None:
+                raise InputError(f"{bf.join(folder, name)}: {CONFIG} would be of these weights too; {ELSEWHERE}")
 
 
 def write(out: str, weights: dict[str, th.Tensor], config: dict | None) -> None:
@@ -76,10 +94,9 @@ def write(out: str, weights: dict[str, th.Tensor], config: dict | None) -> None:
 
 
 def create_argparser():
-    parser = FlagParser(description=__doc__)
+    parser = FlagParser(description=__doc__, usage="convert.py [-h] [--to guided-diffusion] SRC OUT [-- FLAGS]")
     parser.add_argument("src", metavar="SRC", type=path_argument, help="weights, .pt or .safetensors")
     parser.add_argument("out", metavar="OUT", type=path_argument, help="file to write, .pt or .safetensors")
-    parser.add_argument("flags", metavar="FLAGS", nargs="*", help="after --: guided-diffusion's flags of SRC")
     parser.add_argument("--to", default="", choices=("guided-diffusion",), help="write for that program, as .pt")
     return parser
 

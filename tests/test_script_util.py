@@ -186,6 +186,20 @@ def test_a_network_is_a_row_in_a_table(monkeypatch):
         build(**TINY, image_size=8, network="other")
 
 
+def test_a_network_without_class_dropout(monkeypatch):
+    class Mine(th.nn.Linear):
+        def __init__(self, in_channels, model_channels, out_channels, num_res_blocks, attention_resolutions, dropout,
+                     channel_mult, num_classes, use_checkpoint, num_heads, num_heads_upsample,
+                     use_scale_shift_norm):  # fmt: skip
+            super().__init__(in_channels, out_channels)
+
+    monkeypatch.setitem(NETWORKS, "mine", (Mine, Mine))
+    classes = dict(TINY, network="mine", class_cond=True, num_classes=3)
+    assert type(build(**classes, image_size=8)[0]) is Mine
+    with pytest.raises(InputError, match=r"network mine: .*class_dropout"):
+        build(**classes, image_size=8, class_dropout=0.1)
+
+
 def test_create_model_and_sr_create_model_by_position_as_in_the_original():
     arguments = (32, 1, False, False, False, "8", 4, -1, True, 0.0)
     assert create_model(32, *arguments).model_channels == 32

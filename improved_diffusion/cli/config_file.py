@@ -18,6 +18,7 @@ from ..utils import safe_tensors
 from ..utils.errors import InputError
 
 CONFIG = "config.json"
+CONVERT_AGAIN = "convert the weights again"
 OF_ITS_RUN = ("resume_checkpoint",)  # flags that a new run does not take from another's file
 
 
@@ -31,16 +32,15 @@ def read_config(directory: str) -> dict[str, Any] | None:
 
 def config_of(weights: str) -> tuple[dict[str, Any] | None, str]:
     """
-    The config of a file of weights: config.json beside it, else the metadata of safetensors.
+    The config of a file of weights: in the metadata of safetensors, else config.json beside it.
 
     :return: (the config, None if there is none, the path of the file that has it).
     :raises InputError: if it is damaged.
     """
-    beside = bf.join(bf.dirname(weights), CONFIG)
-    if (config := read_config(bf.dirname(weights))) is not None or not weights.endswith(safe_tensors.ENDING):
-        return config, beside
-    text = safe_tensors.read_metadata(weights).get("config")
-    return (None, beside) if text is None else (_parse(text, weights, "put a config.json beside it"), weights)
+    text = safe_tensors.read_metadata(weights).get("config") if weights.endswith(safe_tensors.ENDING) else None
+    if text is not None:  # the folder may be of another run
+        return _parse(text, weights, CONVERT_AGAIN), weights
+    return read_config(bf.dirname(weights)), bf.join(bf.dirname(weights), CONFIG)
 
 
 def flags_of_another(path: str, options: ScriptOptions) -> dict[str, Any]:

@@ -212,8 +212,9 @@ def logging_to(log_dir: str, notes=(), claim: Callable[[str, str], list[str]] | 
     :param notes: first lines of the log.
     :param claim: for a block that writes checkpoints. Rank 0 locks their folder, and calls it with the folder for logs
                   and that for checkpoints, before anything is written there; it returns further first lines.
-    :raises InputError: if another run has locked it.
+    :raises InputError: if another run has locked it, or a format of the log cannot be used.
     """
+    logger.checked_formats()  # before the claim moves files
     log_dir = log_directory(log_dir)
     # a collective: also ranks whose environment names a folder call it
     directory = dist_util.broadcast_from_rank_0(lambda: log_dir or _new_directory())

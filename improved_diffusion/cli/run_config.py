@@ -7,7 +7,6 @@ For weights without config.json, such as the original's, the shapes of the tenso
 import dataclasses
 import json
 import math
-import re
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -17,12 +16,12 @@ from .. import dist_util
 from ..option_groups import Option, rows
 from ..options import ScriptOptions, TrainingOptions
 from ..script_util import CHANNEL_MULT
-from ..training.checkpoints import has_checkpoint, is_of_a_run
+from ..training.checkpoints import has_checkpoint, is_of_a_run, parse_name
 from ..training.weights import infer_architecture, is_young
 from ..utils.errors import InputError
 from ..utils.files import checkpoint_url, write_files
 from .advice import doubts
-from .config_file import CONFIG, config_of
+from .config_file import CONFIG, CONVERT_AGAIN, config_of
 from .parser import Flags, log_directory
 from .presets import PRESETS
 from .run_folder import check_unused
@@ -34,7 +33,7 @@ FREE = {"timestep_respacing", "dropout", "use_checkpoint", "use_kl", "rescale_le
 # not visible in shapes: models vary in these, which the user must give
 REQUIRED = ("diffusion_steps", "noise_schedule")
 # and most models use the defaults of these
-ASSUMED = ("num_heads", "rescale_timesteps", "predict_xstart", "predict_v", "sigma_small")
+ASSUMED = ("num_heads", "rescale_timesteps", "predict_xstart", "predict_v", "sigma_small", "class_dropout")
 
 
 @dataclass(frozen=True)
@@ -133,14 +132,24 @@ def from_config(flags, config, path):
             raise InputError(f"{path}: {name} cannot be {saved!r}; {_instead(path)}")
         if name not in flags.given:
             taken[name] = saved
+        elif name == "class_dropout":
+            _check_null_label(saved, value)
         elif saved != value and name not in FREE:
             notes.append(f"WARNING: --{name} {value} is given; the model was trained with {saved}")
     return Run(flags.options.replace(**taken), config["class_names"], tuple(notes))
 
 
+def _check_null_label(saved, value):
+    """Other than 0, class_dropout is a setting of training; 0 or not is a row of the network."""
+    if bool(saved) != bool(value):
+        row = "has a row for no class" if saved else "has no row for no class"
+        needed = "above 0" if saved else "0"
+        raise InputError(f"class_dropout {value}: label_emb.weight {row}, by class_dropout {saved}; give {needed}")
+
+
 def _instead(path):
     own_file = bf.basename(path) == CONFIG  # else the weights are in it too
-    return "delete the file, and give the flags instead" if own_file else f"put a {CONFIG} beside it"
+    return "delete the file, and give the flags instead" if own_file else CONVERT_AGAIN
 
 
 def _check_size(flags, values, path, inferred):
@@ -173,7 +182,9 @@ def _from_shapes(flags, path, shapes):
         needed = f"{', '.join(f'--{k}' for k in unknown)}, or --preset, one of {', '.join(PRESETS)}"
         problem = f"no {CONFIG} beside it; its shapes give {_format(overridden)}"
         raise InputError(f"{path}: {problem}; also give, as in training: {needed}")
-    assumed = [k for k in ASSUMED if k not in flags.given and not (k == "sigma_small" and inferred["learn_sigma"])]
+    without = {"sigma_small"} if inferred["learn_sigma"] else set()
+    without |= set() if inferred["class_cond"] else {"class_dropout"}
+    assumed = [k for k in ASSUMED if k not in flags.given and k not in without]
     notes = [f"from the shapes of the weights: {_format(overridden)}"] if overridden else []
     if unknown or assumed:
         guesses = _format({k: values[k] for k in [*unknown, *assumed]})
@@ -205,17 +216,17 @@ def _format(values):
 def _warnings(name, config):
     """Warn of weights that give poor samples, by their file name."""
     warmup = config is not None and config["flags"].get("ema_warmup") is True
-    if raw := re.fullmatch(r"model(\d+)\.(pt|safetensors)", name):
+    parsed = parse_name(name)
+    if parsed and parsed.kind == "model":
         (row,) = (row for row in rows(TrainingOptions) if row.name == "ema_rate")
         rates = config["flags"].get("ema_rate") if config else None
         rates = rates if isinstance(rates, str) and row.valid and row.valid.accepts(rates) else row.default
-        if is_young(float(rates.split(",")[0]), int(raw[1]), warmup):
+        if is_young(float(rates.split(",")[0]), parsed.step, warmup):
             return []
         return [f"WARNING: {name} has raw weights; the ema_ file of the same step gives better samples"]
-    ema = re.fullmatch(r"ema_(0\.\d+)_(\d+)\.(pt|safetensors)", name)
-    if ema and float(ema[1]) < 1 and is_young(float(ema[1]), int(ema[2]), warmup):
-        horizon = math.ceil(1 / (1 - float(ema[1])) - 1e-6)
-        seen = f"averages over about {horizon} steps, but has seen {int(ema[2])}, not {3 * horizon}"
-        better = f"model{ema[2]}.{ema[3]} gives better samples"
+    if parsed and 0 <= parsed.rate < 1 and is_young(parsed.rate, parsed.step, warmup):
+        horizon = math.ceil(1 / (1 - parsed.rate) - 1e-6)
+        seen = f"averages over about {horizon} steps, but has seen {parsed.step}, not {3 * horizon}"
+        better = f"model{parsed.step:06d}.{parsed.ending} gives better samples"
         return [f"WARNING: {name} {seen}: its samples resemble those of the untrained model; {better}"]
     return []

@@ -10,7 +10,7 @@ from typing import Any
 from .. import dist_util, train_util
 from ..logger import Logger
 from ..options import TrainOptions
-from ..training.checkpoints import has_checkpoint, newest_step
+from ..training.checkpoints import has_checkpoint, newest_step, parse_name
 from ..training.resume import Checkpoint
 from ..utils.errors import InputError, first_line
 from ..utils.files import FolderLock, checkpoint_url, is_inside, is_remote
@@ -20,7 +20,6 @@ LOGS = re.compile(
     r"(log|progress)(-rank\d+)?\.(txt|csv|json)(\.damaged)?|tb(-rank\d+)?|wandb(-id(-rank\d+)?\.txt)?"
     r"|config\.json|progress\.png"
 )
-OF_A_STEP = re.compile(r"(?:model|ema_[^_]+_|opt|state|preview_)(\d{6,})(?:_[^.]*)?\.(?:pt|png)(?:\.tmp)?")
 
 
 def check_outside(options: TrainOptions, log_dir: str) -> None:
@@ -125,9 +124,8 @@ def _files(folder, above=None):
     """The names of a run's files in a folder. :param above: only those of later steps."""
     names = os.listdir(folder) if os.path.isdir(folder) else []
     if above is None:
-        return sorted(name for name in names if LOGS.fullmatch(name) or OF_A_STEP.fullmatch(name))
-    matches = filter(None, map(OF_A_STEP.fullmatch, names))
-    return sorted(match[0] for match in matches if int(match[1]) > above)
+        return sorted(name for name in names if LOGS.fullmatch(name) or parse_name(name))
+    return sorted(name for name in names if (parsed := parse_name(name)) and parsed.step > above)
 
 
 def _unused(folder):

@@ -18,6 +18,7 @@ import os
 import pickle
 import random
 import re
+from typing import NamedTuple
 
 import blobfile as bf
 import numpy as np
@@ -26,9 +27,32 @@ import torch as th
 from .. import dist_util, logger
 from ..utils.errors import FileAccessError, InputError, first_line
 from ..utils.files import TEMPORARY, is_remote, list_folder, rename_files, write_files
+from ..utils.log_formats import number
 from .contents import files_in
 
-EMA = re.compile(r"ema_(\d*\.?\d+(?:e-?\d+)?)_(\d{6,})\.pt")  # rate, step
+NAME = re.compile(
+    r"(?P<kind>model|opt|state|ema_(?P<rate>[^_]+)_)(?P<step>\d{6,})\.(?P<ending>pt|safetensors)"
+    r"|(?P<preview>preview)_(?P<of>\d{6,})(?:_model)?\.png"
+)
+
+
+class Name(NamedTuple):
+    """What the name of a run's file says."""
+
+    kind: str  # model, ema, opt, state, preview
+    step: int
+    rate: float  # of an average; NaN if it is no number
+    ending: str
+
+
+def parse_name(name: str) -> Name | None:
+    """The parts of a file name, which may be a temporary one; None for other files than a run's."""
+    match = NAME.fullmatch(name.removesuffix(TEMPORARY))
+    if match is None:
+        return None
+    if match["preview"]:
+        return Name("preview", int(match["of"]), math.nan, "png")
+    return Name(match["kind"].partition("_")[0], int(match["step"]), number(match["rate"]), match["ending"])
 
 
 def model_filename(step):
@@ -195,15 +219,23 @@ def newest_average(directory: str, rates: str = "") -> str | None:
     The path of the newest ema_ file in a folder, None if there is none.
 
     :param rates: of the run, separated by commas: of several files of a step, the first rate's.
+    :raises InputError: if they are no numbers.
     """
-    found = [match for match in map(EMA.fullmatch, list_folder(directory)) if match] if bf.isdir(directory) else []
-    order = [float(rate) for rate in rates.split(",") if rate]
+    order = [number(rate) for rate in rates.split(",") if rate]
+    if any(map(math.isnan, order)):
+        raise InputError(f"{directory}: the run's ema_rate {rates!r} is not numbers separated by commas")
 
-    def rank(match):
-        rate = float(match[1])
-        return int(match[2]), -order.index(rate) if rate in order else -len(order), rate
+    def rank(name):
+        _, step, rate, _ = parse_name(name)
+        return step, -order.index(rate) if rate in order else -len(order), rate
 
-    return bf.join(directory, max(found, key=rank)[0]) if found else None
+    averages = [name for name in (list_folder(directory) if bf.isdir(directory) else ()) if _is_average(name)]
+    return bf.join(directory, max(averages, key=rank)) if averages else None
+
+
+def _is_average(name):
+    parsed = parse_name(name)
+    return parsed is not None and parsed.rate >= 0 and name.endswith(".pt")
 
 
 def has_checkpoint(directory):
@@ -233,7 +265,7 @@ def delete_old_sets(directory, step, keep):
         for name in sorted(names, key=_order_of_deletion) if goes else ():
             _delete(bf.join(directory, name))
     for name in () if is_remote(directory) else list_folder(directory):
-        if re.fullmatch(rf"preview_\d{{6,}}(_model)?\.png{re.escape(TEMPORARY)}", name):
+        if name.endswith(TEMPORARY) and (parsed := parse_name(name)) and parsed.kind == "preview":
             _delete(bf.join(directory, name))
 
 
@@ -270,9 +302,8 @@ def _sets_in(directory):
     except OSError as e:
         raise FileAccessError(f"{directory}: cannot be listed ({first_line(e)})") from None
     for name in listed:
-        match = re.fullmatch(rf"(?:model|ema_[^_]+_|opt|state)(\d{{6,}})\.pt(?:{re.escape(TEMPORARY)})?", name)
-        if match:
-            sets.setdefault(int(match[1]), set()).add(name)
+        if (parsed := parse_name(name)) and parsed.ending == "pt":
+            sets.setdefault(parsed.step, set()).add(name)
     return sets
 
 

@@ -29,15 +29,17 @@ def read_weights(path: str) -> dict[str, th.Tensor]:
 
 
 def _is_state_dict(contents):
-    return isinstance(contents, dict) and all(
-        isinstance(value, th.Tensor) and not value.is_nested  # nested tensors have no shape
-        for value in contents.values()
+    return (
+        isinstance(contents, dict)
+        and len(contents) > 0
+        and all(isinstance(name, str) for name in contents)
+        and all(isinstance(value, th.Tensor) and not value.is_nested for value in contents.values())  # else no shape
     )
 
 
 def _where_weights_are(contents):
     for name, value in contents.items() if isinstance(contents, dict) else ():
-        if _is_state_dict(value) and value and isinstance(name, str):
+        if _is_state_dict(value) and isinstance(name, str):
             return f"its entry {name[:40]!r} may be them: save that to a file of its own"
     return "give a model*.pt or ema_*.pt file"
 

@@ -7,6 +7,7 @@ Files are appended to. A crash at any moment costs at most one row.
 import collections
 import contextlib
 import csv
+import importlib
 import io
 import itertools
 import json
@@ -25,7 +26,10 @@ from .streams import printable, silence
 
 
 class StreamEnded(InputError):
-    """An open stream, such as stdout, accepts no more text. Logger drops it and the run continues."""
+    """
+    An output outside this machine's files, such as stdout or W&B, accepts no more. Logger drops it and the run
+    continues.
+    """
 
 
 class KVWriter:
@@ -132,12 +136,12 @@ class JSONOutputFormat(KVWriter):
 
 
 # Unknown to the original, whose clients may count columns from the left.
-LAST_COLUMNS = ("images/s", "valid_", "FD-", "FID", "KID", "sFID")
+LAST_COLUMNS = ("clipped", "images/s", "valid_", "FD-", "FID", "KID", "sFID")
 
 
 class CSVOutputFormat(KVWriter):
     """
-    A header, then a row per dump. An existing file keeps its columns; new keys are appended as columns, before those
+    A header, then a row per dump. Columns keep their order; new keys are appended as columns, but before the last ones
     that begin as one of LAST_COLUMNS.
 
     The file is open only during a write, so os.replace() leaves no stale handle. Damaged lines of an existing file are
@@ -155,7 +159,7 @@ class CSVOutputFormat(KVWriter):
         if newcomers:
             _, rows = self._read()
             rows = [dict(zip(self.keys, row, strict=False)) for row in rows]  # a row may be shorter
-            self._rewrite(sorted(self.keys + newcomers, key=lambda key: key.startswith(LAST_COLUMNS)), [*rows, kvs])
+            self._rewrite(_with_columns(self.keys, newcomers), [*rows, kvs])
         else:
             _append(self.filename, _csv_line(kvs, self.keys))
 
@@ -189,6 +193,13 @@ class CSVOutputFormat(KVWriter):
         self.keys = keys
 
 
+def _with_columns(keys, newcomers):
+    end = len(keys)
+    while end and keys[end - 1].startswith(LAST_COLUMNS):
+        end -= 1
+    return keys[:end] + sorted(keys[end:] + newcomers, key=lambda key: key.startswith(LAST_COLUMNS))
+
+
 class TensorBoardOutputFormat(KVWriter):
     """
     Scalars in an event file in dir; other values are skipped. A row's step is its "step", else the previous one + 1.
@@ -197,14 +208,10 @@ class TensorBoardOutputFormat(KVWriter):
     """
 
     def __init__(self, dir):
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as e:
-            install = "pip install improved-diffusion[tensorboard]"
-            raise InputError(f"OPENAI_LOG_FORMAT tensorboard needs TensorBoard: {install}") from e
+        library = _library("tensorboard")
         _silence_writer_threads()
         self.dir = dir
-        self.writer = SummaryWriter(dir)
+        self.writer = library.SummaryWriter(dir)
         self.step = 0
 
     def writekvs(self, kvs):
@@ -256,17 +263,14 @@ class WandbOutputFormat(KVWriter):
 
     :param id_path: file with the id of the W&B run, written by a new one. wandb's own files go beside it.
     :raises InputError: if wandb is not installed or cannot start, such as without an API key.
+    :raises StreamEnded: from writes, if wandb fails: training does not depend on it.
     """
 
     def __init__(self, id_path):
-        try:
-            import wandb
-        except ImportError as e:
-            raise InputError("OPENAI_LOG_FORMAT wandb needs wandb: pip install improved-diffusion[wandb]") from e
+        self.wandb, self.step = _library("wandb"), 0
         folder = os.path.dirname(os.path.abspath(id_path))
-        self.wandb, self.step = wandb, 0
-        with self._reported():
-            self.run = wandb.init(
+        with self._reported(InputError, (self.wandb.Error, OSError)):
+            self.run = self.wandb.init(
                 project=os.environ.get("WANDB_PROJECT", "improved-diffusion"),
                 name=os.environ.get("WANDB_NAME", os.path.basename(folder)),
                 dir=folder,
@@ -297,11 +301,11 @@ class WandbOutputFormat(KVWriter):
             self.run.finish()
 
     @contextlib.contextmanager
-    def _reported(self):
+    def _reported(self, kind=StreamEnded, errors=Exception):  # those of its service are not all wandb.Error
         try:
             yield
-        except (self.wandb.Error, OSError) as e:
-            raise InputError(f"OPENAI_LOG_FORMAT wandb: {first_line(e)}") from None
+        except errors as e:
+            raise kind(f"OPENAI_LOG_FORMAT wandb: {first_line(e)}") from None
 
 
 def _run_id(path):
@@ -322,6 +326,7 @@ FILE_FORMATS: dict[str, tuple[Callable[[str], Any], str]] = {  # name: (writer, 
     "tensorboard": (TensorBoardOutputFormat, "tb{}"),
     "wandb": (WandbOutputFormat, "wandb-id{}.txt"),
 }
+LIBRARIES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}
 
 
 def make_output_format(format: str, ev_dir: str, log_suffix: str = "", lines: bool = False):
@@ -343,9 +348,19 @@ def make_output_format(format: str, ev_dir: str, log_suffix: str = "", lines: bo
 
 
 def check_format(name: str) -> None:
-    """:raises InputError: if `name` is not an output format."""
+    """:raises InputError: if `name` is not an output format, or its library cannot be imported."""
     if name != "stdout" and name not in FILE_FORMATS:
         raise InputError(f"unknown log format {name!r}: not one of stdout, {', '.join(FILE_FORMATS)}")
+    if name in LIBRARIES:
+        _library(name)
+
+
+def _library(format):
+    try:
+        return importlib.import_module(LIBRARIES[format])
+    except ImportError as e:
+        install = f"pip install improved-diffusion[{format}]"
+        raise InputError(f"OPENAI_LOG_FORMAT {format} needs {LIBRARIES[format]}: {install}") from e
 
 
 def plain(kvs: dict[str, Any]) -> dict[str, Any]:

@@ -140,6 +140,17 @@ def test_flags_that_are_given_win_with_a_warning_for_each_that_contradicts(run):
     assert "WARNING" in schedule and "--noise_schedule linear" in schedule and "cosine" in schedule
 
 
+@pytest.mark.parametrize(("before", "now", "fits"), [(0.1, 0.3, True), (0.1, 0.0, False), (0.0, 0.1, False)])
+def test_class_dropout_may_change_unless_its_row_comes_or_goes(run, before, now, fits):
+    save(run, **TINY, image_size=8, class_cond=True, class_dropout=before)
+    if fits:
+        values, settled = settle(run / "ema_0.9_000050.pt", class_dropout=now)
+        assert values["class_dropout"] == now and len(settled.notes) == 1
+    else:
+        with pytest.raises(InputError, match=rf"^class_dropout {now}: label_emb\.weight .*{before}"):
+            settle(run / "ema_0.9_000050.pt", class_dropout=now)
+
+
 @pytest.mark.parametrize(
     ("name", "warning"),
     [
@@ -197,6 +208,7 @@ def test_shapes_tell_what_they_can(tmp_path, changed, super_resolution):
     assert settled.class_names is None and "shapes" in from_shapes
     assert "rescale_timesteps True" in assumed
     assert ("sigma_small" in assumed) != changed.get("learn_sigma", False)
+    assert ("class_dropout" in assumed) == changed.get("class_cond", False)
     for name, value in changed.items():
         if name not in ("attention_resolutions", "channel_mult"):
             assert values[name] == value

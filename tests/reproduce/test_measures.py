@@ -189,10 +189,11 @@ def test_a_checkpoint_beside_published_numbers(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(measures, "draw", None)  # all is kept
     run(released.main)
     assert f"{numbers['FID learned 24']:.2f}" in capsys.readouterr().out
-    monkeypatch.setattr(sys, "argv", ["released.py", *map(str, words), "--samples", "5"])
-    with pytest.raises(SystemExit) as end:
-        run(released.main)
-    assert end.value.code == 2 and str(tmp_path / "a.json") in capsys.readouterr().err
+    for other in (["--samples", "5"], ["--reference", "x"], ["--data_dir", "x"]):
+        monkeypatch.setattr(sys, "argv", ["released.py", *map(str, words), *other])
+        with pytest.raises(SystemExit) as end:
+            run(released.main)
+        assert end.value.code == 2 and str(tmp_path / "a.json") in capsys.readouterr().err
 
 
 def test_class_conditional_models_are_refused(monkeypatch, tmp_path, capsys):

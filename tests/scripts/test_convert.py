@@ -20,8 +20,10 @@ from harness import (
 from parity_cases import fill_parameters, tensor
 from training import assert_same, load
 
+from improved_diffusion.cli.config_file import config_of
 from improved_diffusion.cli.interchange import from_guided, guided_defaults, in_order, options_of, to_guided
 from improved_diffusion.script_util import create_model_and_diffusion, sr_create_model_and_diffusion
+from improved_diffusion.utils import safe_tensors
 from improved_diffusion.utils.errors import InputError
 
 pytest.importorskip("safetensors")
@@ -70,13 +72,16 @@ def test_samples_are_those_of_the_run(run, tmp_path):
     assert np.array_equal(*images)
 
 
-def test_a_config_file_beside_it_comes_before_that_inside(run, tmp_path, capfd):
-    assert convert(run[0] / "ema_0.9_000004.pt", tmp_path / "a.safetensors") == 0
-    (tmp_path / "config.json").write_text('{"flags": {"num_channels": 64}, "class_names": null}')
-    words = flags(model_path=tmp_path / "a.safetensors", num_samples=1)
-    assert run_script("image_sample", words, tmp_path / "log") == 2
-    err = capfd.readouterr().err
-    assert "num_channels" in err and "config.json" in err
+def test_the_config_inside_comes_before_that_of_the_folder(run, tmp_path):
+    """Which may be of another run: the same shapes, but another prediction."""
+    path = tmp_path / "a.safetensors"
+    assert convert(run[0] / "ema_0.9_000004.pt", path) == 0
+    inside = json.loads((run[0] / "config.json").read_text())
+    other = {**inside, "flags": {**inside["flags"], "predict_v": True}}
+    (tmp_path / "config.json").write_text(json.dumps(other))
+    assert config_of(str(path)) == (inside, str(path))
+    (tmp_path / "plain.safetensors").write_bytes(safe_tensors.encode("", load(run[0] / "ema_0.9_000004.pt"), {}))
+    assert config_of(str(tmp_path / "plain.safetensors")) == (other, str(tmp_path / "config.json"))
 
 
 def test_a_run_begins_from_them(run, tmp_path):
@@ -109,6 +114,26 @@ def test_nothing_is_overwritten(run, tmp_path, capfd):
     refused(capfd, "new.ckpt", path, tmp_path / "new.ckpt")
     refused(capfd, "missing.pt", tmp_path / "missing.pt", tmp_path / "new.pt")
     assert snapshot(tmp_path) == before
+
+
+def test_a_config_is_of_no_other_weights(run, tmp_path, capfd):
+    """config.json applies to all weights of a folder."""
+    path = run[0] / "ema_0.9_000004.pt"
+    save_weights(tmp_path / "other.pt")
+    refused(capfd, "other.pt", path, tmp_path / "new.pt")
+    assert convert(path, tmp_path / "new.safetensors") == 0
+    (tmp_path / "other.pt").unlink()
+    assert convert(tmp_path / "new.safetensors", tmp_path / "new.pt") == 0  # the one beside it has its own
+    (tmp_path / "a").mkdir()
+    save_weights(tmp_path / "a" / "plain.pt")
+    for out in ("plain.pt", "plain.safetensors"):
+        refused(capfd, "config.json", tmp_path / "a" / "plain.pt", tmp_path / out)
+
+
+@pytest.mark.parametrize("contents", [{}, {1: th.zeros(2)}])
+def test_what_is_no_state_dict(tmp_path, capfd, contents):
+    th.save(contents, tmp_path / "w.pt")
+    refused(capfd, "w.pt: not the weights", tmp_path / "w.pt", tmp_path / "new.safetensors")
 
 
 def test_a_config_that_does_not_fit_is_refused(run, tmp_path, capfd):
@@ -196,7 +221,10 @@ def test_the_script_writes_and_reads_them(run, tmp_path, capfd):
     assert [path.name for path in (tmp_path / "g").iterdir()] == ["g.pt"]
     assert_same(load(tmp_path / "g" / "g.pt"), load(weights))
     words = out.partition("MODEL_FLAGS='")[2].partition("'")[0].split()
+    refused(capfd, "g.safetensors", weights, tmp_path / "g.safetensors", "--to", "guided-diffusion")
     assert convert(tmp_path / "g" / "g.pt", tmp_path / "back.safetensors", "--", *words) == 0
+    assert convert(tmp_path / "g" / "g.pt", tmp_path / "again.pt", "--to", "guided-diffusion", "--", *words) == 0
+    assert_same(load(tmp_path / "again.pt"), load(weights))
     sampling = flags(model_path=tmp_path / "back.safetensors", num_samples=1, sampler="unipc", sampling_steps=2)
     (tmp_path / "config.json").unlink()
     assert run_script("image_sample", sampling, tmp_path / "log") == 0

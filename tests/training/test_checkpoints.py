@@ -19,7 +19,9 @@ from improved_diffusion.training.checkpoints import (
     find_ema_checkpoint,
     is_of_a_run,
     model_filename,
+    newest_average,
     optimizer_filename,
+    parse_name,
     parse_resume_step_from_filename,
     read_newest_set,
     rng_state,
@@ -103,6 +105,41 @@ def test_the_step_is_known_where_a_run_continues(name):
         assert digits.isdecimal() and step == int(digits)
     else:
         assert step == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("model000100.pt", ("model", 100)),
+        ("opt1000000.pt", ("opt", 1000000)),
+        ("state000100.pt.tmp", ("state", 100)),
+        ("ema_0.9999_000100.safetensors", ("ema", 100)),
+        ("ema_1e-05_000100.pt", ("ema", 100)),
+        ("preview_000100_model.png", ("preview", 100)),
+        ("preview_000100.pt", None),
+        ("model000100_mine.pt", None),
+        ("model000100.png", None),
+        ("model10.pt", None),
+        ("ema_000100.pt", None),
+        ("my_model000100.pt", None),
+    ],
+)
+def test_what_a_name_says(name, parts):
+    assert (parse_name(name) and parse_name(name)[:2]) == parts
+
+
+def test_the_rate_in_a_name():
+    rates = [parse_name(f"ema_{rate}_000100.pt").rate for rate in ("0.9999", "1e-05", "0", "best")]
+    assert rates[:3] == [0.9999, 1e-5, 0] and rates[3] != rates[3]
+
+
+def test_the_newest_average(tmp_path):
+    for name in ("ema_0.5_000004.pt", "ema_0.9_000004.pt", "ema_0.5_000002.pt", "ema_best_000009.pt", "model000009.pt"):
+        (tmp_path / name).touch()
+    assert newest_average(str(tmp_path), "0.5,0.9") == str(tmp_path / "ema_0.5_000004.pt")
+    assert newest_average(str(tmp_path), "") == str(tmp_path / "ema_0.9_000004.pt")
+    with pytest.raises(InputError, match=rf"{tmp_path}: .*ema_rate 'abc'"):
+        newest_average(str(tmp_path), "abc")
 
 
 # ---------------------------------------------------------------- sets of files

@@ -134,6 +134,19 @@ def test_csv_rows_are_lines(path):
     assert path.read_text() == 'a,b,c\n1 2 3,"4, 5 6",\n,,7\n'
 
 
+def test_csv_columns_that_the_original_does_not_have_come_last(path):
+    out = CSVOutputFormat(path)
+    out.writekvs({"step": 1, "clipped": 0.5, "loss": 3.0, "images/s": 1.0})
+    out.writekvs({"mse": 2.0, "FID": 3.0})
+    assert path.read_text().splitlines()[0] == "loss,step,mse,clipped,images/s,FID"
+
+
+def test_csv_keeps_the_columns_of_runs_begun_before(path):
+    path.write_text("clipped,loss,images/s\n1,0.5,2\n")
+    CSVOutputFormat(path).writekvs({"loss": 1, "mse": 2, "FID": 3})
+    assert path.read_text() == "clipped,loss,mse,images/s,FID\n1,0.5,,2,\n,1,2,,3\n"
+
+
 def test_csv_goes_on_with_an_existing_file(path):
     path.write_text("step,loss\n1,0.5\n")
     out = CSVOutputFormat(path)

@@ -87,6 +87,67 @@ def test_what_fails_is_one_line(runs, tmp_path, monkeypatch):
         logger.configure(tmp_path, ["wandb"])
 
 
+class Down(Run):
+    """A service that is down from some call on."""
+
+    error = ConnectionError("network is down\nand more")
+
+    def log(self, row):
+        if len(self.rows) == 2:
+            raise self.error
+        super().log(row)
+
+
+@pytest.mark.parametrize("error", [ConnectionError("network is down\nand more"), RuntimeError("network is down")])
+def test_a_service_that_fails_later_does_not_end_a_run(runs, tmp_path, monkeypatch, error):
+    monkeypatch.setattr(Down, "error", error)
+    made = []
+    monkeypatch.setattr(sys.modules["wandb"], "init", lambda **arguments: made.append(Down(**arguments)) or made[-1])
+    words = flags(**TRAIN, data_dir=write_images(tmp_path / "images"))
+    assert run_script("image_train", words, tmp_path / "run", OPENAI_LOG_FORMAT="log,csv,wandb") == 0
+    assert (tmp_path / "run" / "model000004.pt").exists() and len(made[0].rows) == 2
+    (line,) = [line for line in (tmp_path / "run" / "log.txt").read_text().splitlines() if "network is down" in line]
+    assert "wandb" in line and "dropped" in line
+
+
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("log", lambda log: log.writeimage("preview", np.zeros((4, 5, 1), np.uint8), 7)),
+        ("finish", lambda log: log.close()),
+    ],
+)
+def test_each_write_may_fail(runs, tmp_path, monkeypatch, name, call):
+    def fails(*args):
+        raise sys.modules["wandb"].Error("network is down")
+
+    logger.configure(str(tmp_path), ["log", "wandb"])
+    log = logger.get_current()
+    monkeypatch.setattr(runs[0], name, fails)
+    call(log)
+    assert [type(fmt).__name__ for fmt in log.output_formats] == ["HumanOutputFormat"]
+    assert "network is down" in (tmp_path / "log.txt").read_text()
+    log.close()
+
+
+def test_options_may_fail(runs, tmp_path):
+    logger.configure(str(tmp_path), ["log", "wandb"])
+    runs[0].config = None
+    logger.get_current().writeconfig({"lr": 1})
+    assert len(logger.get_current().output_formats) == 1
+    logger.get_current().close()
+
+
+def test_a_run_without_wandb_moves_no_files(runs, tmp_path, monkeypatch, capfd):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "model000004.pt").touch()
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    words = flags(**TRAIN, data_dir=write_images(tmp_path / "images"), overwrite=True)
+    assert run_script("image_train", words, tmp_path / "run", OPENAI_LOG_FORMAT="csv,wandb") == 2
+    assert "pip install" in capfd.readouterr().err
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["model000004.pt"]
+
+
 def test_a_run_of_image_train_is_one_run(runs, tmp_path):
     images, folder = write_images(tmp_path / "images"), tmp_path / "run"
     words = {**TRAIN, "data_dir": images, "preview_samples": 2, "resume_checkpoint": "auto"}
