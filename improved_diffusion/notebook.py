@@ -52,7 +52,7 @@ from .script_util import (
     create_model_and_diffusion,
     sr_create_model_and_diffusion,
 )
-from .training.checkpoints import EMA, model_filename, newest_average, rng_state, set_rng_state
+from .training.checkpoints import model_filename, newest_average, parse_name, rng_state, set_rng_state
 from .training.stopping import StoppedBySignal
 from .training.weights import is_young, load_weights, read_weights
 from .utils.errors import InputError
@@ -335,10 +335,10 @@ def _newest_weights(folder, flags):
     average = newest_average(folder, str(flags.get("ema_rate", "")))
     if average is None:
         raise InputError(f"{folder}: has no ema_ file; give the folder of a run, or a file of weights")
-    rate, step = EMA.fullmatch(bf.basename(average)).groups()
-    newest = bf.join(folder, model_filename(int(step)))
-    if is_young(float(rate), int(step), flags.get("ema_warmup") is True) and bf.exists(newest):
-        show(f"{newest}: the average of step {int(step)} still resembles the untrained model")
+    _, step, rate, _ = parse_name(bf.basename(average))
+    newest = bf.join(folder, model_filename(step))
+    if is_young(rate, step, flags.get("ema_warmup") is True) and bf.exists(newest):
+        show(f"{newest}: the average of step {step} still resembles the untrained model")
         return newest
     return average
 

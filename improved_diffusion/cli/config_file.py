@@ -12,7 +12,7 @@ from typing import Any
 
 import blobfile as bf
 
-from ..option_groups import Option, check, rows
+from ..option_groups import Option, check, coerce, rows
 from ..options import ScriptOptions
 from ..utils import safe_tensors
 from ..utils.errors import InputError
@@ -60,12 +60,8 @@ def flags_of_another(path: str, options: ScriptOptions) -> dict[str, Any]:
 
 
 def _checked(path: str, row: Option, value: Any) -> Any:
-    if row.type is float and type(value) is int:
-        value = float(value)
-    words = row.valid.words if row.valid is not None else ()
     try:
-        if type(value) is not row.type and value not in words and not (value is None and row.default is None):
-            raise InputError(f"{row.name} cannot be {value!r}")
+        value = coerce(row, value)
         check(row, value)
     except InputError as e:
         raise InputError(f"{path}: {e}") from None

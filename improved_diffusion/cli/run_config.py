@@ -13,7 +13,7 @@ from typing import Any, Generic, TypeVar
 import blobfile as bf
 
 from .. import dist_util
-from ..option_groups import Option, rows
+from ..option_groups import Option, check, coerce, rows
 from ..options import ScriptOptions, TrainingOptions
 from ..script_util import CHANNEL_MULT
 from ..training.checkpoints import has_checkpoint, is_of_a_run, parse_name
@@ -127,9 +127,12 @@ def from_config(flags, config, path):
     for name, row in sorted(_model_rows(flags.options).items()):
         if name not in saved_flags:
             continue
-        value, saved = values[name], saved_flags[name]
-        if type(saved) is not type(value) or (row.valid is not None and not row.valid.accepts(saved)):
-            raise InputError(f"{path}: {name} cannot be {saved!r}; {_instead(path)}")
+        try:
+            saved = coerce(row, saved_flags[name])
+            check(row, saved)
+        except InputError as e:
+            raise InputError(f"{path}: {e}; {_instead(path)}") from None
+        value = values[name]
         if name not in flags.given:
             taken[name] = saved
         elif name == "class_dropout":
