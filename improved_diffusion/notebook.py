@@ -94,11 +94,11 @@ def train(data: Any, log_dir: str | os.PathLike, *, labels: Any = None, **option
     in_python = not isinstance(data, (str, os.PathLike))
     if in_python and (of_files := sorted({"data_dir", "skip_damaged"} & options.keys())):
         raise InputError(f"{of_files[0]}: is for images in files, but the data is {type(data).__name__}")
-    if not in_python:
-        options |= {"data_dir": data} | ({} if labels is None else {"labels": labels})
-    elif labels is not None:
+    if labels is not None and in_python:
         options.setdefault("class_cond", True)
-    given = _typed(rows(TrainOptions), {**options, "log_dir": log_dir})
+    elif labels is not None:
+        options["labels"] = labels
+    given = _typed(rows(TrainOptions), {**options, "data_dir": "" if in_python else data, "log_dir": log_dir})
     given.setdefault("resume_checkpoint", "" if given.get("overwrite") else "auto")
     dist_util.setup_dist()
     with _apart():
