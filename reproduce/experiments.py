@@ -198,7 +198,7 @@ def gradients(counts, rows):
         found = results[noise[steps[-1]]]
         text, verdict = in_order({loss: found[loss] for loss in losses}, form=",.0f")
         norms = ", ".join(f"{loss} {norm:.1e}" for loss, norm in found["|G|^2"].items())
-        return f"{text}; |G|^2: {norms}", verdict
+        return f"{text}; squared norm of the expectation: {norms}", verdict
 
     return [
         Claim("5a", "L_vlb's gradients are noisier than L_hybrid's, less by importance sampling (noise scale in images "
