@@ -94,7 +94,7 @@ def write(out: str, weights: dict[str, th.Tensor], config: dict | None) -> None:
 
 
 def create_argparser():
-    parser = FlagParser(description=__doc__, usage="convert.py [-h] [--to guided-diffusion] SRC OUT [-- FLAGS]")
+    parser = FlagParser(description=__doc__, usage="%(prog)s [-h] [--to guided-diffusion] SRC OUT [-- FLAGS]")
     parser.add_argument("src", metavar="SRC", type=path_argument, help="weights, .pt or .safetensors")
     parser.add_argument("out", metavar="OUT", type=path_argument, help="file to write, .pt or .safetensors")
     parser.add_argument("--to", default="", choices=("guided-diffusion",), help="write for that program, as .pt")
