@@ -120,7 +120,7 @@ def refusal(path):
     return str(info.value)
 
 
-@pytest.mark.parametrize("name", ["extra.weight", "input_blocks.1.0.more", 5])
+@pytest.mark.parametrize("name", ["extra.weight", "input_blocks.1.0.more"])
 def test_a_tensor_too_many_is_no_options_fault(weights, name):
     message = refusal(changed(weights(), lambda c: {**c, name: th.zeros(3)}))
     assert f"{name} (3 in the file, absent in the model)" in message and "likely cause" not in message
@@ -224,7 +224,8 @@ def test_tensors_are_named_with_both_shapes(weights):
         ({"state": {}, "param_groups": []}, ["not the weights of a model"]),
         ({"epoch": 3, "weight": th.zeros(2)}, ["not the weights of a model"]),
         ({"weight": th.zeros(2)}, ["does not fit", "it is not of this kind of model"]),
-        ({}, ["does not fit", "absent in the file", "it is not of this kind of model"]),
+        ({}, ["not the weights of a model"]),
+        ({5: th.zeros(2)}, ["not the weights of a model"]),
         (argparse.Namespace(a=1), ["refused", "run code"]),
     ],
     ids=repr,
