@@ -19,7 +19,7 @@ import os
 from improved_diffusion.cli.parser import FlagParser, path_argument, run
 from improved_diffusion.metrics.plots import literal, new_figure, save_figure
 from improved_diffusion.utils.errors import InputError
-from improved_diffusion.utils.log_formats import number
+from improved_diffusion.utils.row_files import number
 from improved_diffusion.utils.streams import show
 
 PANELS = [  # title, {column: its label}, logarithmic

@@ -27,7 +27,7 @@ import torch as th
 from .. import dist_util, logger
 from ..utils.errors import FileAccessError, InputError, first_line
 from ..utils.files import TEMPORARY, is_remote, list_folder, rename_files, write_files
-from ..utils.log_formats import number
+from ..utils.row_files import number
 from .contents import files_in
 
 NAME = re.compile(

@@ -6,10 +6,8 @@ Files are appended to. A crash at any moment costs at most one row.
 
 import collections
 import contextlib
-import csv
 import importlib
 import io
-import itertools
 import json
 import math
 import os
@@ -20,8 +18,8 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+from . import row_files
 from .errors import InputError, first_line
-from .files import write_files
 from .streams import printable, silence
 
 
@@ -119,20 +117,20 @@ class JSONOutputFormat(KVWriter):
 
     def __init__(self, filename):
         self.filename = os.path.abspath(filename)
-        _drop_cut_line(self.filename)
+        row_files.drop_cut_line(self.filename)
 
     def writekvs(self, kvs):
-        _append(self.filename, json.dumps(plain(kvs), default=str) + "\n")
+        row_files.append(self.filename, json.dumps(plain(kvs), default=str) + "\n")
 
     def drop_from(self, key, value, unless_above=math.inf):
         """Drop damaged lines too."""
-        lines = _lines(self.filename)
-        rows = {line: row for line in lines if (row := _json_object(line)) is not None}
+        lines = row_files.lines(self.filename)
+        rows = {line: row for line in lines if (row := row_files.json_object(line)) is not None}
         whole = [line for line in lines if line in rows]
         if len(whole) < len(lines):
-            self.damage = _set_aside(self.filename, len(lines) - len(whole))
-        kept = _rows_kept(whole, [rows[line].get(key) for line in whole], value, unless_above)
-        _replace(self.filename, b"".join(line + b"\n" for line in kept))
+            self.damage = row_files.set_aside(self.filename, len(lines) - len(whole))
+        kept = row_files.rows_kept(whole, [rows[line].get(key) for line in whole], value, unless_above)
+        row_files.replace(self.filename, b"".join(line + b"\n" for line in kept))
 
 
 # Unknown to the original, whose clients may count columns from the left.
@@ -150,7 +148,7 @@ class CSVOutputFormat(KVWriter):
 
     def __init__(self, filename):
         self.filename = os.path.abspath(filename)
-        _drop_cut_line(self.filename)
+        row_files.drop_cut_line(self.filename)
         self.keys, _ = self._read()
 
     def writekvs(self, kvs):
@@ -161,21 +159,21 @@ class CSVOutputFormat(KVWriter):
             rows = [dict(zip(self.keys, row, strict=False)) for row in rows]  # a row may be shorter
             self._rewrite(_with_columns(self.keys, newcomers), [*rows, kvs])
         else:
-            _append(self.filename, _csv_line(kvs, self.keys))
+            row_files.append(self.filename, row_files.csv_line(kvs, self.keys))
 
     def drop_from(self, key, value, unless_above=math.inf):
         keys, rows = self._read()
         if key in keys:
             i = keys.index(key)
             values = [row[i] if i < len(row) else None for row in rows]
-            self._rewrite(keys, _rows_kept(rows, values, value, unless_above))
+            self._rewrite(keys, row_files.rows_kept(rows, values, value, unless_above))
 
     def _read(self):
         """The names of the columns, and the rows as lists of cells, possibly shorter than the header."""
-        lines = _lines(self.filename)
+        lines = row_files.lines(self.filename)
         if not lines:
             return [], []
-        header, *rows = map(_csv_cells, lines)
+        header, *rows = map(row_files.csv_cells, lines)
         # a damaged header keeps its readable names
         keys = lines[0].decode(errors="replace").replace("\0", "?").split(",") if header is None else header
         # most rows have the same length; a shorter header has lost a comma
@@ -184,12 +182,12 @@ class CSVOutputFormat(KVWriter):
         whole = [row for row in rows if row is not None and len(row) <= len(keys)]
         damaged = len(rows) - len(whole) + (keys != header)
         if damaged:
-            self.damage = _set_aside(self.filename, damaged)
+            self.damage = row_files.set_aside(self.filename, damaged)
             self._rewrite(keys, whole)
         return keys, whole
 
     def _rewrite(self, keys, rows):
-        _replace(self.filename, "".join(_csv_line(row, keys) for row in [keys, *rows]).encode())
+        row_files.replace(self.filename, "".join(row_files.csv_line(row, keys) for row in [keys, *rows]).encode())
         self.keys = keys
 
 
@@ -315,7 +313,7 @@ def _run_id(path):
             raise InputError(f"{path}: not the id of a W&B run; delete it to begin another one")
         return found
     new = secrets.token_hex(4)
-    _replace(path, new.encode())
+    row_files.replace(path, new.encode())
     return new
 
 
@@ -375,84 +373,5 @@ def plain(kvs: dict[str, Any]) -> dict[str, Any]:
     return {key: unwrapped(val) for key, val in kvs.items()}
 
 
-def _rows_kept(rows, values, least, unless_above):
-    """The rows whose value is not a number >= least; all rows if any value is > unless_above."""
-    numbers = [number(value) for value in values]
-    if any(number > unless_above for number in numbers):
-        return rows
-    return [row for row, number in zip(rows, numbers, strict=True) if not number >= least]
-
-
-def number(val: Any) -> float:
-    """val as a float; NaN, which is never >= a number, if it is not a number."""
-    try:
-        return float(val)
-    except (TypeError, ValueError, OverflowError):
-        return math.nan
-
-
 def _shorten(text):
     return text if len(text) <= 30 else text[:27] + "..."
-
-
-def _csv_line(row, keys):
-    """:param row: a list of cells, or a dict."""
-    if isinstance(row, dict):
-        row = [row.get(key, "") for key in keys]
-    text = io.StringIO()
-    csv.writer(text, lineterminator="").writerow([*row, *[""] * (len(keys) - len(row))])
-    # a crash within a multi-line value would leave what looks like a whole row
-    return " ".join(text.getvalue().splitlines()) + "\n"
-
-
-def _csv_cells(line):
-    """The cells of a line (bytes); None if it is damaged."""
-    try:
-        rows = list(csv.reader([line.decode()], strict=True))
-    except (UnicodeDecodeError, csv.Error):
-        return None
-    return rows[0] if len(rows) == 1 and "\0" not in "".join(rows[0]) else None
-
-
-def _json_object(line):
-    """The JSON object in a line (bytes); None if it is damaged."""
-    try:
-        row = json.loads(line.decode())
-    except (ValueError, RecursionError):
-        return None
-    return row if isinstance(row, dict) else None
-
-
-def _append(path, text):
-    try:
-        with open(path, "a", newline="", encoding="utf-8") as f:
-            f.write(text)
-    except OSError as e:
-        raise InputError(f"{path}: cannot be written ({e.strerror})") from None
-
-
-def _drop_cut_line(path):
-    """Remove a last line without newline, cut off by a crash. Create the file if it is missing."""
-    with open(path, "ab+") as f:
-        f.seek(0)
-        f.truncate(f.read().rfind(b"\n") + 1)
-
-
-def _lines(path):
-    """The non-empty lines of a file, as bytes."""
-    with open(path, "rb") as f:
-        return [line for line in f.read().split(b"\n") if line.strip()]
-
-
-def _set_aside(path, count):
-    """Copy a file with `count` damaged lines; return a message about it."""
-    names = (f"{path}.damaged{i if i > 1 else ''}" for i in itertools.count(1))
-    copy = next(name for name in names if not os.path.lexists(name))
-    with open(path, "rb") as f:
-        _replace(copy, f.read())
-    return f"{path}: {count} damaged line{'s' if count > 1 else ''} dropped; the damaged file is kept as {copy}"
-
-
-def _replace(path, content):
-    directory, name = os.path.split(path)
-    write_files(directory, {name: lambda f: f.write(content)})
