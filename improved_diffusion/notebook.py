@@ -146,7 +146,7 @@ def _own_data(data, labels, run):
         raise InputError(f"num_classes {model.num_classes}: the data has {len(names)} classes")
     if run.class_names is not None and run.class_names != names:
         raise InputError(f"labels: are of the classes {names}; those of the run are {run.class_names}")
-    run = dataclasses.replace(run, notes=(*run.notes, *own.notes))
+    run = dataclasses.replace(run, notes=(*run.notes, *own.notes()))
     return run, run.options.call(load_dataset, dataset=own, data_dir="the data")
 
 

@@ -11,13 +11,13 @@ from .. import dist_util
 from ..utils.errors import InputError
 from .images import scale_and_crop
 
-TRIED = 64  # images checked at the start
+TRIED = 64  # images that notes() looks at
 
 
 class OwnImages(Dataset):
     """
     This rank's share of images. Sample i is (float32 [C, S, S] in [-1, 1], {"y": int64} or {}), as of ImageDataset; an
-    index may be (i, flip). The attribute `notes` has lines of warning about the data.
+    index may be (i, flip).
 
     :param data: [N, C, S, S], a tensor or an array; or a Dataset whose items are images, or tuples that begin with
                  image and label. An image is [C, S, S], or a PIL image, which is scaled and cropped. Values are uint8
@@ -47,10 +47,18 @@ class OwnImages(Dataset):
         first = self._image(0)
         self.channels = image_channels or (_channels(first) if _is_picture(first) else first.shape[0])
         self.size = image_size or (min(first.size) if _is_picture(first) else first.shape[-1])
+
+    def notes(self) -> list[str]:
+        """
+        Look at the first images. :return: lines of warning about them.
+
+        :raises InputError: if one is not of the form.
+        """
         least = min([self[i][0].min().item() for i in range(min(TRIED, len(self)))], default=-1.0)
-        self.notes: list[str] = []  # lines for the log
+        first = self._image(0)
         if least >= 0 and not _is_picture(first) and first.dtype != th.uint8:
-            self.notes.append("WARNING: no value of the images is below 0: black is -1 for this model, not 0")
+            return ["WARNING: no value of the images is below 0: black is -1 for this model, not 0"]
+        return []
 
     def _names(self):
         if self.labels is not None:

@@ -102,7 +102,7 @@ def test_arrays_that_are_not_writable(tmp_path):
 )  # fmt: skip
 def test_what_is_none_is_refused_in_one_line(data, arguments, named):
     with pytest.raises(InputError, match=named) as refusal:
-        OwnImages(data, **arguments)
+        OwnImages(data, **arguments).notes()
     assert "\n" not in str(refusal.value)
 
 
@@ -120,7 +120,7 @@ def test_labels_of_items_that_are_no_class(item, named):
     data = Items([item] * 5)
     data.classes = ["cat", "dog"]
     with pytest.raises(InputError, match=named):
-        OwnImages(data, class_cond=True)
+        OwnImages(data, class_cond=True).notes()
 
 
 def test_a_label_far_behind_is_refused_at_the_start():
@@ -131,12 +131,12 @@ def test_a_label_far_behind_is_refused_at_the_start():
 
 
 def test_black_that_is_zero_is_noticed():
-    assert OwnImages(FLOAT).notes == []
-    (note,) = OwnImages(FLOAT / 2 + 0.5).notes
+    assert OwnImages(FLOAT).notes() == []
+    (note,) = OwnImages(FLOAT / 2 + 0.5).notes()
     assert "-1" in note
 
 
 @pytest.mark.parametrize("data", [UINT8 // 2 + 128, [Image.new("L", (8, 8), 255)]], ids=["uint8", "picture"])
 def test_bright_pixels_of_bytes_are_none(data):
     """Icons on white: 0 is black there."""
-    assert OwnImages(data).notes == []
+    assert OwnImages(data).notes() == []
