@@ -87,7 +87,8 @@ def load_dataset(
     if len(dataset) < batch_size:
         share = f" for this one of {dist_util.world_size()} ranks" if dist_util.world_size() > 1 else ""
         problem = f"{data_dir}: {counted(len(dataset), 'image')}{share}: fewer than a batch"
-        raise InputError(f"{problem}; give batch_size {len(dataset)} or less, or more images")
+        less = f"batch_size {len(dataset)} or less" if len(dataset) else "fewer ranks"
+        raise InputError(f"{problem}; give {less}, or more images")
     num_workers = _workers(num_workers, dataset)
     return BatchStream(dataset, batch_size, shuffle, num_workers, collate_fn, random_flip, pin_memory)
 

@@ -8,8 +8,8 @@ A run in a few lines of Python, as for a notebook:
     samples = load("runs/a").sample(16, classes="3,7")        # [16, C, H, W]
     picture(samples)
 
-Options have the names, defaults and limits of the scripts' flags, and the folders are those of the scripts: a run that
-begins here continues there.
+Options have the names and limits of the scripts' flags, and their defaults but for those that the data or the model
+tell. The folders are those of the scripts: a run that begins here continues there.
 """
 
 import contextlib
@@ -45,7 +45,7 @@ from .logger import Logger
 from .metrics.sample_distance import create_sample_distance
 from .metrics.validation import create_validation
 from .option_groups import Option, coerce, rows
-from .options import SampleOptions, SuperResSampleOptions, TrainOptions
+from .options import SampleOptions, SuperResSampleOptions, SuperResTrainOptions, TrainOptions
 from .script_util import (
     configure_compute,
     create_diffusion,
@@ -79,7 +79,8 @@ def train(data: Any, log_dir: str | os.PathLike, *, labels: Any = None, **option
     Train a model as scripts/image_train.py does, on images from Python too. In IPython each preview is shown, and an
     interruption saves and returns; elsewhere it saves and raises KeyboardInterrupt.
 
-    A run in log_dir is continued, unless overwrite=True. The caller's random generators and logger stay as they are.
+    A run in log_dir is continued, unless overwrite=True. The caller's logger and random generators stay as they are;
+    without a seed, torch's generator draws one.
 
     :param data: a folder of images, or what OwnImages takes: [N, C, S, S], uint8 or floats in [-1, 1], or a Dataset.
                  A new run has its image_size, image_channels and num_classes, unless they are given.
@@ -92,8 +93,10 @@ def train(data: Any, log_dir: str | os.PathLike, *, labels: Any = None, **option
     if not log_dir:
         raise InputError("log_dir: give the folder of the run")
     in_python = not isinstance(data, (str, os.PathLike))
-    if in_python and (of_files := sorted({"data_dir", "skip_damaged"} & options.keys())):
-        raise InputError(f"{of_files[0]}: is for images in files, but the data is {type(data).__name__}")
+    if "data_dir" in options:
+        raise InputError("data_dir: leave it out; the first argument of train() is the data")
+    if in_python and "skip_damaged" in options:
+        raise InputError(f"skip_damaged: is for images in files, but the data is {type(data).__name__}")
     if labels is not None and in_python:
         options.setdefault("class_cond", True)
     elif labels is not None:
@@ -101,29 +104,36 @@ def train(data: Any, log_dir: str | os.PathLike, *, labels: Any = None, **option
     given = _typed(rows(TrainOptions), {**options, "data_dir": "" if in_python else data, "log_dir": log_dir})
     given.setdefault("resume_checkpoint", "" if given.get("overwrite") else "auto")
     dist_util.setup_dist()
+    drawn = int(th.randint(2**63 - 1, ())) if given.get("seed") is None else None
     with _apart():
         flags = with_defaults(_defaults_of(data, labels, given) if in_python else TrainOptions(), given)
         check_outside(flags.options, log_dir)
-        dist_util.seed_everything(flags.options.compute.seed)
+        seed = flags.options.compute.seed
+        dist_util.seed_everything(drawn if seed is None else seed)
         run = resumed(flags)
+        if in_python:
+            own = _own_data(data, labels, run)
+            run = dataclasses.replace(run, notes=(*run.notes, *own.notes()))
         if run.options.general.dry_run:
             print_dry_run(run, create_model_and_diffusion)
         elif in_python:
-            _train(*_own_data(data, labels, run))
+            _train(run, run.options.call(load_dataset, dataset=own, data_dir="the data"))
         else:
             _train(run, run.options.call(load_data, class_names=run.class_names))
     return log_dir
 
 
 def _train(run, batches):
-    run = dataclasses.replace(run, notes=tuple(map(named_as_in_python, run.notes)))
     options, names = run.options, batches.dataset.class_names
     model, diffusion = options.call(create_model_and_diffusion)
     configure_compute(model, use_bf16=options.compute.use_bf16, compile=options.compute.compile)
     measures = create_validation(options, diffusion, names), create_sample_distance(options, names)
     outputs = [InlinePictures()] if _in_ipython() else []
     preview = create_preview(options, names)
-    train_run(run, create_model_and_diffusion, model, diffusion, batches, preview, measures, outputs=outputs)
+    train_run(
+        run, create_model_and_diffusion, model, diffusion, batches, preview, measures,
+        outputs=outputs, spell=named_as_in_python,
+    )  # fmt: skip
 
 
 def _defaults_of(data, labels, given):
@@ -135,19 +145,15 @@ def _defaults_of(data, labels, given):
 
 
 def _own_data(data, labels, run):
-    """:return: (the run, its batches) of images from Python, which are checked against its options."""
+    """Images from Python as a run has them."""
     model = run.options.model
     if labels is not None and not model.class_cond:
         raise InputError("labels: are given, but class_cond is False")
     sizes = dict(image_size=model.image_size, image_channels=model.image_channels, class_cond=model.class_cond)
-    own = OwnImages(data, labels, **sizes)
-    names = own.class_names
-    if len(names or ()) > model.num_classes:
-        raise InputError(f"num_classes {model.num_classes}: the data has {len(names)} classes")
-    if run.class_names is not None and run.class_names != names:
-        raise InputError(f"labels: are of the classes {names}; those of the run are {run.class_names}")
-    run = dataclasses.replace(run, notes=(*run.notes, *own.notes()))
-    return run, run.options.call(load_dataset, dataset=own, data_dir="the data")
+    own = OwnImages(data, labels, **sizes, class_names=run.class_names)
+    if len(own.class_names or ()) > model.num_classes:
+        raise InputError(f"num_classes {model.num_classes}: the data has {len(own.class_names)} classes")
+    return own
 
 
 def _typed(known: Iterable[Option], values: dict[str, Any]) -> dict[str, Any]:
@@ -194,11 +200,11 @@ def _apart():
         if e.signal != "SIGINT":
             raise
     finally:
-        if Logger.CURRENT is not None:
-            Logger.CURRENT.close()
-        Logger.CURRENT = logger
+        of_run, Logger.CURRENT = Logger.CURRENT, logger
         Logger.EARLY.clear()  # of a run that did not begin
         set_rng_state(rng)
+        if of_run not in (None, Logger.DEFAULT):
+            of_run.close()
 
 
 def _in_ipython():
@@ -323,7 +329,7 @@ def load(path: str | os.PathLike, **options: Any) -> Trained:
     run.options.call(configure_compute, model=model)
     chosen = {**dataclasses.asdict(run.options.model), **dataclasses.asdict(run.options.diffusion)}
     config = {
-        "script": "super_res_train" if enlarges else "image_train",
+        "script": (SuperResTrainOptions if enlarges else TrainOptions).script,
         "class_names": run.class_names,
         **(found or {}),
     }

@@ -118,7 +118,7 @@ def coerce(row: Option, value: Any) -> Any:
 
     :raises InputError: for a value of another type.
     """
-    value = value.item() if hasattr(value, "item") else value  # of numpy or torch
+    value = value.item() if getattr(value, "ndim", None) == 0 else value  # of numpy or torch
     words = row.valid.words if row.valid is not None else ()
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if type(value) is row.type or value in words or (value is None and row.default is None):

@@ -591,6 +591,17 @@ def test_fewer_packed_images_than_a_batch_are_refused_with_the_numbers(photograp
         load_data(data_dir=photographs[3], batch_size=12, image_size=8)
 
 
+def test_a_rank_without_images_asks_for_fewer_ranks(on_ranks, tmp_path):
+    def refusal(rank):
+        try:
+            load_data(data_dir=str(write_images(tmp_path / f"{rank}", count=1)), batch_size=1, image_size=8)
+        except InputError as e:
+            return str(e)
+
+    first, second = on_ranks(2, refusal)
+    assert first is None and "give fewer ranks" in second
+
+
 # ---------------------------------------------------------------- what cannot work
 
 

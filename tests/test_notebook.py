@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -14,11 +15,11 @@ import pytest
 import torch as th
 from harness import TINY, TRAIN, environment, flags, load_script, run_script, save_weights, write_images
 from PIL import Image
-from training import assert_same, checkpoint_names, lines_of
+from training import assert_same, checkpoint_names
 from training import load as read
 
 import improved_diffusion
-from improved_diffusion import load, picture, train
+from improved_diffusion import load, logger, picture, train
 from improved_diffusion.inference.arrays import to_uint8
 from improved_diffusion.logger import Logger
 from improved_diffusion.train_util import TrainLoop
@@ -65,6 +66,10 @@ def assert_same_run(folder, whole):
             assert_same(read(folder / name), read(whole / name), name)
 
 
+def log_of(folder):
+    return (folder / "log.txt").read_text()
+
+
 # ---------------------------------------------------------------- train
 
 
@@ -101,13 +106,10 @@ def test_values_of_python_are_taken(tmp_path):
     changed |= dict(weight_decay=np.float32(0.5), save_interval=1e4, batch_size=np.int64(2))
     train(x, tmp_path / "a", **{**own, **changed})
     kept = json.loads((tmp_path / "a" / "config.json").read_text())["flags"]
-    assert (kept["lr"], kept["channel_mult"], kept["ema_rate"], kept["attention_resolutions"]) == (
-        1.0,
-        "1,2",
-        "0.5,0.9",
-        "4",
-    )
-    assert (kept["image_size"], kept["image_channels"], kept["class_cond"]) == (8, 1, False)
+    wanted = dict(lr=1.0, channel_mult="1,2", ema_rate="0.5,0.9", attention_resolutions="4", weight_decay=0.5,
+                  save_interval=10_000, batch_size=2, image_size=8, image_channels=1, class_cond=False)  # fmt: skip
+    assert {name: kept[name] for name in wanted} == wanted
+    assert all(type(kept[name]) is type(value) for name, value in wanted.items())
 
 
 @pytest.mark.parametrize(
@@ -125,6 +127,10 @@ def test_values_of_python_are_taken(tmp_path):
         (dict(class_dropout=0.1), "class_dropout 0.1"),
         (dict(class_cond=False, labels=[0, 1, 2, 0]), "labels"),
         (dict(data_dir="photos"), "data_dir"),
+        (dict(skip_damaged=True), "skip_damaged"),
+        (dict(batch_size=np.array([4, 4])), "batch_size"),
+        (dict(dry_run=True, num_classes=2, labels=[0, 1, 2, 0]), "num_classes 2"),
+        (dict(dry_run=True, image_size=16), r"\(1, 8, 8\)"),
     ],
 )
 def test_what_is_invalid_is_refused_in_one_line(tmp_path, changed, named):
@@ -137,10 +143,14 @@ def test_what_is_invalid_is_refused_in_one_line(tmp_path, changed, named):
 def test_classes_of_a_folder_are_those_of_its_files(images, tmp_path):
     with pytest.raises(InputError, match="labels"):
         train(images, tmp_path / "a", labels=[0], **TRAIN)
+    with pytest.raises(InputError, match="data_dir"):
+        train(images, tmp_path / "a", data_dir="photos", **TRAIN)
     pixels, labels = pixels_of(images)
     train(images, tmp_path / "b", **{**OPTIONS, "max_steps": 1})
-    with pytest.raises(InputError, match="labels"):  # the run's classes are a and b
-        train(pixels, tmp_path / "b", labels=labels, **{**OPTIONS, "max_steps": 2})
+    train(pixels, tmp_path / "b", labels=labels, **{**OPTIONS, "max_steps": 2})
+    assert json.loads((tmp_path / "b" / "config.json").read_text())["class_names"] == ["a", "b"]
+    with pytest.raises(InputError, match=r"labels.*'a', 'b'"):
+        train(pixels, tmp_path / "b", labels=labels + 1, **{**OPTIONS, "max_steps": 3})
 
 
 def test_the_caller_keeps_its_logger_and_random_generators(images, tmp_path):
@@ -150,15 +160,61 @@ def test_the_caller_keeps_its_logger_and_random_generators(images, tmp_path):
     for _ in range(2):  # the second continues the first, from its checkpoint's generators
         train(images, tmp_path, **one_step)
         assert (random.getstate(), np.random.get_state()[1].tolist(), th.get_rng_state().tolist()) == before
-    assert Logger.CURRENT is None and f"all files are in {tmp_path}" in lines_of(tmp_path)
+    assert Logger.CURRENT is None and f"all files are in {tmp_path}" in log_of(tmp_path)
+
+
+def test_runs_without_a_seed_differ_and_follow_the_callers(images, tmp_path):
+    unseeded = {name: value for name, value in OPTIONS.items() if name != "seed"} | {"max_steps": 1}
+    weights = {}
+    for name, seed in (("a", 1), ("b", None), ("c", 1)):
+        if seed is not None:
+            th.manual_seed(seed)
+        train(images, tmp_path / name, **unseeded)
+        weights[name] = read(tmp_path / name / "model000000.pt")["input_blocks.0.0.weight"]
+    assert th.equal(weights["a"], weights["c"]) and not th.equal(weights["a"], weights["b"])
+
+
+def test_the_logger_of_a_caller_outlives_a_run(images, tmp_path, monkeypatch):
+    """Also the one that the first line of a program has made, and when a run's cannot be closed."""
+    monkeypatch.setenv("OPENAI_LOGDIR", str(tmp_path / "default"))
+    logger.log("before")
+    own = Logger.CURRENT
+    one_step = {**OPTIONS, "max_steps": 1}
+    before, close = th.get_rng_state(), Logger.close
+    with monkeypatch.context() as patch:
+        patch.setattr(Logger, "close", lambda self: (close(self), 1 / 0))
+        with pytest.raises(ZeroDivisionError):
+            train(images, tmp_path / "a", **one_step)
+        assert Logger.CURRENT is own and th.equal(th.get_rng_state(), before)
+    Logger.CURRENT = None
+    monkeypatch.setattr(improved_diffusion.notebook, "train_run", lambda *_, **__: logger.log("by the default logger"))
+    train(images, tmp_path / "b", **one_step)
+    logger.log("behind")
+    own.close()
+    assert {"before", "by the default logger", "behind"} <= set(log_of(tmp_path / "default").splitlines())
 
 
 def test_what_a_refused_run_has_noted_is_not_of_the_next(tmp_path):
-    own = {k: v for k, v in TRAIN.items() if k not in ("image_size", "max_steps")}
-    with pytest.raises(InputError, match="lr -1"):
-        train(th.rand(4, 1, 8, 8), tmp_path / "a", **{**own, "lr": -1.0})  # no value is below 0
-    train(th.rand(4, 1, 8, 8) * 2 - 1, tmp_path / "b", **own, max_steps=1)
-    assert "below 0" not in lines_of(tmp_path / "b")
+    (tmp_path / "images").mkdir()
+    write_images(tmp_path / "images", count=4)
+    (tmp_path / "images" / "notes.webp").write_bytes(b"RIFF")  # another kind of file
+    with pytest.raises(InputError, match="batch_size"):
+        train(tmp_path / "images", tmp_path / "a", **{**TRAIN, "batch_size": 5})
+    train(th.rand(4, 1, 8, 8) * 2 - 1, tmp_path / "b", **{**TRAIN, "max_steps": 1})
+    assert "webp" not in log_of(tmp_path / "b")
+    train(tmp_path / "images", tmp_path / "c", **{**TRAIN, "max_steps": 1, "image_channels": 1})
+    assert "webp" in log_of(tmp_path / "c")
+
+
+def test_images_are_looked_at_before_the_run_begins(tmp_path):
+    own = {k: v for k, v in TRAIN.items() if k != "image_size"} | {"max_steps": 1}
+    train(th.rand(4, 1, 8, 8), tmp_path / "a", **own)
+    assert any("WARNING" in line and "-1" in line for line in log_of(tmp_path / "a").splitlines())
+    images = th.rand(6, 1, 8, 8) * 2 - 1
+    images[3] *= 9
+    with pytest.raises(InputError, match="image 3 of the data"):
+        train(images, tmp_path / "b", **own)
+    assert not (tmp_path / "b").exists()
 
 
 def test_a_run_keeps_its_size_on_images_of_another(tmp_path):
@@ -167,7 +223,7 @@ def test_a_run_keeps_its_size_on_images_of_another(tmp_path):
     train(pictures, tmp_path, **own, image_size=8, max_steps=1)
     train(pictures, tmp_path, **own, max_steps=2)
     assert json.loads((tmp_path / "config.json").read_text())["flags"]["image_size"] == 8
-    assert "WARNING: image_size" not in lines_of(tmp_path)
+    assert "WARNING: image_size" not in log_of(tmp_path)
     with pytest.raises(InputError, match=r"\(3, 12, 12\).*\(3, 8, 8\)"):  # which are not scaled
         train(th.zeros(4, 3, 12, 12), tmp_path, **own, max_steps=3)
 
@@ -177,6 +233,10 @@ def test_options_are_named_as_in_python(images, tmp_path):
     with pytest.raises(InputError, match="overwrite True") as refusal:
         train(images, tmp_path, **OPTIONS, resume_checkpoint="")
     assert "--" not in str(refusal.value)
+    with pytest.raises(InputError, match="run--x"):
+        train(tmp_path / "run--x", tmp_path / "b", **OPTIONS)
+    train(images, tmp_path, **{**OPTIONS, "num_heads": 1})
+    assert "WARNING: num_heads 1" in log_of(tmp_path) and not re.search("--[a-z]", log_of(tmp_path))
 
 
 def test_labels_of_a_folder_are_a_flag(images, tmp_path):
@@ -220,6 +280,7 @@ def test_an_interruption_ends_the_call_only_in_a_notebook(images, tmp_path, note
     monkeypatch.setattr(sys.modules["IPython"], "get_ipython", lambda: None)
     with pytest.raises(KeyboardInterrupt):
         train(images, tmp_path / "b", **OPTIONS)
+    assert "; resume_checkpoint auto " in log_of(tmp_path / "b")
     name = "SIGTERM"
     with pytest.raises(SystemExit):
         train(images, tmp_path / "c", **OPTIONS)

@@ -19,7 +19,7 @@ from .run_folder import claim_folder
 
 def train_run(
     run: Run[TrainOptions], create: Callable, model: Any, diffusion: Any, data: Any, preview: Callable | None,
-    measures: Iterable[Callable | None] = (), *, outputs: Iterable[KVWriter] = (),
+    measures: Iterable[Callable | None] = (), *, outputs: Iterable[KVWriter] = (), spell: Callable[[str], str] = str,
 ) -> None:  # fmt: skip
     """
     Take the folder of a run, and train there until the last step or a signal.
@@ -28,12 +28,13 @@ def train_run(
     :param data: as from load_data().
     :param preview, measures: see TrainLoop; a measure that is None is left out.
     :param outputs: further ones of the logger.
+    :param spell: rewrites the lines of this room, for callers that have options instead of flags.
     :raises InputError: if the folder is of another run, or the checkpoint to continue from does not fit.
     """
     options, names = run.options, data.dataset.class_names
     checkpoint = options.call(open_checkpoint, model=model)
     notes = [*run.notes, *memory_warnings(options, create)]
-    with logging_to(options.general.log_dir, notes, claim_folder(checkpoint, options.general.overwrite)):
+    with logging_to(options.general.log_dir, notes, claim_folder(checkpoint, options.general.overwrite), spell):
         logger.get_current().output_formats += outputs
         loop = options.call(
             TrainLoop,

@@ -205,13 +205,16 @@ def _preset(name, options, given):
 
 
 @contextlib.contextmanager
-def logging_to(log_dir: str, notes=(), claim: Callable[[str, str], list[str]] | None = None):
+def logging_to(
+    log_dir: str, notes=(), claim: Callable[[str, str], list[str]] | None = None, spell: Callable[[str], str] = str
+):
     """
     Within a with block, log to a folder: log_dir, else OPENAI_LOGDIR, else a new runs/SCRIPT-DATE-TIME.
 
     :param notes: first lines of the log.
     :param claim: for a block that writes checkpoints. Rank 0 locks their folder, and calls it with the folder for logs
                   and that for checkpoints, before anything is written there; it returns further first lines.
+    :param spell: rewrites the lines that name flags.
     :raises InputError: if another run has locked it, or a format of the log cannot be used.
     """
     logger.checked_formats()  # before the claim moves files
@@ -227,7 +230,7 @@ def logging_to(log_dir: str, notes=(), claim: Callable[[str, str], list[str]] | 
             notes = [*notes, *dist_util.broadcast_from_rank_0(claim, log_dir or directory, lock.directory)]
         logger.configure(log_dir or directory)
         for note in [dist_util.describe(), *notes]:
-            logger.log(note)
+            logger.log(spell(note))
         try:
             yield
         finally:
@@ -236,7 +239,7 @@ def logging_to(log_dir: str, notes=(), claim: Callable[[str, str], list[str]] | 
                 line = f"all files are in {logger.get_dir()}{f', checkpoints in {blob_dir}' if blob_dir else ''}"
                 if claim and isinstance(error, SystemExit):  # after a signal
                     line += "; --resume_checkpoint auto continues the run"
-                logger.log(line)
+                logger.log(spell(line))
     finally:
         lock.release()
 
@@ -342,4 +345,4 @@ def _with_flag(message):
 
 def named_as_in_python(message: str) -> str:
     """A message of this room, with options instead of flags."""
-    return re.sub(r"--(?=[a-z])", "", message)
+    return re.sub(r"(?<![^\s(])--(?=[a-z])", "", message)  # not in a path

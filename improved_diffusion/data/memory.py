@@ -22,27 +22,30 @@ class OwnImages(Dataset):
     :param data: [N, C, S, S], a tensor or an array; or a Dataset whose items are images, or tuples that begin with
                  image and label. An image is [C, S, S], or a PIL image, which is scaled and cropped. Values are uint8
                  or floats in [-1, 1].
-    :param labels: [N], integers from 0, instead of those of a Dataset. The numbers name the classes.
+    :param labels: [N], integers from 0, instead of those of a Dataset. The numbers name the classes, unless class_names
+                   does.
     :param image_size: S; default: that of the first image.
     :param image_channels: C; default: that of the first image.
     :param class_cond: take the labels of a Dataset's items. data.classes names the classes.
-    :raises InputError: if images or labels are not of this form.
+    :param class_names: of the run that is continued; labels are indices into it.
+    :raises InputError: if the first image or the labels are not of this form, or are of other classes; later, if the
+                        image with some index is not.
     """
 
     default_workers = 0
 
     def __init__(
         self, data: Any, labels: Any = None, *, image_size: int | None = None, image_channels: int | None = None,
-        class_cond: bool = False,
+        class_cond: bool = False, class_names: list[str] | None = None,
     ):  # fmt: skip
-        if not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
+        if not (hasattr(data, "__len__") and hasattr(data, "__getitem__")) or isinstance(data, dict):
             raise InputError(f"the data: is a {type(data).__name__}; give a tensor, an array or a sized Dataset")
         self.data, self.num_images = data, len(data)
         if not self.num_images:
             raise InputError("the data: is empty; give images")
         self.labels = None if labels is None else _checked_labels(labels, self.num_images)
         self.class_cond = class_cond or labels is not None
-        self.class_names = self._names() if self.class_cond else None
+        self.class_names = self._names(class_names) if self.class_cond else None
         self._own = range(dist_util.rank(), self.num_images, dist_util.world_size())
         first = self._image(0)
         self.channels = image_channels or (_channels(first) if _is_picture(first) else first.shape[0])
@@ -60,12 +63,18 @@ class OwnImages(Dataset):
             return ["WARNING: no value of the images is below 0: black is -1 for this model, not 0"]
         return []
 
-    def _names(self):
+    def _names(self, of_the_run):
         if self.labels is not None:
-            return list(map(str, range(int(self.labels.max()) + 1)))
-        if not hasattr(self.data, "classes"):
+            names = list(map(str, range(int(self.labels.max()) + 1)))
+            fits = len(names) <= len(of_the_run or names)
+        elif getattr(self.data, "classes", None) is None:
             raise InputError("class_cond True: give labels, or data whose attribute classes names the classes")
-        return list(map(str, self.data.classes))
+        else:
+            names = list(map(str, self.data.classes))
+            fits = of_the_run in (None, names)
+        if not fits:
+            raise InputError(f"labels: are of the classes {names}; those of the run are {of_the_run}")
+        return of_the_run or names
 
     def __len__(self):
         return len(self._own)
@@ -81,7 +90,7 @@ class OwnImages(Dataset):
         image = _as_tensor(item)
         if image is None:
             raise InputError(f"image {i} of the data: is a {type(item).__name__}; give (C, S, S)")
-        if image.dim() != 3 or image.shape[1] != image.shape[2]:
+        if image.dim() != 3 or image.shape[1] != image.shape[2] or not image.numel():
             channels_last = image.dim() == 3 and image.shape[0] == image.shape[1]
             advice = "channels last: permute to (N, C, S, S)" if channels_last else "give (C, S, S)"
             raise InputError(f"image {i} of the data: has shape {tuple(image.shape)}; {advice}")

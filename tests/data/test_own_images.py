@@ -18,6 +18,10 @@ FLOAT = UINT8.float() / 127.5 - 1
 class Items(list):
     """A data set, perhaps with `classes`."""
 
+    def __init__(self, items, **attributes):
+        super().__init__(items)
+        vars(self).update(attributes)
+
 
 def pictures(size=8):
     return [Image.fromarray(pixels).resize((size, size)) for pixels in PIXELS]
@@ -40,13 +44,23 @@ def test_samples_are_those_of_packed_images(data):
 def test_labels():
     assert [OwnImages(UINT8, [0, 2, 1, 0, 2])[i][1]["y"].item() for i in range(5)] == [0, 2, 1, 0, 2]
     assert OwnImages(UINT8, th.tensor([0, 2, 1, 0, 2])).class_names == ["0", "1", "2"]
-    items = Items(zip(UINT8, [0, 1, 1, 0, 1], strict=True))
-    items.classes = ["cat", "dog"]
+    items = Items(zip(UINT8, [0, 1, 1, 0, 1], strict=True), classes=["cat", "dog"])
     assert OwnImages(items)[1][1] == {}  # unless they are wanted
     own = OwnImages(items, class_cond=True)
     assert own.class_names == ["cat", "dog"] and own[1][1]["y"].dtype == th.int64 and own[1][1]["y"] == 1
     own = OwnImages(items, [2, 0, 1, 1, 1])  # others than those that have the names
     assert own.class_names == ["0", "1", "2"] and own[0][1]["y"] == 2
+
+
+def test_labels_are_indices_into_the_classes_of_a_run():
+    items, names = Items(zip(UINT8, [0, 1, 1, 0, 1], strict=True), classes=["cat", "dog"]), ["cat", "dog"]
+    assert OwnImages(items, class_cond=True, class_names=names).class_names == names
+    own = OwnImages(items, [0, 0, 1, 1, 0], class_names=names)
+    assert own.class_names == names and own[2][1]["y"] == 1
+    assert OwnImages(UINT8, [0] * 5, class_names=names).class_names == names  # some of them
+    for arguments in (dict(labels=[0, 1, 2, 0, 0], class_names=names), dict(class_cond=True, class_names=["dog"])):
+        with pytest.raises(InputError, match=r"labels: .*dog"):
+            OwnImages(items, **arguments)
 
 
 def test_pictures_are_scaled_as_files_are(tmp_path):
@@ -81,6 +95,8 @@ def test_arrays_that_are_not_writable(tmp_path):
     [
         (UINT8[:0], {}, "the data: .*empty"),
         (iter(UINT8), {}, "the data: "),
+        ({"image": UINT8}, {}, "the data: .*dict"),
+        (UINT8[:, :, :0, :0], {}, r"\(3, 0, 0\)"),
         (th.utils.data.DataLoader(UINT8), {}, "the data: .*DataLoader"),
         (Items(["a.png"]), {}, "image 0 of the data: .*str"),
         (Items([{"image": UINT8[0]}]), {}, "image 0 of the data: .*dict"),
@@ -98,6 +114,7 @@ def test_arrays_that_are_not_writable(tmp_path):
         (UINT8, dict(labels=np.array(["a"] * 5)), "labels: .*integers"),
         (UINT8, dict(labels=th.zeros(5, 2).long()), r"labels: .*\(5, 2\)"),
         (UINT8, dict(class_cond=True), "class_cond"),
+        (Items(list(UINT8), classes=None), dict(class_cond=True), "class_cond"),
     ],
 )  # fmt: skip
 def test_what_is_none_is_refused_in_one_line(data, arguments, named):
@@ -117,8 +134,7 @@ def test_what_is_none_is_refused_in_one_line(data, arguments, named):
     ],
 )
 def test_labels_of_items_that_are_no_class(item, named):
-    data = Items([item] * 5)
-    data.classes = ["cat", "dog"]
+    data = Items([item] * 5, classes=["cat", "dog"])
     with pytest.raises(InputError, match=named):
         OwnImages(data, class_cond=True).notes()
 
