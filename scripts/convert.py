@@ -18,6 +18,7 @@ if __name__ == "__main__":
 
 import functools
 import json
+import os
 import sys
 
 import blobfile as bf
@@ -26,6 +27,7 @@ import torch as th
 from improved_diffusion.cli.config_file import CONFIG, config_of, read_config
 from improved_diffusion.cli.interchange import from_guided, in_order, options_of, to_guided
 from improved_diffusion.cli.parser import FlagParser, path_argument, run
+from improved_diffusion.training.checkpoints import parse_name
 from improved_diffusion.training.weights import read_weights
 from improved_diffusion.utils import safe_tensors
 from improved_diffusion.utils.errors import InputError
@@ -40,7 +42,7 @@ def main():
     args = create_argparser().parse_args(words)
     weights = read_weights(args.src)
     config, path = (from_guided(flags, weights), args.src) if flags else config_of(args.src)
-    check_new(args.out, config, bool(args.to))
+    check_new(args.out, config, bool(args.to), described=args.src if flags else "")
     if config is None and args.to:
         raise InputError(f"{args.src}: has no {CONFIG} beside it, which tells its options")
     if config is not None:
@@ -62,8 +64,11 @@ def split(words: list[str]) -> tuple[list[str], list[str]]:
     return words[:end], words[end + 1 :]
 
 
-def check_new(out: str, config: dict | None, for_guided: bool) -> None:
-    """:raises InputError: if a file is in the way, a config would be of other weights, or the name ends otherwise."""
+def check_new(out: str, config: dict | None, for_guided: bool, described: str) -> None:
+    """
+    :param described: the weights that the config is of, if it was not read with them.
+    :raises InputError: if a file is in the way, a config would be of other weights, or the name ends otherwise.
+    """
     endings = (".pt",) if for_guided else (".pt", safe_tensors.ENDING)
     if not out.endswith(endings):
         raise InputError(f"{out}: give a name that ends in {' or '.join(endings)}")
@@ -77,8 +82,16 @@ def check_new(out: str, config: dict | None, for_guided: bool) -> None:
         raise InputError(f"{bf.join(folder, CONFIG)}: is of other weights; give another folder")
     if beside is None and config is not None and bf.isdir(folder or "."):
         for name in sorted(list_folder(folder or ".")):
-            if name.endswith((".pt", safe_tensors.ENDING)) and config_of(bf.join(folder, name))[0] is None:
-                raise InputError(f"{bf.join(folder, name)}: {CONFIG} would be of these weights too; {ELSEWHERE}")
+            path = bf.join(folder, name)
+            others = is_weights(name) and os.path.realpath(path) != os.path.realpath(described)
+            if others and config_of(path)[0] is None:
+                raise InputError(f"{path}: {CONFIG} would be of these weights too; {ELSEWHERE}")
+
+
+def is_weights(name: str) -> bool:
+    """Whether a file has weights, by its name; opt000100.pt has none."""
+    parsed = parse_name(name)
+    return name.endswith((".pt", safe_tensors.ENDING)) and (parsed is None or parsed.kind in ("model", "ema"))
 
 
 def write(out: str, weights: dict[str, th.Tensor], config: dict | None) -> None:

@@ -82,6 +82,13 @@ def test_the_config_inside_comes_before_that_of_the_folder(run, tmp_path):
     assert config_of(str(path)) == (inside, str(path))
     (tmp_path / "plain.safetensors").write_bytes(safe_tensors.encode("", load(run[0] / "ema_0.9_000004.pt"), {}))
     assert config_of(str(tmp_path / "plain.safetensors")) == (other, str(tmp_path / "config.json"))
+    sampling = dict(num_samples=2, seed=0, sampler="unipc", sampling_steps=2)
+    images = {}
+    for weights in (run[0] / "ema_0.9_000004.pt", path, tmp_path / "plain.safetensors"):
+        assert run_script("image_sample", flags(model_path=weights, **sampling), tmp_path / weights.name[:4]) == 0
+        images[weights.name] = np.load(next((tmp_path / weights.name[:4]).glob("*.npz")))["arr_0"]
+    assert np.array_equal(images["ema_0.9_000004.pt"], images["a.safetensors"])
+    assert not np.array_equal(images["a.safetensors"], images["plain.safetensors"])
 
 
 def test_a_run_begins_from_them(run, tmp_path):
@@ -225,6 +232,10 @@ def test_the_script_writes_and_reads_them(run, tmp_path, capfd):
     assert convert(tmp_path / "g" / "g.pt", tmp_path / "back.safetensors", "--", *words) == 0
     assert convert(tmp_path / "g" / "g.pt", tmp_path / "again.pt", "--to", "guided-diffusion", "--", *words) == 0
     assert_same(load(tmp_path / "again.pt"), load(weights))
+    (tmp_path / "g" / "opt000100.pt").touch()
+    assert convert(tmp_path / "g" / "g.pt", tmp_path / "g" / "ours.pt", "--", *words) == 0  # the config is of both
+    (tmp_path / "g" / "config.json").unlink()
+    refused(capfd, "ours.pt", tmp_path / "g" / "g.pt", tmp_path / "g" / "other.pt", "--", *words)
     sampling = flags(model_path=tmp_path / "back.safetensors", num_samples=1, sampler="unipc", sampling_steps=2)
     (tmp_path / "config.json").unlink()
     assert run_script("image_sample", sampling, tmp_path / "log") == 0
