@@ -79,8 +79,7 @@ class GaussianDiffusion(ForwardProcess):
         rescale_timesteps: bool = False, min_snr_gamma: float | None = None,
     ):  # fmt: skip
         if min_snr_gamma is not None and loss_type.is_vb():
-            problem = f"weighs the squared error, which use_kl True replaces by the bound ({loss_type})"
-            raise InputError(f"loss_weighting min_snr: {problem}")
+            raise InputError(f"min_snr_gamma {min_snr_gamma}: weighs the squared error, but the loss is {loss_type}")
         if min_snr_gamma is not None and not min_snr_gamma > 0:
             raise InputError(f"min_snr_gamma {min_snr_gamma}: give more than 0")
         self.model_mean_type = model_mean_type

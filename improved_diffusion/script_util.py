@@ -279,6 +279,8 @@ def create_gaussian_diffusion(
         raise InputError("predict_v True and predict_xstart True: choose one of them")
     if loss_weighting not in ("uniform", "min_snr"):
         raise InputError(f"loss_weighting {loss_weighting}: give uniform or min_snr")
+    if loss_weighting == "min_snr" and use_kl:
+        raise InputError("loss_weighting min_snr: weighs the squared error, which use_kl True replaces by the bound")
     if use_kl:
         loss_type = gd.LossType.RESCALED_KL
     elif rescale_learned_sigmas:
