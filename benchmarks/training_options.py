@@ -5,6 +5,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import threading
 import time
 from concurrent.futures import Executor, ProcessPoolExecutor
 from pathlib import Path
@@ -22,6 +23,7 @@ from improved_diffusion.data.sources import Arrays, Source, digits, emoji
 from improved_diffusion.image_datasets import load_data_once, open_images
 from improved_diffusion.inference.arrays import to_uint8
 from improved_diffusion.metrics import FeatureNetwork, features_of, frechet_distance, precision_recall
+from improved_diffusion.metrics.image_sets import evenly
 from improved_diffusion.metrics.likelihood import evaluate_bpd, summarize
 from improved_diffusion.utils.errors import InputError
 from improved_diffusion.utils.files import write_files
@@ -72,7 +74,8 @@ def pool() -> Executor:
 
 
 def initialize() -> None:
-    """Of a worker: one thread, nothing on the terminal."""
+    """Of a worker: one thread, nothing on the terminal, and an end with the benchmark's."""
+    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
     th.set_num_threads(1)
     os.environ["OPENAI_LOG_FORMAT"] = "log,csv"
     logger.Logger.CURRENT = logger.Logger(dir=None, output_formats=[])
@@ -180,12 +183,6 @@ class Judge:
 
 
 judge_of = functools.cache(Judge)  # in a worker
-
-
-def evenly(count: int, of: int) -> np.ndarray:
-    """Indices of `count` of `of` items, all of them if there are fewer: neighbours are alike."""
-    count = min(count, of)
-    return (2 * np.arange(count) + 1) * of // (2 * count)
 
 
 def rows_of(results: list[dict]) -> list[dict]:

@@ -1,7 +1,7 @@
 """
 The claims of "Improved Denoising Diffusion Probabilistic Models" (arXiv 2102.09672) at small scale, on two cores.
 
-    python -m reproduce.runner            all of it, in at most 100 minutes; docs/paper.md is its output
+    python -m reproduce.runner            all of it, in about 100 minutes; docs/paper.md is its output
     python -m reproduce.runner --quick    that everything runs, in a few minutes, without verdicts
 
 experiments.py   the list: runs, measurements, claims, and what counts as holding. Begin here

@@ -18,8 +18,9 @@ from improved_diffusion.image_datasets import open_images
 from improved_diffusion.inference.arrays import to_uint8
 from improved_diffusion.inference.generate import generate, noise_of
 from improved_diffusion.metrics import FeatureNetwork, features_of, frechet_distance, precision_recall
-from improved_diffusion.metrics.estimate import PILOT_IMAGES, estimate_bpd, importance_weights, pilot_sums
+from improved_diffusion.metrics.estimate import PILOT_IMAGES, estimate_bpd, importance_weights, log_bins, pilot_sums
 from improved_diffusion.metrics.frechet import Moments
+from improved_diffusion.metrics.image_sets import evenly
 from improved_diffusion.metrics.likelihood import PILOT_NUMBERS
 from improved_diffusion.metrics.plan import measure_costs, plan
 from improved_diffusion.options import TrainOptions
@@ -45,7 +46,7 @@ class Images:
 
     @functools.cache  # noqa: B019 (one object a process)
     def reference(self, count: int) -> tuple[np.ndarray, Moments]:
-        """Features of `count` training images, and their moments. jobs.py computes them before they are needed."""
+        """Features of `count` training images, computed once for a folder, and their moments."""
         path, moments = self.folder / f"features-{count}.npy", Moments()
         if not path.exists():
             features = features_of(spread(self.train, count), network(), batch_size=5).numpy()
@@ -75,8 +76,8 @@ def network() -> FeatureNetwork:
 
 
 def spread(images: np.ndarray, count: int) -> np.ndarray:
-    """`count` images, evenly from all: neighbours are alike."""
-    return images[(2 * np.arange(count) + 1) * len(images) // (2 * count)]
+    """`count` images, evenly from all."""
+    return images[evenly(count, len(images))]
 
 
 def to_model(images: np.ndarray) -> th.Tensor:
@@ -150,7 +151,9 @@ def methods(
         found = bound(trained, diffusion, held_out, evaluations)
         del found["vb"]
         rows.append({"method": name, "evaluations": evaluations or diffusion.num_timesteps, **found})
-    return {"rows": rows, "images": images, "evaluations to choose": steps * planned_images}
+    pilot = 2 * (len(log_bins(steps)) - 1) * min(PILOT_IMAGES, images)
+    before = {"evaluations to choose": steps * planned_images, "evaluations of the pilot": pilot}
+    return {"rows": rows, "images": images, **before}
 
 
 # ---------------------------------------------------------------- samples

@@ -102,8 +102,9 @@ def methods(measure: Measure, results: Results) -> str:
               f"{row['standard error of the estimate']:.4f}" if "standard error of the estimate" in row else ""]
              for row in found["rows"]]  # fmt: skip
     heads = ["method", "evaluations an image", "NLL", "standard error over images", "of the estimate alone"]
-    cost = f"{found['images']} images. Choosing timesteps took {found['evaluations to choose']:,} evaluations more."
-    return f"{markdown(heads, lines)}\n\n{cost}"
+    choice, pilot = found["evaluations to choose"], found["evaluations of the pilot"]
+    more = f"Choosing timesteps took {choice:,} evaluations more, the estimate's pilot {pilot:,}."
+    return f"{markdown(heads, lines)}\n\n{found['images']} images. {more}"
 
 
 def flags(trained: list[Run], folder: Folder) -> str:

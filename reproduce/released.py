@@ -23,7 +23,7 @@ from improved_diffusion.cli.presets import PRESETS
 from improved_diffusion.image_datasets import open_images
 from improved_diffusion.metrics import FeatureNetwork, features_of, frechet_distance
 from improved_diffusion.metrics.evaluation import statistics_of
-from improved_diffusion.metrics.image_sets import ImageSet
+from improved_diffusion.metrics.image_sets import ImageSet, evenly
 from improved_diffusion.option_groups import rows
 from improved_diffusion.options import TrainOptions
 from improved_diffusion.utils.errors import InputError
@@ -48,8 +48,9 @@ PUBLISHED: dict[str, dict[str, dict[int, float]]] = {
     "lsun_bedroom": {"FID learned": {1000: 4.24}},
     "own": {},
 }
-SETTINGS = ("model", "model_path", "data_dir", "reference", "images", "samples", "features")  # of the numbers
 SAMPLING = {"FID learned": {}, "FID DDIM": dict(sampler="ddim"), "FID fixed small": dict(fixed="small")}
+# what the numbers depend on
+SETTINGS = {"NLL": ("data_dir", "images"), **dict.fromkeys(SAMPLING, ("reference", "samples", "features"))}
 
 
 def main():
@@ -60,7 +61,7 @@ def main():
     wanted = [(name, steps) for name in ("NLL", *SAMPLING) for steps in args.steps if can(name, steps, trained, args)]
     find = Finder(trained, args)
     for name, steps in wanted:
-        if find.kept.get(f"{name} {steps}") is None:
+        if f"{name} {steps}" not in find.kept:
             find(name, steps)
     show(table(args.model, find.kept, args.steps))
 
@@ -90,35 +91,34 @@ def can(name: str, steps: int, trained: measures.Trained, args) -> bool:
 
 class Finder:
     """
-    Measures, and keeps what it finds in a file.
+    Measures, and keeps what it finds in a file: {"NLL 25": {"value": 4.2, "settings": {...}}, ...}.
 
     :raises InputError: if the file has numbers of another model, other data or counts.
     """
 
     def __init__(self, trained: measures.Trained, args):
-        self.trained, self.args, self.kept = trained, args, {}
+        self.trained, self.args = trained, args
         self.path = Path(args.out or f"released-{args.model}.json")
-        self.settings = {name: getattr(args, name) for name in SETTINGS}
-        if self.path.exists():
-            found = json.loads(self.path.read_text(encoding="utf-8"))
-            if found["settings"] != self.settings:
-                raise InputError(f"out {self.path}: has numbers of {found['settings']}; give another file")
-            self.kept = found["numbers"]
+        self.kept = json.loads(self.path.read_text(encoding="utf-8")) if self.path.exists() else {}
+        for label, found in self.kept.items():
+            if found["settings"] != self.settings(label.rpartition(" ")[0]):
+                raise InputError(f"out {self.path}: has {label} of {found['settings']}; give another file")
         self._reference = self._network = None
+
+    def settings(self, name: str) -> dict:
+        return {setting: getattr(self.args, setting) for setting in ("model", "model_path", *SETTINGS[name])}
 
     def __call__(self, name: str, steps: int) -> None:
         value = self.nll(steps) if name == "NLL" else self.fid(steps, **SAMPLING[name])
-        self.kept[f"{name} {steps}"] = value
-        text = json.dumps({"settings": self.settings, "numbers": self.kept}, indent=1).encode()
+        self.kept[f"{name} {steps}"] = {"value": value, "settings": self.settings(name)}
+        text = json.dumps(self.kept, indent=1).encode()
         write_files(str(self.path.absolute().parent), {self.path.name: lambda f: f.write(text)})
         show(f"{name} in {steps} steps: {value:.4g}")
 
     def nll(self, steps: int) -> float:
         model = self.trained.options.model
         dataset = open_images(self.args.data_dir, model.image_size, False, model.image_channels)
-        count = min(self.args.images, len(dataset))
-        chosen = [(2 * i + 1) * len(dataset) // (2 * count) for i in range(count)]
-        images = np.stack([dataset.pixels(i) for i in chosen])
+        images = np.stack([dataset.pixels(i) for i in evenly(self.args.images, len(dataset))])
         diffusion = self.trained.diffusion(timestep_respacing=str(steps))
         return measures.bound(self.trained, diffusion, images)["bpd"]
 
@@ -133,12 +133,12 @@ class Finder:
         return frechet_distance(features_of(images, self._network), self._reference)
 
 
-def table(model: str, found: dict[str, float], steps: list[int]) -> str:
+def table(model: str, found: dict[str, dict], steps: list[int]) -> str:
     """A line of measured and one of published numbers for each quantity."""
     lines = []
     for name in ("NLL", *SAMPLING):
         published = PUBLISHED[model].get(name, {})
-        measured = {k: found[f"{name} {k}"] for k in steps if f"{name} {k}" in found}
+        measured = {k: found[f"{name} {k}"]["value"] for k in steps if f"{name} {k}" in found}
         for label, values in (("measured", measured), ("published", published)):
             if values:
                 lines.append([name, label, *(f"{values[k]:.2f}" if k in values else "" for k in steps)])

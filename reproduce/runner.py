@@ -1,7 +1,7 @@
 """
 Train and measure what is missing, and write the page.
 
-    python -m reproduce.runner            at most 100 minutes on two cores; writes docs/paper.md and docs/figures
+    python -m reproduce.runner            about 100 minutes on two cores; writes docs/paper.md and docs/figures
     python -m reproduce.runner --quick    a check that everything runs; writes into reproduce/results/quick
 
 It may be stopped at any time: the same command continues. What is finished is kept in reproduce/results under the hash
@@ -51,25 +51,29 @@ def execute(wanted: Experiments, folder: jobs.Folder, pool: Executor, workers: i
     missing = [job for job in in_order(wanted) if not folder.has(job)]
     if not missing:
         return
-    with pool:
-        trials = [future.result() for future in [pool.submit(plan.rates) for _ in range(workers)]]
-        rate = {unit: max(found[unit] for found in trials) for unit in trials[0]}
-        show(f"{plan.table(missing, rate, workers)}\n{folder.path}")
-        under_way: dict[Future, Run | Measure] = {}
-        while missing or under_way:
-            ready = [job for job in missing if isinstance(job, Run) or job.run is None or folder.has(job.run)]
-            for job in ready[: workers - len(under_way)]:
-                missing.remove(job)
-                under_way[pool.submit(jobs.do, folder, job)] = job
-            for future in wait(under_way, return_when=FIRST_COMPLETED).done:
-                job = under_way.pop(future)
-                try:
-                    seconds = future.result()
-                except BrokenProcessPool:
-                    problem = f"{describe(job)}: its process ended, for want of memory perhaps"
-                    raise TrainingError(f"{problem}; the same command continues") from None
-                left = sum(plan.seconds(other, rate) for other in [*missing, *under_way.values()]) / 60 / workers
-                show(f"{time.strftime('%H:%M')}  {seconds:5.0f} s  {describe(job)}; about {left:.0f} min left")
+    under_way: dict[Future, Run | Measure] = {}
+    try:
+        with pool:
+            _execute(missing, under_way, folder, pool, workers)
+    except BrokenProcessPool:
+        names = " or ".join(map(describe, under_way.values()))
+        problem = f"a process of {names or 'the plan'} ended, for want of memory perhaps"
+        raise TrainingError(f"{problem}; the same command continues") from None
+
+
+def _execute(missing, under_way, folder, pool, workers):
+    trials = [future.result() for future in [pool.submit(plan.rates) for _ in range(workers)]]
+    rate = {unit: max(found[unit] for found in trials) for unit in trials[0]}
+    show(f"{plan.table(missing, rate, workers)}\n{folder.path}")
+    while missing or under_way:
+        ready = [job for job in missing if isinstance(job, Run) or job.run is None or folder.has(job.run)]
+        for job in ready[: workers - len(under_way)]:
+            under_way[pool.submit(jobs.do, folder, job)] = job
+            missing.remove(job)
+        for future in wait(under_way, return_when=FIRST_COMPLETED).done:
+            seconds, job = future.result(), under_way.pop(future)
+            left = sum(plan.seconds(other, rate) for other in [*missing, *under_way.values()]) / 60 / workers
+            show(f"{time.strftime('%H:%M')}  {seconds:5.0f} s  {describe(job)}; about {left:.0f} min left")
 
 
 def in_order(wanted: Experiments) -> list[Run | Measure]:

@@ -117,6 +117,12 @@ class ImageSet:
         return shape, int(self.read("count")[0]) if "count" in arrays else None
 
 
+def evenly(count: int, of: int) -> np.ndarray:
+    """Indices of `count` of `of` images, spread evenly, since neighbours are alike; all if there are fewer."""
+    count = min(count, of)
+    return (2 * np.arange(count) + 1) * of // (2 * count)
+
+
 def _npz_arrays(path):
     """The headers of an npz file of images or statistics; None for a folder or packed images."""
     if bf.isdir(path) or not path.endswith(".npz"):

@@ -5,7 +5,7 @@ import sys
 
 import numpy as np
 import pytest
-from harness import ROOT, random_images
+from harness import ROOT, Here, random_images
 
 from improved_diffusion.cli.parser import run
 from improved_diffusion.data.sources import Arrays
@@ -19,18 +19,6 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import run as benchmarks
 import training_options
 from timing import spread
-
-
-class Here:
-    """An Executor that works in this process."""
-
-    map = staticmethod(map)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        return False
 
 
 def tiny():

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+from concurrent.futures import Executor, Future
 from pathlib import Path
 
 import numpy as np
@@ -75,6 +76,18 @@ def fill_disk(monkeypatch, name):
         return create(path) if not path.endswith(f"{name}{files.TEMPORARY}") else open(FULL, "wb")
 
     monkeypatch.setattr(files, "_create", create_on_full_disk)
+
+
+class Here(Executor):
+    """An executor that works in this process, at once."""
+
+    def submit(self, function, *args):
+        future: Future = Future()
+        try:
+            future.set_result(function(*args))
+        except Exception as e:
+            future.set_exception(e)
+        return future
 
 
 def leave_outside():
@@ -210,11 +223,12 @@ def shows(path, colour, pixels):
     return (np.abs(read_picture(path).astype(int) - colour).max(axis=-1) <= 3).sum() > pixels
 
 
-def save_weights(path, super_resolution=False, fill=None, **changed):
+def save_weights(path, super_resolution=False, fill=None, noise=0.0, **changed):
     """
     The weights of a new TINY model, with some flags changed.
 
     :param fill: a number for all of them.
+    :param noise: of this deviation is added: some layers begin at zero.
     :return: the path.
     """
     if super_resolution:
@@ -224,7 +238,7 @@ def save_weights(path, super_resolution=False, fill=None, **changed):
     if fill is not None:
         for p in model.parameters():
             th.nn.init.constant_(p, fill)
-    th.save(model.state_dict(), path)
+    th.save({name: w + noise * th.randn_like(w) for name, w in model.state_dict().items()}, path)
     return path
 
 

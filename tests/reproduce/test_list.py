@@ -12,7 +12,7 @@ from improved_diffusion.options import TrainOptions
 from reproduce import figures, jobs, measures, plan
 from reproduce.declare import FULL, QUICK, filled, measure
 from reproduce.experiments import experiments
-from reproduce.verdicts import FAILS, HOLDS, UNCLEAR
+from reproduce.verdicts import FAILS, HOLDS, UNCLEAR, about_equal, clear, in_order
 
 BOTH = pytest.mark.parametrize("counts", [FULL, QUICK], ids=["full", "quick"])
 RATE = dict(trained=0.005, evaluated=0.002, features=0.03, seconds=1.0)
@@ -86,6 +86,43 @@ def test_a_result_belongs_to_its_settings(tmp_path):
 
 
 # ---------------------------------------------------------------- verdicts
+
+
+@pytest.mark.parametrize(
+    ("groups", "verdict"),
+    [
+        (([1, 2], [3, 4]), HOLDS),
+        (([3, 4], [1, 2]), FAILS),
+        (([1, 3], [2, 4]), UNCLEAR),
+        (([1], [2], [3]), HOLDS),
+        (([1], [3], [2]), FAILS),
+        (([1], [2, 4], [3]), UNCLEAR),
+    ],
+)
+def test_in_order(groups, verdict):
+    found, judged = in_order(dict(zip("abc", groups, strict=False)), form=".0f")
+    assert judged == verdict
+    assert all(f"{label} " in found for label in "abc"[: len(groups)])
+
+
+@pytest.mark.parametrize(("other", "verdict"), [([9, 11], HOLDS), ([8], HOLDS), ([10, 13], UNCLEAR), ([12, 13], FAILS)])
+def test_about_equal(other, verdict):
+    assert about_equal({"a": [10, 10], "b": other}, share=0.1)[1] == verdict
+
+
+@pytest.mark.parametrize(
+    ("margin", "error", "verdict"),
+    [
+        (0.1, 0.05, HOLDS),
+        (0.04, 0.05, UNCLEAR),
+        (-0.04, 0.05, UNCLEAR),
+        (-0.1, 0.05, FAILS),
+        (1, 0, HOLDS),
+        (-1, 0, FAILS),
+    ],
+)
+def test_clear(margin, error, verdict):
+    assert clear("x", margin, error) == ("x", verdict)
 
 
 class AsThePaper(dict):

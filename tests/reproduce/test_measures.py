@@ -96,7 +96,7 @@ def test_terms_are_those_of_the_chain(trained):
     assert found == {"vb": want, "share of first tenth": want[0] / sum(want)}
 
 
-def test_four_ways_to_the_bound(trained):
+def test_four_ways_to_the_bound(trained, monkeypatch):
     found = measures.methods(trained, Data, images=3, even=6, estimate=40, chosen=4, planned_images=2)
     whole, even, estimate, chosen = found["rows"]
     assert whole["bpd"] == measures.bound(trained, trained.diffusion(), measures.spread(IMAGES, 3))["bpd"]
@@ -104,6 +104,10 @@ def test_four_ways_to_the_bound(trained):
     assert even["evaluations"] == trained.diffusion(timestep_respacing="nll6").num_timesteps
     assert abs(estimate["bpd"] - whole["bpd"]) < 5 * estimate["standard error of the estimate"] + 0.05
     assert found["evaluations to choose"] == 24 * 2
+    calls = []
+    monkeypatch.setattr(trained, "model", lambda x, t: calls.append(len(x)) or th.zeros(len(x), 6, 8, 8))
+    measures.bound(trained, trained.diffusion(), measures.spread(IMAGES, 3), estimate=40)
+    assert found["evaluations of the pilot"] == sum(calls) - 3 * 40
 
 
 def test_the_size_of_a_network(trained):
@@ -179,7 +183,7 @@ def test_a_checkpoint_beside_published_numbers(monkeypatch, tmp_path, capsys):
     words += ["--samples", "4", "--images", "2", "--features", f"{__name__}:features", "--out", tmp_path / "a.json"]
     monkeypatch.setattr(sys, "argv", ["released.py", *map(str, words)])
     run(released.main)
-    numbers = json.loads((tmp_path / "a.json").read_text())["numbers"]
+    numbers = {label: one["value"] for label, one in json.loads((tmp_path / "a.json").read_text()).items()}
     names = ["NLL", "FID learned", "FID fixed small"]
     assert set(numbers) == {f"{n} {k}" for n in names for k in (4, 5, 24)} | {"FID DDIM 4", "FID DDIM 24"}
     *_, last = capsys.readouterr().out.split("|  |  | 4 | 5 | 24 |")
@@ -189,6 +193,14 @@ def test_a_checkpoint_beside_published_numbers(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(measures, "draw", None)  # all is kept
     run(released.main)
     assert f"{numbers['FID learned 24']:.2f}" in capsys.readouterr().out
+    kept = json.loads((tmp_path / "a.json").read_text())
+    bounds = {label: one for label, one in kept.items() if label.startswith("NLL")}
+    (tmp_path / "a.json").write_text(json.dumps(bounds))  # which no reference changes
+    monkeypatch.setattr(released.Finder, "fid", lambda self, steps, **_: 1.5)
+    monkeypatch.setattr(sys, "argv", ["released.py", *map(str, words), "--reference", "x", "--samples", "5"])
+    run(released.main)
+    assert bounds.items() <= json.loads((tmp_path / "a.json").read_text()).items()
+    (tmp_path / "a.json").write_text(json.dumps(kept))
     for other in (["--samples", "5"], ["--reference", "x"], ["--data_dir", "x"]):
         monkeypatch.setattr(sys, "argv", ["released.py", *map(str, words), *other])
         with pytest.raises(SystemExit) as end:

@@ -4,15 +4,13 @@ import json
 import signal
 import sys
 import threading
-import time
-from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from harness import ROOT, TINY, run_script, save_weights
+from harness import ROOT, TINY, Here, run_script, save_weights
 
 sys.path.insert(0, str(ROOT))
 
@@ -38,24 +36,6 @@ class Images(Source):
 
     def __getitem__(self, i):
         return np.random.default_rng(i).integers(0, 256, self.shape).astype(np.uint8)
-
-
-class Here:
-    """An Executor that works in this process, at once."""
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        return False
-
-    def submit(self, function, *args):
-        future = Future()
-        try:
-            future.set_result(function(*args))
-        except Exception as e:
-            future.set_exception(e)
-        return future
 
 
 def listed(seeds=(0, 1)):
@@ -87,7 +67,7 @@ def folder(monkeypatch, tmp_path):
     features = lambda images, network, batch_size: measures.th.from_numpy(images[:, ::4, ::4].reshape(len(images), -1))  # noqa: E731
     monkeypatch.setattr(measures, "features_of", lambda *a, **k: features(*a, **k).float())
     row = {"method": "every timestep", "evaluations": 24, "bpd": 3.0, "standard error": 0.1}
-    kept = {"rows": [row], "images": 2, "evaluations to choose": 24}
+    kept = {"rows": [row], "images": 2, "evaluations to choose": 24, "evaluations of the pilot": 1234}
     monkeypatch.setattr(measures, "methods", lambda trained, data, **settings: kept)
     found.done = []
     do, call = jobs.do, jobs.call
@@ -159,6 +139,18 @@ def test_a_job_that_fails_ends_the_call_with_its_reason(folder, monkeypatch, err
         execute(listed(), folder)
 
 
+def test_a_process_that_ends_may_have_done_any_job_under_way(folder, monkeypatch):
+    """The executor tells of its death by all of them."""
+    wanted = listed()
+    monkeypatch.setattr(jobs, "do", lambda *_: (_ for _ in ()).throw(BrokenProcessPool()))
+    with pytest.raises(TrainingError) as end:
+        runner.execute(wanted, folder, Here(), workers=2)
+    assert all(runner.describe(job) in str(end.value) for job in runner.in_order(wanted)[:2])
+    monkeypatch.setattr(plan, "rates", lambda: (_ for _ in ()).throw(BrokenProcessPool()))
+    with pytest.raises(TrainingError, match="plan"):
+        execute(wanted, folder)
+
+
 def test_a_run_is_trained_by_the_script_with_its_flags(folder, monkeypatch, tmp_path):
     monkeypatch.setattr(jobs, "call", lambda script, *words: run_script(script, list(words), tmp_path / "log"))
     (run, _) = listed().runs()
@@ -199,6 +191,7 @@ def test_the_page_has_what_was_found(folder, tmp_path, verdicts):
     pictures = {path.name for path in (tmp_path / "docs" / "figures").iterdir()}
     assert pictures == {"schedules.png", "samples.png"} and all(f"(figures/{name})" in text for name in pictures)
     assert all(f"--seed {run['seed']}" in text for run in wanted.runs())
+    assert " 24 evaluations" in text and "1,234" in text
 
 
 def test_the_page_of_an_unfinished_run_says_so(folder, tmp_path):
@@ -209,14 +202,13 @@ def test_the_page_of_an_unfinished_run_says_so(folder, tmp_path):
 
 def test_a_worker_ends_with_its_runner_and_so_does_its_script(tmp_path, monkeypatch):
     write_script(tmp_path, monkeypatch, "wait", "import time; time.sleep(100)")
-    runner_ended, ended = threading.Event(), []
+    runner_ended, ended = threading.Event(), threading.Event()
     monkeypatch.setattr(jobs.multiprocessing, "parent_process", lambda: SimpleNamespace(join=runner_ended.wait))
-    monkeypatch.setattr(jobs.os, "_exit", ended.append)
+    monkeypatch.setattr(jobs.os, "_exit", lambda _: ended.set())
     monkeypatch.setattr(Logger, "CURRENT", None)
     jobs.initialize()
     threading.Timer(0.5, runner_ended.set).start()
     with pytest.raises(TrainingError):
         jobs.call("wait")
     assert jobs._script.returncode == -signal.SIGTERM
-    while not ended:
-        time.sleep(0.01)
+    assert ended.wait(10)
