@@ -214,14 +214,19 @@ def test_the_scripts(run, tmp_path, capfd):
         status, err, found[name] = sample(run, tmp_path / name, capfd, **changed)
         assert status == 0, err
     assert np.array_equal(found["none"], found["one"]) and not np.array_equal(found["one"], found["five"])
-    _, _, within = sample(run, tmp_path / "i", capfd, guidance_scale=400, guidance_interval="0.3,5")
-    assert not np.array_equal(within, found["none"]) and not np.array_equal(within, found["five"])
+    for number, chosen in enumerate(({}, dict(sampler="ddim", sampling_steps=0, timestep_respacing="ddim4"))):
+        images = []
+        for interval in ("0,inf", "0.3,5"):
+            folder = tmp_path / f"i{number}{len(images)}"
+            status, err, drawn = sample(run, folder, capfd, guidance_scale=400, guidance_interval=interval, **chosen)
+            assert status == 0, err
+            images.append(drawn)
+        assert not np.array_equal(*images) and not np.array_equal(images[1], found["none"])
 
 
 def test_guided_super_resolution(tmp_path):
     classes = dict(class_cond=True, num_classes=3, class_dropout=0.5)
-    path = save_weights(tmp_path / "model.pt", super_resolution=True, **classes)
-    th.save({name: w + 0.05 * th.randn_like(w) for name, w in th.load(path).items()}, path)
+    path = save_weights(tmp_path / "model.pt", super_resolution=True, noise=0.05, **classes)
     np.savez(tmp_path / "base.npz", np.full((2, 4, 4, 3), 100, np.uint8), np.array([0, 2]))
     words = dict(TINY, **classes, large_size=8, small_size=4, model_path=path, base_samples=tmp_path / "base.npz",
                  sampler="unipc", sampling_steps=4, seed=0)  # fmt: skip

@@ -47,9 +47,7 @@ def weights(tmp_path_factory):
     """A model's whose layers all do something."""
     path = tmp_path_factory.mktemp("weights") / "model.pt"
     th.manual_seed(0)
-    save_weights(path, **TWO_LEVELS)
-    th.save({name: w + 0.05 * th.randn_like(w) for name, w in th.load(path).items()}, path)
-    return path
+    return save_weights(path, noise=0.05, **TWO_LEVELS)
 
 
 def network(**changed):
