@@ -5,7 +5,7 @@
 # make benchmark    measure speed and memory (an hour or more; on a machine that does nothing else)
 # make benchmark-samplers    quality of the demo's samples by sampler and evaluations (an hour or more; resumable)
 # make compatibility    the fast tests on the newest versions and on the oldest that pyproject.toml claims (downloads 6 GB)
-# make reproduce    the paper's claims at small scale (at most 100 minutes on two cores; resumable); QUICK=1 only checks that it runs
+# make reproduce    the paper's claims at small scale (about 100 minutes on two cores; resumable); QUICK=1 only checks that it runs
 # make clean   forget the demo's results; the environment in .venv stays
 
 PYTHON ?= python3

@@ -5,7 +5,7 @@ Measure the library: training, sampling, loading, memory, startup, and the quali
     python benchmarks/run.py train --batch_sizes 4,16,64   cost by batch size
     python benchmarks/run.py all --quick                   a check that everything runs, in a minute
     python benchmarks/run.py samplers                      samples of the demo's model, an hour; resumable
-    python benchmarks/run.py training                      what options of training change, half an hour; resumable
+    python benchmarks/run.py training                      what options of training change, an hour or more; resumable
 
 Each sub-command prints a Markdown table of medians (least..most) and writes it, with the machine and the settings, to
 OUT/NAME.json. Compared forms alternate, so that other load affects all equally. "plain" is plain.py.
