@@ -12,8 +12,8 @@ from PIL import Image
 
 from ..options import LABELS
 from ..utils.errors import InputError, first_line
-from ..utils.files import is_remote
-from ..utils.streams import printable
+from ..utils.files import is_inside, is_remote
+from ..utils.streams import counted, printable
 from .images import FORMATS
 
 ENDINGS = ("jpg", "jpeg", "png", "gif")  # the original's
@@ -135,7 +135,7 @@ class _Files:
                 target = os.path.realpath(path) if kind == "link" else os.path.join(real, name)
                 if not self._once and target in above:
                     raise _Circle
-                if self._once and (target in self._visited or (kind == "link" and self._is_inside(target))):
+                if self._once and (target in self._visited or (kind == "link" and is_inside(target, self._root))):
                     self.links.append(path)
                     continue
                 self._visited.add(target)
@@ -152,9 +152,6 @@ class _Files:
         self._counts[ending] += 1
         if len(paths := self._others.setdefault(ending, [])) < LOOKS:
             paths.append(path)
-
-    def _is_inside(self, target):
-        return os.path.join(target, "").startswith(os.path.join(self._root, ""))
 
     def chosen(self):
         """The paths to read."""
@@ -183,7 +180,7 @@ class _Files:
 def _counted(count, paths, noun, reason):
     plural = " or ".join(f"{word}s" for word in noun.split(" or "))
     example = f"{'such as ' * (count > 1)}{paths[0]}"
-    return f"{count:,} {noun if count == 1 else plural} ({example}){f': {reason}' if reason else ''}"
+    return f"{counted(count, noun, plural)} ({example}){f': {reason}' if reason else ''}"
 
 
 def _is_readable(path):
@@ -261,8 +258,8 @@ def label_images(
     if not _is_folder_the_class(folder, names, prefixes, folders, nested, known):
         return (*_numbered(prefixes), "")
     labels, found = _numbered(folders)
-    counted = f"{len(found):,} class{'es' * (len(found) != 1)}"
-    return labels, found, printable(f"{folder}: {counted}, by folder: {_shown(found)}")
+    count = counted(len(found), "class", "classes")
+    return labels, found, printable(f"{folder}: {count}, by folder: {_shown(found)}")
 
 
 def _is_folder_the_class(folder, names, prefixes, folders, nested, known):
