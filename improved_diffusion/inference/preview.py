@@ -82,14 +82,23 @@ class Preview:
         return to_uint8(sample).cpu().numpy()
 
 
-def create_preview(options: TrainOptions, class_names: list[str] | None) -> Preview | None:
-    """Samples at each checkpoint, of each class in turn; None without preview_samples, and on ranks above 0."""
+def create_preview(
+    options: TrainOptions, class_names: list[str] | None, first: Callable[[int], tuple] | None = None
+) -> Preview | None:
+    """
+    Samples at each checkpoint, of each class in turn; None without preview_samples, and on ranks above 0.
+
+    :param first: for super-resolution, BatchStream.first(): the samples are of the first images of the data.
+    """
     count, size = options.output.preview_samples, options.model.size
     if not count or dist_util.rank() > 0:
         return None
     diffusion = create_diffusion(options.diffusion, timestep_respacing="")
     conditions = {}
-    if options.model.class_cond:
+    if first is not None:
+        images, conditions = first(count)
+        count = len(images)
+    elif options.model.class_cond:
         conditions["y"] = th.arange(count) % len(class_names or range(options.model.num_classes))
     return Preview(diffusion, (options.model.image_channels, size, size), count, conditions)
 
