@@ -89,10 +89,8 @@ def create_parser(options: ScriptOptions, description: str | None) -> FlagParser
     epilog = "Counts may be written as 1e6. The default is in brackets."
     if "preset" in options.values():
         costs = "; ".join(f"{name}: {cost}" for name, cost in COSTS.items())
-        epilog += (
-            " The presets, with their parameters, memory to train with one image in a pass, and operations of a "
-            f"forward pass of an image: {costs}."
-        )
+        epilog += " The presets, with their parameters, memory to train with one image in a pass, and operations of a "
+        epilog += f"forward pass of an image: {costs}."
     parser = FlagParser(description=description, epilog=epilog)
     general, *others = (getattr(options, field.name) for field in dataclasses.fields(options))
     for group in [*others, general]:

@@ -53,8 +53,6 @@ class Paths(Sequence):
     def __eq__(self, other):
         return list(self) == list(other) if isinstance(other, (list, Paths)) else NotImplemented
 
-    __hash__ = None  # type: ignore[assignment]
-
     def __repr__(self):
         return repr(list(self))
 
