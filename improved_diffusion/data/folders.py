@@ -239,23 +239,19 @@ def label_images(
     start = len(folder.rstrip("/"))
     names = [path.rpartition("/")[2] for path in paths]
     prefixes = [name.split("_")[0] for name in names]
-    if by == "prefix":
-        return (*_numbered(prefixes), "")
     below = [path[start:].lstrip("/") for path in paths]
-    outside = next((path for path in below if "/" not in path), None)
-    if outside is not None:
-        if by == "folder":
-            raise InputError(f"{folder}: {outside} lies in no subfolder, so labels folder gives it no class")
-        return (*_numbered(prefixes), "")
     folders = [path.split("/", 1)[0] for path in below]
-    if by == "folder":
-        return (*_numbered(folders), "")
-
-    nested = any(path.count("/") > 1 for path in below)
-    known = set(class_names) if class_names is not None else None
-    if not _is_folder_the_class(folder, names, prefixes, folders, nested, known):
-        return (*_numbered(prefixes), "")
-    labels, found = _numbered(folders)
+    outside = next((path for path in below if "/" not in path), None)
+    by_folder = by == "folder"
+    if by_folder and outside is not None:
+        raise InputError(f"{folder}: {outside} lies in no subfolder, so labels folder gives it no class")
+    if by == "auto" and outside is None:
+        nested = any(path.count("/") > 1 for path in below)
+        known = set(class_names) if class_names is not None else None
+        by_folder = _is_folder_the_class(folder, names, prefixes, folders, nested, known)
+    labels, found = _numbered(folders if by_folder else prefixes)
+    if by != "auto" or not by_folder:
+        return labels, found, ""
     count = counted(len(found), "class", "classes")
     return labels, found, printable(f"{folder}: {count}, by folder: {_shown(found)}")
 
