@@ -28,22 +28,11 @@ _list_image_files_recursively = list_images  # the original's name
 
 
 def load_data(
-    *,
-    data_dir: str,
-    batch_size: int,
-    image_size: int,
-    class_cond: bool = False,
-    deterministic: bool = False,
-    image_channels: int = 3,
-    num_classes: int | None = None,
-    num_workers: int = -1,
-    add_conditions: Callable[[th.Tensor], dict[str, th.Tensor]] | None = None,
-    class_names: list[str] | None = None,
-    random_flip: bool = False,
-    pin_memory: bool = True,
-    labels: str = "auto",
-    skip_damaged: bool = False,
-) -> BatchStream:
+    *, data_dir: str, batch_size: int, image_size: int, class_cond: bool = False, deterministic: bool = False,
+    image_channels: int = 3, num_classes: int | None = None, num_workers: int = -1,
+    add_conditions: Callable[[th.Tensor], dict[str, th.Tensor]] | None = None, class_names: list[str] | None = None,
+    random_flip: bool = False, pin_memory: bool = True, labels: str = "auto", skip_damaged: bool = False,
+) -> BatchStream:  # fmt: skip
     """
     Endless batches of this rank's share of the images.
 
@@ -110,20 +99,10 @@ def _collate(samples, add_conditions=None):
 
 
 def load_data_once(
-    *,
-    data_dir: str,
-    batch_size: int,
-    image_size: int,
-    class_cond: bool = False,
-    image_channels: int = 3,
-    num_classes: int | None = None,
-    num_workers: int = -1,
-    limit: int | None = None,
-    class_names: list[str] | None = None,
-    pin_memory: bool = True,
-    labels: str = "auto",
-    skip_damaged: bool = False,
-) -> BatchesInOrder:
+    *, data_dir: str, batch_size: int, image_size: int, class_cond: bool = False, image_channels: int = 3,
+    num_classes: int | None = None, num_workers: int = -1, limit: int | None = None,
+    class_names: list[str] | None = None, pin_memory: bool = True, labels: str = "auto", skip_damaged: bool = False,
+) -> BatchesInOrder:  # fmt: skip
     """
     One epoch of load_data(deterministic=True); the last batch may be smaller.
 
@@ -156,17 +135,9 @@ def _workers(num_workers, dataset):
 
 
 def _open_dataset(
-    data_dir,
-    image_size,
-    class_cond,
-    image_channels,
-    num_classes,
-    class_names,
-    labels_by,
-    checkers=None,
-    limit=None,
+    data_dir, image_size, class_cond, image_channels, num_classes, class_names, labels_by, checkers=None, limit=None,
     whole=False,
-):
+):  # fmt: skip
     """
     :param checkers: processes that look for damaged images, to leave them out; None to refuse them.
     :param whole: all images on each rank, and `data_dir` may be an image file.
@@ -272,9 +243,8 @@ class ImageDataset(_Samples):
     default_workers = 1
 
     def __init__(self, resolution, image_paths, classes=None, shard=0, num_shards=1, image_channels=3):
-        super().__init__(
-            Paths(image_paths[shard:][::num_shards]), None if classes is None else classes[shard:][::num_shards]
-        )
+        share = slice(shard, None, num_shards)
+        super().__init__(Paths(image_paths[share]), None if classes is None else classes[share])
         self.resolution = resolution
         self.image_channels = image_channels
 

@@ -48,10 +48,8 @@ def discretized_gaussian_log_likelihood(x: th.Tensor, *, means: th.Tensor, log_s
     :raises ValueError: if the shapes differ.
     """
     if not x.shape == means.shape == log_scales.shape:
-        raise ValueError(
-            "x, means and log_scales must have the same shape, not "
-            f"{tuple(x.shape)}, {tuple(means.shape)} and {tuple(log_scales.shape)}"
-        )
+        found = f"{tuple(x.shape)}, {tuple(means.shape)} and {tuple(log_scales.shape)}"
+        raise ValueError(f"x, means and log_scales must have the same shape, not {found}")
     centered = x - means
     inv_stdv = th.exp(-log_scales)
     cdf_upper = approx_standard_normal_cdf(inv_stdv * (centered + 1.0 / 255.0))

@@ -1,6 +1,5 @@
 """Layers and helpers of the network and the training loop."""
 
-import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 
@@ -107,19 +106,6 @@ def normalization(channels: int) -> nn.Module:
 WITHOUT_FLOAT64 = {"mps"}  # types of devices: Apple's GPUs
 
 
-def _frequencies(half, max_period, device):
-    exponents = -math.log(max_period) * th.arange(half, dtype=th.float32, device=device) / half
-    # float64: float32 exp differs in the last bit between processors, and t = 999 multiplies the difference
-    return th.exp(exponents.double()).float()
-
-
-@functools.lru_cache(maxsize=8)
-def _copied_frequencies(half, max_period, device):
-    """Computed on the CPU and copied once: a copy in each step would make the step wait."""
-    with th.inference_mode(False):  # training may use them too
-        return _frequencies(half, max_period, "cpu").to(device)
-
-
 def timestep_embedding(timesteps: th.Tensor, dim: int, max_period: float = 10000) -> th.Tensor:
     """
     Sinusoidal embedding (Vaswani et al. 2017, arXiv 1706.03762, section 3.5).
@@ -130,12 +116,10 @@ def timestep_embedding(timesteps: th.Tensor, dim: int, max_period: float = 10000
     :return: [N, dim] float32, cosines first, then sines.
     """
     half = dim // 2
-    if timesteps.device.type not in WITHOUT_FLOAT64:
-        freqs = _frequencies(half, max_period, timesteps.device)
-    elif th.compiler.is_compiling() or type(timesteps) is not th.Tensor:  # a FakeTensor must not be kept
-        freqs = _frequencies(half, max_period, "cpu").to(timesteps.device)
-    else:
-        freqs = _copied_frequencies(half, max_period, timesteps.device)
+    device = "cpu" if timesteps.device.type in WITHOUT_FLOAT64 else timesteps.device
+    exponents = -math.log(max_period) * th.arange(half, dtype=th.float32, device=device) / half
+    # float64: float32 exp differs in the last bit between processors, and t = 999 multiplies the difference
+    freqs = th.exp(exponents.double()).float().to(timesteps.device)
     args = timesteps[:, None].float() * freqs[None]
     embedding = th.cat([th.cos(args), th.sin(args)], dim=-1)
     return F.pad(embedding, (0, dim % 2))
@@ -159,9 +143,7 @@ class CheckpointFunction(torch.utils.checkpoint.CheckpointFunction):
 
     @staticmethod
     def forward(ctx, run_function: Callable, length: int, *args):
-        """
-        :param length: number of inputs; args are the inputs of run_function, then its parameters.
-        """
+        """:param length: number of inputs; args are the inputs of run_function, then its parameters."""
 
         def run(*args):
             return run_function(*args[:length])

@@ -46,12 +46,7 @@ from .metrics.sample_distance import create_sample_distance
 from .metrics.validation import create_validation
 from .option_groups import Option, coerce, rows
 from .options import SampleOptions, SuperResSampleOptions, SuperResTrainOptions, TrainOptions
-from .script_util import (
-    configure_compute,
-    create_diffusion,
-    create_model_and_diffusion,
-    sr_create_model_and_diffusion,
-)
+from .script_util import configure_compute, create_diffusion, create_model_and_diffusion, sr_create_model_and_diffusion
 from .training.checkpoints import model_filename, newest_average, parse_name, rng_state, set_rng_state
 from .training.stopping import StoppedBySignal
 from .training.weights import is_young, load_weights, read_weights
@@ -328,12 +323,9 @@ def load(path: str | os.PathLike, **options: Any) -> Trained:
     model.to(dist_util.dev()).eval()
     run.options.call(configure_compute, model=model)
     chosen = {**dataclasses.asdict(run.options.model), **dataclasses.asdict(run.options.diffusion)}
-    config = {
-        "script": (SuperResTrainOptions if enlarges else TrainOptions).script,
-        "class_names": run.class_names,
-        **(found or {}),
-    }
-    return Trained(model, diffusion, {**config, "flags": {**config.get("flags", {}), **chosen}})
+    script = (SuperResTrainOptions if enlarges else TrainOptions).script
+    config = {"script": script, "class_names": run.class_names, "flags": {}, **(found or {})}
+    return Trained(model, diffusion, {**config, "flags": {**config["flags"], **chosen}})
 
 
 def _newest_weights(folder, flags):
@@ -356,6 +348,5 @@ def picture(samples: th.Tensor, labels: Any = None) -> Image.Image:
     :param samples: [N, C, H, W] in [-1, 1].
     :param labels: [N], for a row per class.
     """
-    return to_image(
-        grid(to_uint8(samples).cpu().numpy(), None if labels is None else th.as_tensor(labels).cpu().numpy())
-    )
+    rows_of = None if labels is None else th.as_tensor(labels).cpu().numpy()
+    return to_image(grid(to_uint8(samples).cpu().numpy(), rows_of))

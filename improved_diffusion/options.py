@@ -203,9 +203,8 @@ class SamplingOptions(WeightsOptions):
         if self.sampling_steps and name not in SOLVERS:
             raise InputError(f"sampling_steps {self.sampling_steps}: sampler {name} takes timestep_respacing instead")
         if self.spacing != "lam" and name not in SOLVERS:
-            raise InputError(
-                f"spacing {self.spacing}: not for sampler {name}, whose timesteps are timestep_respacing's"
-            )
+            problem = f"not for sampler {name}, whose timesteps are timestep_respacing's"
+            raise InputError(f"spacing {self.spacing}: {problem}")
         if (self.eta is not None and name == "ancestral") or (self.eta and name == "unipc"):
             raise InputError(f"eta {self.eta}: not for sampler {name}")
 

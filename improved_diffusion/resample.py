@@ -131,8 +131,6 @@ class LossSecondMomentResampler(LossAwareSampler):
         """:raises ValueError: if the state has another number of timesteps or another history length."""
         history, counts = state["loss_history"].numpy(), state["loss_counts"].numpy()
         if history.shape != self._loss_history.shape:
-            raise ValueError(
-                f"the saved loss history has shape {history.shape} (timesteps, losses of each), "
-                f"this sampler's has {self._loss_history.shape}"
-            )
+            own = f"this sampler's has {self._loss_history.shape}"
+            raise ValueError(f"the saved loss history has shape {history.shape} (timesteps, losses of each), {own}")
         self._loss_history, self._loss_counts = history.copy(), counts.copy()

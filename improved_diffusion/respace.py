@@ -41,10 +41,9 @@ def space_timesteps(num_timesteps: int, section_counts: str | int | Sequence[int
     for i, count in enumerate(counts):
         length = size + (1 if i < longer else 0)
         if not 0 <= count <= length:
-            raise InputError(
-                f"timestep_respacing {','.join(map(str, counts))}: section {i + 1} of {len(counts)} has {length} of "
-                f"the {num_timesteps} steps and cannot keep {count}; give at most {length}"
-            )
+            section = f"section {i + 1} of {len(counts)} has {length} of the {num_timesteps} steps"
+            problem = f"{section} and cannot keep {count}; give at most {length}"
+            raise InputError(f"timestep_respacing {','.join(map(str, counts))}: {problem}")
         stride = (length - 1) / (count - 1) if count > 1 else 1
         # a running sum, not i * stride: the timesteps of the published samples depend on its rounding
         position = 0.0
@@ -61,10 +60,8 @@ def _ddim_timesteps(num_timesteps, count):
     possible = {len(range(0, num_timesteps, stride)): stride for stride in range(num_timesteps, 0, -1)}
     if count not in possible:
         nearest = min(possible, key=lambda n: (abs(n - count), n))
-        raise InputError(
-            f"timestep_respacing ddim{count}: no integer stride through {num_timesteps} steps visits {count} of them; "
-            f"the nearest is ddim{nearest}"
-        )
+        problem = f"no integer stride through {num_timesteps} steps visits {count} of them"
+        raise InputError(f"timestep_respacing ddim{count}: {problem}; the nearest is ddim{nearest}")
     return set(range(0, num_timesteps, possible[count]))
 
 
@@ -88,10 +85,8 @@ def _whole_number(whole, text):
     try:
         return int(text)
     except ValueError:
-        raise InputError(
-            f"timestep_respacing {whole!r}: give step counts such as 250 or 10,15,20, ddimN such as ddim50, nllN, or "
-            "timesteps such as at:0,3,17"
-        ) from None
+        valid = "step counts such as 250 or 10,15,20, ddimN such as ddim50, nllN, or timesteps such as at:0,3,17"
+        raise InputError(f"timestep_respacing {whole!r}: give {valid}") from None
 
 
 class SpacedDiffusion(GaussianDiffusion):
@@ -137,15 +132,27 @@ def visiting(diffusion: GaussianDiffusion, timesteps: Sequence[int]) -> SpacedDi
     """
     if not isinstance(diffusion, SpacedDiffusion):
         raise TypeError("timesteps need a SpacedDiffusion; make one with use_timesteps=range(T)")
-    kept, visited = list(diffusion.timestep_map), [int(t) for t in timesteps][::-1]
-    if not visited or visited != sorted(set(visited) & set(kept)):
-        raise ValueError(f"timesteps must decrease strictly and be among the diffusion's {len(kept)}, not {timesteps}")
+    indices = indices_of(timesteps, diffusion.timestep_map)[::-1]
     spaced = copy.copy(diffusion)
-    spaced.use_timesteps, spaced.timestep_map = set(visited), visited
+    spaced.timestep_map = [diffusion.timestep_map[i] for i in indices]
+    spaced.use_timesteps = set(spaced.timestep_map)
     kinds = ("model_mean_type", "model_var_type", "loss_type", "rescale_timesteps", "min_snr_gamma")
-    betas = _betas_of(diffusion.alphas_cumprod[[kept.index(t) for t in visited]])
+    betas = _betas_of(diffusion.alphas_cumprod[indices])
     GaussianDiffusion.__init__(spaced, betas=betas, **{name: getattr(diffusion, name) for name in kinds})
     return spaced
+
+
+def indices_of(timesteps: Sequence[int], timestep_map: Sequence[int]) -> list[int]:
+    """
+    Where timesteps are in a timestep_map.
+
+    :raises ValueError: if they are empty, do not decrease strictly, or are not in it.
+    """
+    times = [int(t) for t in timesteps]
+    if not times or times != sorted(set(times) & set(timestep_map), reverse=True):
+        known = f"the diffusion's {len(timestep_map)}"
+        raise ValueError(f"timesteps must decrease strictly and be among {known}, not {timesteps}")
+    return [timestep_map.index(t) for t in times]
 
 
 def _betas_of(alphas_cumprod):

@@ -20,6 +20,7 @@ import numpy as np
 import torch as th
 
 from .gaussian_diffusion import Fn, GaussianDiffusion, Model
+from .respace import indices_of
 from .utils.errors import InputError
 
 SPACINGS = ("lam", "karras", "time")
@@ -105,7 +106,7 @@ def solve(
         times = time_grid(lam, steps or default_steps(diffusion), spacing)
         lams = [float(lam[t]) for t in times]
     else:
-        times = _indices(timesteps, timestep_map)
+        times = indices_of(timesteps, timestep_map)
         lams = [*(float(lam[t]) for t in times), math.inf]
     kwargs: dict = dict(clip_denoised=clip_denoised, denoised_fn=denoised_fn, model_kwargs=model_kwargs)
 
@@ -132,14 +133,6 @@ def solve(
                 history = [new, *history[:2]]
             x = x_n
     return x
-
-
-def _indices(timesteps, timestep_map):
-    times = [int(t) for t in timesteps]
-    if not times or times != sorted(set(times) & set(timestep_map), reverse=True):
-        known = f"the diffusion's {len(timestep_map)}"
-        raise ValueError(f"timesteps must decrease strictly and be among {known}, not {timesteps}")
-    return [timestep_map.index(t) for t in times]
 
 
 def _alpha(lam):

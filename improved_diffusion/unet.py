@@ -112,14 +112,10 @@ class ResBlock(TimestepBlock):
         self.use_checkpoint = use_checkpoint
 
         self.in_layers = nn.Sequential(
-            normalization(channels),
-            SiLU(),
-            conv_nd(dims, channels, self.out_channels, 3, padding=1),
+            normalization(channels), SiLU(), conv_nd(dims, channels, self.out_channels, 3, padding=1)
         )
-        self.emb_layers = nn.Sequential(
-            SiLU(),
-            linear(emb_channels, self.out_channels * (2 if use_scale_shift_norm else 1)),
-        )
+        emb_outputs = self.out_channels * (2 if use_scale_shift_norm else 1)
+        self.emb_layers = nn.Sequential(SiLU(), linear(emb_channels, emb_outputs))
         self.out_layers = nn.Sequential(
             normalization(self.out_channels),
             SiLU(),

@@ -62,9 +62,8 @@ def write(means, count, timesteps):
     part = f", {found['standard_error_of_estimate']:.4f} by the estimate alone" if "p" in means else ""
     logger.log(f"total bpd over {counted(count, 'image')}: {found['bpd']:.4f} bits/dim")
     logger.log(f"standard error: {found['standard_error']:.4f} bits/dim{part}")
-    logger.log(
-        f"prior: {found['prior']:.6f} bits/dim; t = 0: {found['t0']:.4f}, {found['t0'] / found['bpd']:.1%} of the bound"
-    )
+    share = f"{found['t0'] / found['bpd']:.1%} of the bound"
+    logger.log(f"prior: {found['prior']:.6f} bits/dim; t = 0: {found['t0']:.4f}, {share}")
     if "p" in means:
         arrays = dict(vb=means["vb"].numpy(), p=means["p"].numpy(), timesteps=np.array(timesteps))
         logger.log(f"saved {save_arrays('estimate.npz', **arrays)}")

@@ -51,9 +51,8 @@ def main():
     def conditions(numbers, _):
         chosen = [i % len(base_images) for i in numbers]
         low_res = th.from_numpy(base_images[chosen]).float().permute(0, 3, 1, 2) / 127.5 - 1
-        if base_labels is None:
-            return {"low_res": low_res.to(dist_util.dev())}
-        return {"low_res": low_res.to(dist_util.dev()), "y": th.from_numpy(base_labels[chosen]).to(dist_util.dev())}
+        labels = {} if base_labels is None else {"y": th.from_numpy(base_labels[chosen]).to(dist_util.dev())}
+        return {"low_res": low_res.to(dist_util.dev()), **labels}
 
     with (
         logging_to(options.general.log_dir, this_run.notes),
@@ -61,10 +60,8 @@ def main():
     ):
         if options.output.save_images and parts.done < options.sampling.num_samples:
             dist_util.broadcast_from_rank_0(refuse_old_images)
-        logger.log(
-            f"creating {counted(options.sampling.num_samples, 'sample')} from {counted(len(base_images), 'image')}..."
-        )
-        size = options.model.large_size
+        count, size = counted(options.sampling.num_samples, "sample"), options.model.large_size
+        logger.log(f"creating {count} from {counted(len(base_images), 'image')}...")
         images, labels = options.call(
             generate,
             diffusion=diffusion,

@@ -18,10 +18,10 @@ from improved_diffusion.cli.loop import train_run
 from improved_diffusion.cli.parser import create_parser, parse_flags, run
 from improved_diffusion.cli.run_config import resumed
 from improved_diffusion.image_datasets import load_data, load_superres_data, low_res
-from improved_diffusion.inference.preview import Preview
+from improved_diffusion.inference.preview import create_preview
 from improved_diffusion.metrics.validation import create_validation
 from improved_diffusion.options import SuperResTrainOptions
-from improved_diffusion.script_util import configure_compute, create_diffusion, sr_create_model_and_diffusion
+from improved_diffusion.script_util import configure_compute, sr_create_model_and_diffusion
 
 
 def main():
@@ -42,19 +42,10 @@ def main():
         **options.arguments_of(load_data),
     )
     enlarged_from = functools.partial(low_res, options.model.small_size)
-    held_out = create_validation(options, diffusion, data.dataset.class_names, enlarged_from)
-    preview = create_preview(options, data)
+    names = data.dataset.class_names
+    held_out = create_validation(options, diffusion, names, enlarged_from)
+    preview = create_preview(options, names, data.first)  # of the first images
     train_run(this_run, sr_create_model_and_diffusion, model, diffusion, data, preview, [held_out])
-
-
-def create_preview(options, data):
-    """The first images of the data, enlarged at each checkpoint."""
-    size = options.model.large_size
-    if not options.output.preview_samples or dist_util.rank() > 0:
-        return None
-    _, conditions = data.first(options.output.preview_samples)
-    diffusion = create_diffusion(options.diffusion, timestep_respacing="")
-    return Preview(diffusion, (options.model.image_channels, size, size), len(conditions["low_res"]), conditions)
 
 
 def create_argparser():

@@ -56,15 +56,16 @@ def flags_of_another(path: str, options: ScriptOptions) -> dict[str, Any]:
     values = {name: value for name, value in _read(path)["flags"].items() if name not in (*OF_ITS_RUN, *own)}
     if unknown := sorted(values.keys() - known.keys()):
         raise InputError(f"{path}: {', '.join(unknown)}: no flag of this script; use the script of that run")
-    return {name: _checked(path, known[name], value) for name, value in values.items()}
+    return {name: checked(path, known[name], value) for name, value in values.items()}
 
 
-def _checked(path: str, row: Option, value: Any) -> Any:
+def checked(path: str, row: Option, value: Any, advice: str = "") -> Any:
+    """A value of a config as the option's type. :raises InputError: if it is invalid, ending in the advice."""
     try:
         value = coerce(row, value)
         check(row, value)
     except InputError as e:
-        raise InputError(f"{path}: {e}") from None
+        raise InputError(f"{path}: {e}{advice}") from None
     return value
 
 

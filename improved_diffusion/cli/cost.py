@@ -17,14 +17,9 @@ FEW, FAST = 16, "dpm++2m-sde"
 
 
 def log_cost(
-    given: Collection[str],
-    options: SampleOptions,
-    diffusion,
-    images: np.ndarray,
-    labels: np.ndarray | None,
-    num_samples: int,
-    seconds: float,
-) -> None:
+    given: Collection[str], options: SampleOptions, diffusion, images: np.ndarray, labels: np.ndarray | None,
+    num_samples: int, seconds: float,
+) -> None:  # fmt: skip
     """
     Draw the first batch, and log what all samples take at its rate, with cheaper flags if that is long.
 

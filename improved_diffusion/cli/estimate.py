@@ -7,10 +7,8 @@ import torch as th
 from torch.utils.flop_counter import FlopCounterMode
 
 from .. import dist_util
-from ..options import ScriptOptions, SuperResTrainOptions, TrainingOptions, TrainOptions
-from ..script_util import create_model_and_diffusion, sr_create_model_and_diffusion
+from ..options import ScriptOptions, TrainingOptions, TrainOptions
 from ..utils.memory import LiveBytes, available_memory
-from .presets import PRESETS
 
 MIB = 2**20
 MOST_PER_PIXEL = 400_000  # bytes that a step keeps; the presets' networks keep 30,000 to 110,000
@@ -155,16 +153,3 @@ def advise(changed: dict[str, Any] | None) -> str:
 def mib(size: int) -> str:
     """A number of bytes in MiB."""
     return f"{size / MIB:,.0f} MiB"
-
-
-# ---------------------------------------------------------------- presets
-
-
-def preset_cost(name: str) -> str:
-    """The parameters, the memory to train with one image in a pass, and forward_flops() of a preset."""
-    large = "large_size" in PRESETS[name]
-    options = (SuperResTrainOptions() if large else TrainOptions()).replace(**{**PRESETS[name], "batch_size": 1})
-    model, _ = on_meta(options, sr_create_model_and_diffusion if large else create_model_and_diffusion)
-    parameters, flops = sum(p.numel() for p in model.parameters()), forward_flops(model, options)
-    gib = sum(estimate_memory(model, options)) / 2**30
-    return f"{parameters / 1e6:.0f}M, {gib:.1f} GiB, {flops / 1e9:.0f} GFLOPs"

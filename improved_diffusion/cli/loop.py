@@ -10,8 +10,8 @@ from ..train_util import TrainLoop, get_blob_logdir
 from ..training.describe import log_start
 from ..training.resume import open_checkpoint
 from ..utils.log_formats import KVWriter
+from .advice import loading_advice
 from .estimate import memory_warnings
-from .pack_first import loading_advice
 from .parser import logging_to
 from .run_config import Run, save_config
 from .run_folder import claim_folder

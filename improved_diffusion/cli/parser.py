@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from .. import dist_util, logger
-from ..option_groups import Option, check, rows
+from ..option_groups import Option, rows
 from ..options import ScriptOptions, TrainOptions
 from ..script_util import str2bool, whole_number
 from ..utils import errors, streams
@@ -89,10 +89,8 @@ def create_parser(options: ScriptOptions, description: str | None) -> FlagParser
     epilog = "Counts may be written as 1e6. The default is in brackets."
     if "preset" in options.values():
         costs = "; ".join(f"{name}: {cost}" for name, cost in COSTS.items())
-        epilog += (
-            " The presets, with their parameters, memory to train with one image in a pass, and operations of a "
-            f"forward pass of an image: {costs}."
-        )
+        epilog += " The presets, with their parameters, memory to train with one image in a pass, and operations of a "
+        epilog += f"forward pass of an image: {costs}."
     parser = FlagParser(description=description, epilog=epilog)
     general, *others = (getattr(options, field.name) for field in dataclasses.fields(options))
     for group in [*others, general]:
@@ -138,14 +136,13 @@ def parse_flags(parser: FlagParser, options: Opts) -> Flags[Opts]:
     :param options: the argument of create_parser().
     :raises SystemExit: with status 2 after one line, for a bad flag.
     """
-    args = vars(parser.parse_args())
     absent = object()
-    parser.set_defaults(**dict.fromkeys(args, absent))
-    given = {name: args[name] for name, value in vars(parser.parse_args()).items() if value is not absent}
+    parser.set_defaults(**dict.fromkeys(options.values(), absent))
+    given = {name: value for name, value in vars(parser.parse_args()).items() if value is not absent}
     try:
         flags = with_defaults(options, given)
     except InputError as e:
-        parser.error(_with_flag(str(e)) if args.get("config") else f"--{e}")
+        parser.error(_with_flag(str(e)) if given.get("config") else f"--{e}")
     options = flags.options
     try:
         log_dir = log_directory(options.general.log_dir)
@@ -172,10 +169,7 @@ def with_defaults(options: Opts, given: dict[str, Any]) -> Flags[Opts]:
     values = {**options.values(), **given}
     if given.get("config"):
         values |= {k: v for k, v in flags_of_another(given["config"], options).items() if k not in given}
-    values |= preset
-    for row in rows(type(options)):
-        check(row, values[row.name])
-    return Flags(options.replace(**values), frozenset(given.keys() | preset.keys()))
+    return Flags(options.replace(**{**values, **preset}), frozenset(given.keys() | preset.keys()))
 
 
 def _preset(name, options, given):

@@ -7,6 +7,7 @@ _BASE = dict(learn_sigma=True, num_channels=128, diffusion_steps=4000, noise_sch
 _IMAGENET64 = dict(_BASE, image_size=64, num_res_blocks=3)
 _CIFAR10 = dict(_BASE, image_size=32, num_res_blocks=3, dropout=0.3)
 _LINEAR = dict(_BASE, num_res_blocks=2, noise_schedule="linear")
+_LSUN = dict(image_size=256, num_heads=1, use_scale_shift_norm=False, attention_resolutions="16", diffusion_steps=1000)
 
 PRESETS: dict[str, dict] = {  # batch_size is the total over ranks
     "imagenet64": _IMAGENET64,
@@ -15,18 +16,10 @@ PRESETS: dict[str, dict] = {  # batch_size is the total over ranks
     "cifar10": _CIFAR10,
     "cifar10_vlb": {**_CIFAR10, **_VLB},
     "upsample256": {**_LINEAR, **_COND, "large_size": 256, "small_size": 64, "batch_size": 256},
-    "lsun_bedroom": dict(
-        _LINEAR,
-        image_size=256,
-        num_heads=1,
-        use_scale_shift_norm=False,
-        attention_resolutions="16",
-        diffusion_steps=1000,
-        **_NOT_RESCALED,
-    ),
+    "lsun_bedroom": {**_LINEAR, **_LSUN, **_NOT_RESCALED},
 }
 
-# Computed by estimate.preset_cost(), which takes seconds; tests compare
+# tests/cli/test_presets.py computes them, which takes seconds
 COSTS: dict[str, str] = {  # parameters, memory to train with one image a pass, operations of a forward pass of an image
     "imagenet64": "121M, 2.4 GiB, 79 GFLOPs",
     "imagenet64_vlb": "121M, 2.4 GiB, 79 GFLOPs",

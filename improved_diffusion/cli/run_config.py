@@ -13,15 +13,15 @@ from typing import Any, Generic, TypeVar
 import blobfile as bf
 
 from .. import dist_util
-from ..option_groups import Option, check, coerce, rows
+from ..option_groups import Option, rows
 from ..options import ScriptOptions, TrainingOptions
 from ..script_util import CHANNEL_MULT
-from ..training.checkpoints import has_checkpoint, is_of_a_run, parse_name
+from ..training.checkpoints import has_checkpoint, parse_name, step_in
 from ..training.weights import infer_architecture, is_young
 from ..utils.errors import InputError
 from ..utils.files import checkpoint_url, write_files
 from .advice import doubts
-from .config_file import CONFIG, CONVERT_AGAIN, config_of
+from .config_file import CONFIG, CONVERT_AGAIN, checked, config_of
 from .parser import Flags, log_directory
 from .presets import PRESETS
 from .run_folder import check_unused
@@ -92,7 +92,7 @@ def _resumed(flags):
         return new
     run = from_config(flags, config, path)
     # a new run from other weights, such as an average, may have other classes
-    keeps_classes = (checkpoint == "auto" or is_of_a_run(checkpoint)) and run.options.values()["class_cond"]
+    keeps_classes = (checkpoint == "auto" or step_in(checkpoint) is not None) and run.options.values()["class_cond"]
     return run if keeps_classes else dataclasses.replace(run, class_names=None)
 
 
@@ -127,12 +127,7 @@ def from_config(flags, config, path):
     for name, row in sorted(_model_rows(flags.options).items()):
         if name not in saved_flags:
             continue
-        try:
-            saved = coerce(row, saved_flags[name])
-            check(row, saved)
-        except InputError as e:
-            raise InputError(f"{path}: {e}; {_instead(path)}") from None
-        value = values[name]
+        value, saved = values[name], checked(path, row, saved_flags[name], f"; {_instead(path)}")
         if name not in flags.given:
             taken[name] = saved
         elif name == "class_dropout":

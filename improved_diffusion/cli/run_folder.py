@@ -129,9 +129,8 @@ def _files(folder, above=None):
 
 
 def _unused(folder):
-    return next(
-        name for name in map(EARLIER.format, itertools.count(1)) if not os.path.lexists(os.path.join(folder, name))
-    )
+    names = map(EARLIER.format, itertools.count(1))
+    return next(name for name in names if not os.path.lexists(os.path.join(folder, name)))
 
 
 def _move(folder, names):

@@ -1,7 +1,5 @@
 """Leave out images that cannot be decoded."""
 
-from torch.utils.data import Dataset
-
 from .. import dist_util
 from ..utils.errors import InputError
 from ..utils.progress import Progress
@@ -48,21 +46,11 @@ def _problems(paths, num_workers):
     """{path: why it cannot be decoded}."""
     found = {}
     with Progress("checking", len(paths), "images", show, show=dist_util.rank() == 0) as progress:
-        for batch in BatchesInOrder(_Damage(paths), 32, num_workers, collate_fn=list):
+        for batch in BatchesInOrder(Paths(paths), 32, num_workers, collate_fn=_damages):
             found.update((path, problem) for path, problem in batch if problem)
             progress.update(len(batch))
     return found
 
 
-class _Damage(Dataset):
-    """Item i is (path i, its damage)."""
-
-    def __init__(self, paths):
-        super().__init__()
-        self._paths = Paths(paths)
-
-    def __len__(self):
-        return len(self._paths)
-
-    def __getitem__(self, i):
-        return self._paths[i], damage(self._paths[i])
+def _damages(paths):
+    return [(path, damage(path)) for path in paths]

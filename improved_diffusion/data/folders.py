@@ -12,8 +12,8 @@ from PIL import Image
 
 from ..options import LABELS
 from ..utils.errors import InputError, first_line
-from ..utils.files import is_remote
-from ..utils.streams import printable
+from ..utils.files import is_inside, is_remote
+from ..utils.streams import counted, printable
 from .images import FORMATS
 
 ENDINGS = ("jpg", "jpeg", "png", "gif")  # the original's
@@ -52,8 +52,6 @@ class Paths(Sequence):
 
     def __eq__(self, other):
         return list(self) == list(other) if isinstance(other, (list, Paths)) else NotImplemented
-
-    __hash__ = None  # type: ignore[assignment]
 
     def __repr__(self):
         return repr(list(self))
@@ -135,7 +133,7 @@ class _Files:
                 target = os.path.realpath(path) if kind == "link" else os.path.join(real, name)
                 if not self._once and target in above:
                     raise _Circle
-                if self._once and (target in self._visited or (kind == "link" and self._is_inside(target))):
+                if self._once and (target in self._visited or (kind == "link" and is_inside(target, self._root))):
                     self.links.append(path)
                     continue
                 self._visited.add(target)
@@ -152,9 +150,6 @@ class _Files:
         self._counts[ending] += 1
         if len(paths := self._others.setdefault(ending, [])) < LOOKS:
             paths.append(path)
-
-    def _is_inside(self, target):
-        return os.path.join(target, "").startswith(os.path.join(self._root, ""))
 
     def chosen(self):
         """The paths to read."""
@@ -183,7 +178,7 @@ class _Files:
 def _counted(count, paths, noun, reason):
     plural = " or ".join(f"{word}s" for word in noun.split(" or "))
     example = f"{'such as ' * (count > 1)}{paths[0]}"
-    return f"{count:,} {noun if count == 1 else plural} ({example}){f': {reason}' if reason else ''}"
+    return f"{counted(count, noun, plural)} ({example}){f': {reason}' if reason else ''}"
 
 
 def _is_readable(path):
@@ -244,25 +239,21 @@ def label_images(
     start = len(folder.rstrip("/"))
     names = [path.rpartition("/")[2] for path in paths]
     prefixes = [name.split("_")[0] for name in names]
-    if by == "prefix":
-        return (*_numbered(prefixes), "")
     below = [path[start:].lstrip("/") for path in paths]
-    outside = next((path for path in below if "/" not in path), None)
-    if outside is not None:
-        if by == "folder":
-            raise InputError(f"{folder}: {outside} lies in no subfolder, so labels folder gives it no class")
-        return (*_numbered(prefixes), "")
     folders = [path.split("/", 1)[0] for path in below]
-    if by == "folder":
-        return (*_numbered(folders), "")
-
-    nested = any(path.count("/") > 1 for path in below)
-    known = set(class_names) if class_names is not None else None
-    if not _is_folder_the_class(folder, names, prefixes, folders, nested, known):
-        return (*_numbered(prefixes), "")
-    labels, found = _numbered(folders)
-    counted = f"{len(found):,} class{'es' * (len(found) != 1)}"
-    return labels, found, printable(f"{folder}: {counted}, by folder: {_shown(found)}")
+    outside = next((path for path in below if "/" not in path), None)
+    by_folder = by == "folder"
+    if by_folder and outside is not None:
+        raise InputError(f"{folder}: {outside} lies in no subfolder, so labels folder gives it no class")
+    if by == "auto" and outside is None:
+        nested = any(path.count("/") > 1 for path in below)
+        known = set(class_names) if class_names is not None else None
+        by_folder = _is_folder_the_class(folder, names, prefixes, folders, nested, known)
+    labels, found = _numbered(folders if by_folder else prefixes)
+    if by != "auto" or not by_folder:
+        return labels, found, ""
+    count = counted(len(found), "class", "classes")
+    return labels, found, printable(f"{folder}: {count}, by folder: {_shown(found)}")
 
 
 def _is_folder_the_class(folder, names, prefixes, folders, nested, known):

@@ -140,8 +140,9 @@ def _to_rgb_or_grey(image):
         return Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
     if image.mode in ("I", "F"):
         return Image.fromarray(_to_uint8(np.asarray(image)))
-    has_alpha = image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or _has_alpha_palette(image)
-    return _on_white(image) if has_alpha or "transparency" in image.info else image.convert("RGB")
+    has_alpha = image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info
+    has_alpha = has_alpha or (image.mode == "P" and image.palette.mode.endswith("A"))
+    return _on_white(image) if has_alpha else image.convert("RGB")
 
 
 def _to_uint8(values):
@@ -153,10 +154,6 @@ def _to_uint8(values):
         return values.astype(np.uint8)
     wanted = "0 to 255" if values.dtype.kind == "i" else "0 to 1, or whole numbers from 0 to 255"
     raise ValueError(f"its values are {low:g} to {high:g}, not {wanted}; convert it to 8 bits")
-
-
-def _has_alpha_palette(image):
-    return image.mode == "P" and image.palette.mode.endswith("A")
 
 
 def _on_white(image):

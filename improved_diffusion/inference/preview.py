@@ -8,13 +8,12 @@ import torch.nn.functional as F
 
 from .. import dist_util, logger
 from ..options import TrainOptions
-from ..samplers import SAMPLERS
 from ..script_util import create_diffusion
 from ..solvers import default_steps
 from ..utils.errors import first_line
 from ..utils.streams import counted
 from .arrays import to_uint8
-from .generate import SampleNoise
+from .generate import draw
 from .pictures import grid, write_pngs
 
 SEED = 0  # fixed: successive pictures show the same samples improve
@@ -37,13 +36,9 @@ class Preview:
         self.diffusion, self.shape, self.count, self.conditions = diffusion, shape, count, conditions
 
     def __call__(
-        self,
-        make_model: Callable,
-        directory: str,
-        step: int,
-        weights: str = "ema",
+        self, make_model: Callable, directory: str, step: int, weights: str = "ema",
         stopping: Callable[[], bool] = lambda: False,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """
         Write preview_{step}.png to a folder, preview_{step}_model.png for the newest weights, and log it. An error is
         only logged.
@@ -78,24 +73,32 @@ class Preview:
 
     @th.inference_mode()
     def _draw(self, model, steps, callback=None):
-        device, noise_fn = dist_util.dev(), SampleNoise(SEED, range(self.count))
-        x_T = noise_fn(th.empty(self.count, *self.shape, device=device))
-        kwargs = {name: value.to(device) for name, value in self.conditions.items()}
-        options = dict(model_kwargs=kwargs, noise_fn=noise_fn, steps=steps, callback=callback)
-        sample = SAMPLERS[SAMPLER](self.diffusion, model, x_T, **options)
+        kwargs = {name: value.to(dist_util.dev()) for name, value in self.conditions.items()}
+        settings = dict(shape=self.shape, conditions=lambda *_: kwargs, seed=SEED)
+        settings |= dict(sampler=SAMPLER, sampler_options=dict(steps=steps, callback=callback))
+        sample, _ = draw(self.diffusion, model, range(self.count), **settings)
         if "low_res" in kwargs:
             sample = th.cat([F.interpolate(kwargs["low_res"], self.shape[1:], mode="nearest"), sample], dim=-1)
         return to_uint8(sample).cpu().numpy()
 
 
-def create_preview(options: TrainOptions, class_names: list[str] | None) -> Preview | None:
-    """Samples at each checkpoint, of each class in turn; None without preview_samples, and on ranks above 0."""
+def create_preview(
+    options: TrainOptions, class_names: list[str] | None, first: Callable[[int], tuple] | None = None
+) -> Preview | None:
+    """
+    Samples at each checkpoint, of each class in turn; None without preview_samples, and on ranks above 0.
+
+    :param first: for super-resolution, BatchStream.first(): the samples are of the first images of the data.
+    """
     count, size = options.output.preview_samples, options.model.size
     if not count or dist_util.rank() > 0:
         return None
     diffusion = create_diffusion(options.diffusion, timestep_respacing="")
     conditions = {}
-    if options.model.class_cond:
+    if first is not None:
+        images, conditions = first(count)
+        count = len(images)
+    elif options.model.class_cond:
         conditions["y"] = th.arange(count) % len(class_names or range(options.model.num_classes))
     return Preview(diffusion, (options.model.image_channels, size, size), count, conditions)
 

@@ -68,9 +68,8 @@ def estimate_bpd(
     for i in range(repetitions):
         u = th.special.ndtr(noise_fn(x_start.new_empty(n, 1)).double())[:, 0].cpu().numpy()
         count = (evaluations + i) // repetitions
-        for t, weights in zip(
-            *(th.from_numpy(v).to(x_start.device).T for v in draw_timesteps(p, count, u)), strict=True
-        ):
+        drawn = (th.from_numpy(v).to(x_start.device).T for v in draw_timesteps(p, count, u))
+        for t, weights in zip(*drawn, strict=True):
             vb[i].scatter_add_(1, t[:, None], (weights * term(t))[:, None])
     totals, prior = vb.sum(dim=2), diffusion._prior_bpd(x_start)
     metrics = {"total_bpd": totals.mean(dim=0) + prior, "prior_bpd": prior, "vb": vb.mean(dim=0).flip(1)}
@@ -92,13 +91,12 @@ def pilot_sums(
     :param numbers: the indices of the images, which choose the timesteps within the bins.
     :return: float64 [2, bins], sums over the images of L_t^2, and of L_t's variance by noise.
     """
+    term = functools.partial(_term, diffusion, model, x_start, noise_fn, clip_denoised, model_kwargs)
     squares, variances = [], []
     for b, (low, high) in enumerate(itertools.pairwise(log_bins(diffusion.num_timesteps))):
         within = (numbers * 0.618 + b * 0.382) % 1  # spread evenly over the bin
         t = th.from_numpy(low + (within * (high - low)).astype(np.int64)).to(x_start.device)
-        one, other = (
-            _term(diffusion, model, x_start, noise_fn, clip_denoised, model_kwargs, t).double() for _ in range(2)
-        )
+        one, other = (term(t).double() for _ in range(2))
         squares.append((one**2 + other**2).sum() / 2)
         variances.append((one - other).square().sum() / 2)
     return th.stack([th.stack(squares), th.stack(variances)]).cpu().numpy()

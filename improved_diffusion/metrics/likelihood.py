@@ -78,9 +78,8 @@ def evaluate_bpd(
             if parts is not None:
                 parts.save(done, values={"sums": sums, "p": p})
             means = _means(sums, done)
-            logger.log(
-                f"done {counted(done, 'sample')}: bpd={means['total_bpd'].item()} +- {_standard_error(means, done):.4f}"
-            )
+            bpd, error = means["total_bpd"].item(), _standard_error(means, done)
+            logger.log(f"done {counted(done, 'sample')}: bpd={bpd} +- {error:.4f}")
     return _means(sums, done) | ({} if p is None else {"p": p}), done
 
 

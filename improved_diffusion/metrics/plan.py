@@ -111,9 +111,8 @@ def measure_costs(
     :raises InputError: if the network's output is not finite.
     """
     if diffusion.model_mean_type == ModelMeanType.PREVIOUS_X or diffusion.model_var_type == ModelVarType.LEARNED:
-        raise ValueError(
-            "other jumps need a model of x_0, the noise or the velocity, with fixed or interpolated variances"
-        )
+        needed = "a model of x_0, the noise or the velocity, with fixed or interpolated variances"
+        raise ValueError(f"other jumps need {needed}")
     rank, world, device = dist_util.rank(), dist_util.world_size(), dist_util.dev()
     jumps, steps = Jumps(diffusion), diffusion.num_timesteps
     shapes = (steps, RATIOS), (steps, RATIOS), (jumps.num_first, VARIANCES), (1,), (1,)

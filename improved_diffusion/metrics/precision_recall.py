@@ -15,9 +15,8 @@ CHUNK = 512  # rows of distances in memory at once
 
 def precision_recall(samples: Features, reference: Features, k: int = NEIGHBOURS) -> tuple[float, float]:
     """
-    Both in [0, 1], from distances in float64. Memory for two copies of the features and
-    a few times CHUNK rows of distances.
-    Both depend on the sizes of the sets: compare sets of the same sizes.
+    Both in [0, 1], from distances in float64. Memory for two copies of the features and a few times CHUNK rows of
+    distances. Both depend on the sizes of the sets: compare sets of the same sizes.
 
     :param samples, reference: features [N, D], of any two sizes.
     :param k: the neighbour that a ball reaches to, itself excluded; it is within.

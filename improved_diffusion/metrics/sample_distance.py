@@ -2,14 +2,14 @@
 
 from collections.abc import Callable
 
+import numpy as np
 import torch as th
 
 from .. import dist_util, logger
 from ..inference.arrays import to_uint8
-from ..inference.generate import SampleNoise
+from ..inference.generate import draw
 from ..inference.preview import SAMPLER
 from ..options import TrainOptions
-from ..samplers import SAMPLERS
 from ..script_util import create_diffusion
 from ..solvers import default_steps
 from ..training.checkpoints import rng_state, set_rng_state
@@ -70,23 +70,22 @@ class SampleDistance:
     def _draw(self, model, stopped):
         """Batches of (numbers, outputs of the feature network) of this rank's samples; None if there are not all."""
         outputs, rank, world = [], dist_util.rank(), dist_util.world_size()
+        settings = dict(shape=self.shape, conditions=self._conditions, seed=SEED)
+        settings |= dict(sampler=SAMPLER, sampler_options={"steps": min(STEPS, default_steps(self.diffusion))})
         for first in range(0, self.count, BATCH_SIZE * world):
             if stopped():
                 return None
-            numbers = th.arange(first + rank, min(first + BATCH_SIZE * world, self.count), world)
-            x = th.empty(len(numbers), *self.shape, device=dist_util.dev())
-            if len(numbers):
-                noise_fn = SampleNoise(SEED, numbers.tolist())
-                kwargs = {"y": (numbers % self.num_classes).to(x.device)} if self.num_classes else {}
-                steps = min(STEPS, default_steps(self.diffusion))
-                options = dict(model_kwargs=kwargs, noise_fn=noise_fn, steps=steps)
-                x = SAMPLERS[SAMPLER](self.diffusion, model, noise_fn(x), **options)
+            numbers = range(first + rank, min(first + BATCH_SIZE * world, self.count), world)
+            x, _ = draw(self.diffusion, model, numbers, **settings)
             if dist_util.any_rank(not x.isfinite().all()):
                 logger.warn("samples are not finite: they have no distance to the reference")
                 return None
             if len(numbers):
-                outputs.append((numbers.numpy(), self.network(to_uint8(x))))
+                outputs.append((np.array(numbers), self.network(to_uint8(x))))
         return outputs
+
+    def _conditions(self, numbers, _):
+        return {"y": th.tensor(numbers, device=dist_util.dev()) % self.num_classes} if self.num_classes else {}
 
 
 def create_sample_distance(options: TrainOptions, class_names: list[str] | None) -> SampleDistance | None:

@@ -16,6 +16,7 @@ from ..training.checkpoints import rng_state, set_rng_state
 from ..utils.errors import InputError
 from ..utils.files import is_inside
 from ..utils.streams import counted
+from .image_sets import evenly
 
 MAX_IMAGES = 64
 LOSS_TIMESTEPS = 4  # per image
@@ -111,10 +112,10 @@ def create_validation(
     arguments = dict(data_dir=valid_dir, image_size=options.model.size, class_names=class_names)
     loader = options.call(load_data_once, **arguments, batch_size=BATCH_SIZE, num_workers=0)
     dataset = loader.dataset  # images number rank, rank + world, ... of the folder
-    count = min(dataset.num_images, MAX_IMAGES)
-    logger.note(f"held-out images, evaluated at each checkpoint: {count} of {dataset.num_images:,} in {valid_dir}")
-    chosen = {number: (2 * number + 1) * dataset.num_images // (2 * count) for number in range(count)}  # of all classes
-    images = {number: dataset[i // world] for number, i in chosen.items() if i % world == dist_util.rank()}
+    chosen = evenly(MAX_IMAGES, dataset.num_images).tolist()  # of all classes
+    count = f"{len(chosen)} of {dataset.num_images:,}"
+    logger.note(f"held-out images, evaluated at each checkpoint: {count} in {valid_dir}")
+    images = {number: dataset[i // world] for number, i in enumerate(chosen) if i % world == dist_util.rank()}
     timesteps = str(min(BOUND_TIMESTEPS, options.diffusion.diffusion_steps))
     chain = create_diffusion(options.diffusion, timestep_respacing=timesteps)
     return Validation(diffusion, chain, images, add_conditions)

@@ -76,13 +76,8 @@ def parse_resume_step_from_filename(filename):
     return step_in(filename) or 0
 
 
-def is_of_a_run(filename):
-    """Whether a file, such as path/to/model000100.pt, continues a run; an ema_ file starts a new one."""
-    return step_in(filename) is not None
-
-
 def step_in(filename):
-    """The step in the name of a run's model file, None for any other name."""
+    """The step in the name of a run's model file; None for any other, such as an ema_ file: it starts a new run."""
     _, found, end = bf.basename(filename).rpartition("model")
     digits = end.split(".")[0]
     return int(digits) if found and digits.isdecimal() else None
@@ -103,10 +98,8 @@ def refuse_cut_off(main_checkpoint, step):
     state, names = state_filename(step), sets.get(step, set())
     # at a URL there are no temporary names, but earlier sets with a state: the original writes none
     if state not in names and (state + TEMPORARY in names or _first_of_ours(sets) < step):
-        raise InputError(
-            f"{main_checkpoint} belongs to a checkpoint whose writing was cut off; resume from the one before it, or "
-            "by auto, which completes it if it can"
-        )
+        advice = "resume from the one before it, or by auto, which completes it if it can"
+        raise InputError(f"{main_checkpoint} belongs to a checkpoint whose writing was cut off; {advice}")
 
 
 def read_newest_set(directory, list_again=True):
@@ -144,10 +137,8 @@ def read_newest_set(directory, list_again=True):
         raise InputError(f"no checkpoint in {directory} can be read; to start over, take another folder. {problem}")
     left = sorted(name for names in sets.values() for name in names if not name.endswith(TEMPORARY))
     if left and not (is_remote(directory) and sets.keys() == {0}):  # where a first save has no temporary names
-        raise InputError(
-            f"no checkpoint in {directory} is complete, but there are files of some ({left[0]}); to start over, take "
-            "another folder, or move them"
-        )
+        problem = f"no checkpoint in {directory} is complete, but there are files of some ({left[0]})"
+        raise InputError(f"{problem}; to start over, take another folder, or move them")
     return None
 
 
@@ -229,23 +220,17 @@ def newest_average(directory: str, rates: str = "") -> str | None:
         _, step, rate, _ = parse_name(name)
         return step, -order.index(rate) if rate in order else -len(order), rate
 
-    averages = [name for name in (list_folder(directory) if bf.isdir(directory) else ()) if _is_average(name)]
+    names = [name for name in (list_folder(directory) if bf.isdir(directory) else ()) if name.endswith(".pt")]
+    averages = [name for name in names if (parsed := parse_name(name)) and parsed.rate >= 0]
     return bf.join(directory, max(averages, key=rank)) if averages else None
-
-
-def _is_average(name):
-    parsed = parse_name(name)
-    return parsed is not None and parsed.rate >= 0 and name.endswith(".pt")
 
 
 def has_checkpoint(directory):
     """Whether a folder has a checkpoint that read_newest_set() may find, by the names of its files."""
     sets = _sets_in(directory)
     first_of_ours = _first_of_ours(sets)
-    return any(
-        state_filename(step) + TEMPORARY in names or _is_complete(step, names, first_of_ours)
-        for step, names in sets.items()
-    )
+    staged = any(state_filename(step) + TEMPORARY in names for step, names in sets.items())
+    return staged or any(_is_complete(step, names, first_of_ours) for step, names in sets.items())
 
 
 def delete_old_sets(directory, step, keep):
@@ -343,9 +328,7 @@ def _save_from_cpu(contents, f):
 
 
 def _save_state(state, f):
-    """
-    :raises InputError: for what could be saved, but not loaded again.
-    """
+    """:raises InputError: for what could be saved, but not loaded again."""
     saved = io.BytesIO()
     _save_from_cpu(state, saved)
     saved.seek(0)
@@ -353,9 +336,8 @@ def _save_state(state, f):
         th.load(saved, weights_only=True)
     except pickle.UnpicklingError:
         state = {key: state[key] for key in ("data", "schedule_sampler", "flags") if key in state}
-        raise InputError(
-            f"the state of data, schedule sampler or flags is more than tensors and plain values: {state}"
-        ) from None
+        problem = f"is more than tensors and plain values: {state}"
+        raise InputError(f"the state of data, schedule sampler or flags {problem}") from None
     f.write(saved.getbuffer())
 
 

@@ -36,12 +36,11 @@ def largest_microbatch(loop, batch: th.Tensor, cond: dict[str, th.Tensor], at_mo
         if dist_util.dev().type == "cpu":
             size = _size_by_extrapolation(loop, batch, cond, size, sum(tensor.nbytes for tensor in held))
         while dist_util.any_rank(bool(problem := _problem(loop, loop.model, batch, cond, size))):
+            problem = problem or "on another rank"
             if size == 1:
-                raise TrainingError(
-                    f"microbatch auto: one sample does not fit into memory ({problem or 'on another rank'}); "
-                    "use_checkpoint True, use_bf16 True or a smaller network needs less"
-                )
-            logger.log(f"microbatch auto: {size} samples in a pass do not fit ({problem or 'on another rank'})")
+                advice = "use_checkpoint True, use_bf16 True or a smaller network needs less"
+                raise TrainingError(f"microbatch auto: one sample does not fit into memory ({problem}); {advice}")
+            logger.log(f"microbatch auto: {size} samples in a pass do not fit ({problem})")
             size = -(-size // 2)
     finally:
         set_rng_state(rng)

@@ -152,10 +152,9 @@ def warn_of_other_checkpoints(checkpoint, directory):
     """Warn if `directory`, where a run saves, holds newer checkpoints than the one that it continues."""
     newest = dist_util.broadcast_from_rank_0(newest_step, directory)
     if newest is not None and newest > (checkpoint.step if checkpoint and checkpoint.is_in(directory) else -1):
-        logger.warn(
-            f"WARNING: {directory} has checkpoints up to step {newest} that this run does not continue; it will "
-            "overwrite some of them, and resume_checkpoint auto would take the newest. Give each run its own folder"
-        )
+        problem = f"{directory} has checkpoints up to step {newest} that this run does not continue"
+        outcome = "it will overwrite some of them, and resume_checkpoint auto would take the newest"
+        logger.warn(f"WARNING: {problem}; {outcome}. Give each run its own folder")
 
 
 # ---------------------------------------------------------------- averages and moments

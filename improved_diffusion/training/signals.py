@@ -16,9 +16,8 @@ END = b"\0"  # to the thread that reads the numbers of signals
 
 class StopSignals:
     """
-    Within `with StopSignals() as stop:`, a first signal only sets stop.received, and a later one ends
-    the process at once. SIGCHLD is handled within `with stop.children():` only. Outside the main thread, signals stay
-    as they are.
+    Within `with StopSignals() as stop:`, a first signal only sets stop.received, and a later one ends the process at
+    once. SIGCHLD is handled within `with stop.children():` only. Outside the main thread, signals stay as they are.
 
     :param announce: called with a line at the first signal, in another thread: the step that is to be finished may
                      take minutes. It must not wait, since the second signal is noticed in the same thread.

@@ -9,9 +9,7 @@ from ..utils.errors import TrainingError
 
 
 class StepStatistics:
-    """
-    Means over steps. They stay on the device: no step waits for it. Each entry is a table of (sum, count) rows.
-    """
+    """Means over steps. They stay on the device: no step waits for it. Each entry is a table of (sum, count) rows."""
 
     def __init__(self):
         self._tables = {}
@@ -37,10 +35,7 @@ class StepStatistics:
             self._accumulate(key, th.cat([overall[None], quartiles]))
 
     def _accumulate(self, key, rows):
-        if key in self._tables:
-            self._tables[key] += rows
-        else:
-            self._tables[key] = rows
+        self._tables[key] = self._tables.get(key, 0) + rows
 
     def read(self, over_ranks=True):
         """
@@ -80,10 +75,9 @@ class StepStatistics:
         :param bad: the ranks to name; those whose loss is not finite if there are none.
         """
         bad = bad or self.ranks_not_finite("loss") or range(dist_util.world_size())
-        return TrainingError(
-            f"{what} at step {step} on rank {', '.join(map(str, bad))}; the last good checkpoint is "
-            f"{last_checkpoint or 'none'}. A lower lr helps, or a look at the data"
-        )
+        where = f"{what} at step {step} on rank {', '.join(map(str, bad))}"
+        last = f"the last good checkpoint is {last_checkpoint or 'none'}"
+        return TrainingError(f"{where}; {last}. A lower lr helps, or a look at the data")
 
     def state_dict(self):
         """The sums and counts, for load_state_dict()."""

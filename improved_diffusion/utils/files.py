@@ -21,8 +21,6 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 TEMPORARY = ".tmp"  # suffix of a file until it is whole
-
-
 READABLE = re.compile(r"(gs|az)://|https://[^/]+\.blob\.")
 
 

@@ -64,15 +64,12 @@ class Progress:
         if self._bar is not None:
             self._bar.set_postfix({name: f"{value:.3g}" for name, value in values.items()}, refresh=False)
 
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        self.close()
+        if self._bar is not None:
+            self._bar.close()
 
 
 def duration(seconds: float) -> str:

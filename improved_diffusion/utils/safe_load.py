@@ -57,9 +57,8 @@ def decode(path: str, data: bytes, **kwargs) -> Any:
             archive = zipfile.ZipFile(f)
             size = sum(member.file_size for member in archive.infolist())
             if size > len(data):
-                raise InputError(
-                    f"{path}: unpacks to {size / 1e6:,.0f} MB from {len(data) / 1e6:,.0f}; torch.save does not compress"
-                )
+                problem = f"unpacks to {size / 1e6:,.0f} MB from {len(data) / 1e6:,.0f}"
+                raise InputError(f"{path}: {problem}; torch.save does not compress")
             if archive.testzip():
                 raise ValueError("checksum mismatch")  # torch does not verify it
         f.seek(0)
@@ -72,10 +71,8 @@ def decode(path: str, data: bytes, **kwargs) -> Any:
         device = kwargs.get("map_location")
         if str(device) != "cpu":
             decode(path, data, **{**kwargs, "map_location": "cpu"})  # raises if the file is to blame
-            place = device or "the device that they were saved from"
-            raise InputError(
-                f"{path}: cannot load its tensors to {place} ({first_line(e)}); map_location cpu can"
-            ) from e
+            problem = f"cannot load its tensors to {device or 'the device that they were saved from'} ({first_line(e)})"
+            raise InputError(f"{path}: {problem}; map_location cpu can") from e
         text = str(e) if isinstance(e, pickle.UnpicklingError) else ""
         if "GLOBAL" in text or "unrecognized function" in text:
             problem = "refused: it holds more than tensors and plain values, and loading it could run code"

@@ -64,7 +64,6 @@ def _library(path) -> Any:
     try:
         import safetensors.torch
     except ImportError:
-        raise InputError(
-            f"{path}: needs the package safetensors: pip install improved-diffusion[safetensors]"
-        ) from None
+        install = "pip install improved-diffusion[safetensors]"
+        raise InputError(f"{path}: needs the package safetensors: {install}") from None
     return safetensors.torch

@@ -6,7 +6,7 @@ import pytest
 import torch as th
 from harness import ROOT
 
-from improved_diffusion.cli.estimate import preset_cost
+from improved_diffusion.cli.estimate import estimate_memory, forward_flops, on_meta
 from improved_diffusion.cli.presets import COSTS, PRESETS
 from improved_diffusion.options import SuperResTrainOptions, TrainOptions
 from improved_diffusion.script_util import create_model_and_diffusion, sr_create_model_and_diffusion
@@ -53,6 +53,16 @@ def test_the_documents_table_has_each_presets_flags():
         assert {flag: float(v) if flag == "lr" else v for flag, v in shown.items()} == {
             flag: v if flag == "lr" else str(v) for flag, v in PRESETS[name].items()
         }, name
+
+
+def preset_cost(name):
+    """The parameters, the memory to train with one image in a pass, and forward_flops()."""
+    large = "large_size" in PRESETS[name]
+    options = (SuperResTrainOptions() if large else TrainOptions()).replace(**{**PRESETS[name], "batch_size": 1})
+    model, _ = on_meta(options, sr_create_model_and_diffusion if large else create_model_and_diffusion)
+    parameters, flops = sum(p.numel() for p in model.parameters()), forward_flops(model, options)
+    gib = sum(estimate_memory(model, options)) / 2**30
+    return f"{parameters / 1e6:.0f}M, {gib:.1f} GiB, {flops / 1e9:.0f} GFLOPs"
 
 
 @pytest.mark.slow

@@ -17,7 +17,6 @@ from improved_diffusion.training.checkpoints import (
     delete_old_sets,
     ema_filename,
     find_ema_checkpoint,
-    is_of_a_run,
     model_filename,
     newest_average,
     optimizer_filename,
@@ -28,6 +27,7 @@ from improved_diffusion.training.checkpoints import (
     save_set,
     set_rng_state,
     state_filename,
+    step_in,
 )
 from improved_diffusion.utils.errors import InputError
 
@@ -91,7 +91,7 @@ def test_an_average_beside_a_model(tmp_path):
 )
 def test_a_run_continues_from_its_own_model_only(name, answer):
     """An average beside the state of step 0 is the start of another run."""
-    assert is_of_a_run(name) is answer
+    assert (step_in(name) is not None) is answer
 
 
 @given(st.from_regex(r"[a-z/_]{0,4}(model){0,2}[0-9a-z_./]{0,8}(\.pt)?", fullmatch=True))
@@ -100,7 +100,7 @@ def test_a_run_continues_from_its_own_model_only(name, answer):
 def test_the_step_is_known_where_a_run_continues(name):
     """Else the averages, the optimizer and the state of step 0 would be taken for this model's."""
     step = parse_resume_step_from_filename(name)
-    if is_of_a_run(name):
+    if step_in(name) is not None:
         digits = os.path.basename(name).rpartition("model")[2].split(".")[0]
         assert digits.isdecimal() and step == int(digits)
     else:

@@ -3,7 +3,7 @@
 import pytest
 from training import batches, lines_of, train
 
-from improved_diffusion.cli.pack_first import loading_advice
+from improved_diffusion.cli.advice import loading_advice
 from improved_diffusion.options import SuperResTrainOptions, TrainOptions
 from improved_diffusion.training import waiting
 from improved_diffusion.training.waiting import MUCH, SECONDS, STEPS, Waiting
