@@ -14,10 +14,10 @@ tell. The folders are those of the scripts: a run that begins here continues the
 
 import contextlib
 import dataclasses
-import difflib
 import io
 import os
 import sys
+import threading
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -28,6 +28,7 @@ from PIL import Image
 from . import dist_util
 from .cli.config_file import CONFIG, config_of, read_config
 from .cli.dry_run import print_dry_run
+from .cli.flag_names import answer_to_name
 from .cli.interchange import options_of
 from .cli.loop import train_run
 from .cli.parser import named_as_in_python, with_defaults
@@ -51,8 +52,11 @@ from .training.checkpoints import model_filename, newest_average, parse_name, rn
 from .training.stopping import StoppedBySignal
 from .training.weights import is_young, load_weights, read_weights
 from .utils.errors import InputError
+from .utils.files import user_path
 from .utils.log_formats import KVWriter
 from .utils.streams import show
+
+_ONE_RUN = threading.Lock()
 
 
 @contextlib.contextmanager
@@ -84,9 +88,9 @@ def train(data: Any, log_dir: str | os.PathLike, *, labels: Any = None, **option
     :return: log_dir.
     :raises InputError: for an invalid option, data or folder; names it.
     """
-    log_dir = os.path.expanduser(log_dir)
-    if not log_dir:
-        raise InputError("log_dir: give the folder of the run")
+    if not isinstance(log_dir, (str, os.PathLike)) or not os.fspath(log_dir):
+        raise InputError(f"log_dir {log_dir!r}: give the folder of the run")
+    folder = _path(log_dir)
     in_python = not isinstance(data, (str, os.PathLike))
     if "data_dir" in options:
         raise InputError("data_dir: leave it out; the first argument of train() is the data")
@@ -96,26 +100,26 @@ def train(data: Any, log_dir: str | os.PathLike, *, labels: Any = None, **option
         options.setdefault("class_cond", True)
     elif labels is not None:
         options["labels"] = labels
-    given = _typed(rows(TrainOptions), {**options, "data_dir": "" if in_python else data, "log_dir": log_dir})
+    given = _typed(rows(TrainOptions), {**options, "data_dir": "" if in_python else data, "log_dir": folder})
     given.setdefault("resume_checkpoint", "" if given.get("overwrite") else "auto")
     dist_util.setup_dist()
     drawn = int(th.randint(2**63 - 1, ())) if given.get("seed") is None else None
     with _apart():
         flags = with_defaults(_defaults_of(data, labels, given) if in_python else TrainOptions(), given)
-        check_outside(flags.options, log_dir)
+        check_outside(flags.options, folder)
         seed = flags.options.compute.seed
         dist_util.seed_everything(drawn if seed is None else seed)
         run = resumed(flags)
+        batches = None
         if in_python:
             own = _own_data(data, labels, run)
             run = dataclasses.replace(run, notes=(*run.notes, *own.notes()))
+            batches = run.options.call(load_dataset, dataset=own, data_dir="the data")
         if run.options.general.dry_run:
-            print_dry_run(run, create_model_and_diffusion)
-        elif in_python:
-            _train(run, run.options.call(load_dataset, dataset=own, data_dir="the data"))
+            print_dry_run(run, create_model_and_diffusion, batches, spell=named_as_in_python)
         else:
-            _train(run, run.options.call(load_data, class_names=run.class_names))
-    return log_dir
+            _train(run, batches or run.options.call(load_data, class_names=run.class_names))
+    return folder
 
 
 def _train(run, batches):
@@ -133,19 +137,19 @@ def _train(run, batches):
 
 def _defaults_of(data, labels, given):
     """The options of a new run on images from Python."""
-    sizes = {name: given.get(name) for name in ("image_size", "image_channels")}
+    sizes = {name: given.get(name) for name in ("image_size", "image_channels", "num_classes")}
     own = OwnImages(data, labels, **sizes, class_cond=given.get("class_cond", False))
     classes = {"num_classes": len(own.class_names)} if own.class_names else {}
     return TrainOptions().replace(image_size=own.size, image_channels=own.channels, **classes)
 
 
 def _own_data(data, labels, run):
-    """Images from Python as a run has them."""
+    """Images from Python with the sizes and classes of a run."""
     model = run.options.model
     if labels is not None and not model.class_cond:
         raise InputError("labels: are given, but class_cond is False")
-    sizes = dict(image_size=model.image_size, image_channels=model.image_channels, class_cond=model.class_cond)
-    own = OwnImages(data, labels, **sizes, class_names=run.class_names)
+    names = ("image_size", "image_channels", "num_classes", "class_cond")
+    own = OwnImages(data, labels, **{name: getattr(model, name) for name in names}, class_names=run.class_names)
     if len(own.class_names or ()) > model.num_classes:
         raise InputError(f"num_classes {model.num_classes}: the data has {len(own.class_names)} classes")
     return own
@@ -160,8 +164,7 @@ def _typed(known: Iterable[Option], values: dict[str, Any]) -> dict[str, Any]:
     by_name = {row.name: row for row in known}
     for name in values:
         if name not in by_name:
-            near = difflib.get_close_matches(name, by_name, n=2)
-            raise InputError(f"{name}: no such option{f'; did you mean {chr(32).join(near)}?' if near else ''}")
+            raise InputError(f"{name}: no such option; {answer_to_name(name, by_name)}")
     return {name: coerce(row, _as_text(row, values[name])) for name, row in by_name.items() if name in values}
 
 
@@ -172,8 +175,13 @@ def _as_text(row, value):
     if isinstance(value, (list, tuple, range)):
         return ",".join(map(str, value))
     if isinstance(value, os.PathLike) or (row.path and isinstance(value, str)):
-        return os.path.expanduser(value)
+        return _path(value)
     return str(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
+
+
+def _path(value):
+    """:raises InputError: for a URL that cannot be opened."""
+    return user_path(os.fspath(value))
 
 
 def _known(options, *names):
@@ -184,7 +192,13 @@ def _known(options, *names):
 
 @contextlib.contextmanager
 def _apart():
-    """Keep the caller's logger and random generators out of a run, and end it by an interruption as Python does."""
+    """
+    Keep the caller's logger and random generators out of a run, and end it by an interruption as Python does.
+
+    :raises InputError: within another run of the process: both would share the logger and the generators.
+    """
+    if not _ONE_RUN.acquire(blocking=False):
+        raise InputError("train() has not ended in another thread; give each run a process of its own")
     logger, rng = Logger.CURRENT, rng_state()
     Logger.CURRENT = None
     try:
@@ -198,6 +212,7 @@ def _apart():
         of_run, Logger.CURRENT = Logger.CURRENT, logger
         Logger.EARLY.clear()  # of a run that did not begin
         set_rng_state(rng)
+        _ONE_RUN.release()
         if of_run not in (None, Logger.DEFAULT):
             of_run.close()
 
@@ -302,7 +317,7 @@ def load(path: str | os.PathLike, **options: Any) -> Trained:
     :return: (model, diffusion, config).
     :raises InputError: if there are no weights, or they do not fit.
     """
-    file: str = os.path.expanduser(path)
+    file: str = _path(path)
     if bf.isdir(file):
         config_and_path = read_config(file), bf.join(file, CONFIG)
         file = _newest_weights(file, (config_and_path[0] or {"flags": {}})["flags"])
@@ -341,12 +356,16 @@ def _newest_weights(folder, flags):
     return average
 
 
-def picture(samples: th.Tensor, labels: Any = None) -> Image.Image:
+def picture(samples: Any, labels: Any = None) -> Image.Image:
     """
     A grid of samples, which notebooks show.
 
-    :param samples: [N, C, H, W] in [-1, 1].
+    :param samples: [N, C, H, W] in [-1, 1], a tensor or an array.
     :param labels: [N], for a row per class.
+    :raises InputError: for samples of another shape.
     """
+    samples = th.as_tensor(samples)
+    if samples.dim() != 4 or not len(samples) or samples.shape[1] not in (1, 3):
+        raise InputError(f"samples: have shape {tuple(samples.shape)}; give [N, C, H, W] with 1 or 3 channels")
     rows_of = None if labels is None else th.as_tensor(labels).cpu().numpy()
     return to_image(grid(to_uint8(samples).cpu().numpy(), rows_of))

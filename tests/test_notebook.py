@@ -117,6 +117,9 @@ def test_values_of_python_are_taken(tmp_path):
     [
         (dict(learning_rat=1), "learning_rat"),
         (dict(lrr=1e-3), r"lrr: .*\blr\b"),
+        (dict(learning_rate=1e-3), r"learning_rate: .*\blr\b"),
+        (dict(log_dir="b"), "log_dir"),
+        (dict(valid_dir="s3://b/c"), "s3://b/c"),
         (dict(lr="fast"), "lr 'fast'"),
         (dict(lr=-1.0), "lr -1"),
         (dict(max_steps=1.5), "max_steps 1.5"),
@@ -131,6 +134,7 @@ def test_values_of_python_are_taken(tmp_path):
         (dict(batch_size=np.array([4, 4])), "batch_size"),
         (dict(dry_run=True, num_classes=2, labels=[0, 1, 2, 0]), "num_classes 2"),
         (dict(dry_run=True, image_size=16), r"\(1, 8, 8\)"),
+        (dict(dry_run=True, batch_size=5), "the data: 4 images"),
     ],
 )
 def test_what_is_invalid_is_refused_in_one_line(tmp_path, changed, named):
@@ -151,6 +155,36 @@ def test_classes_of_a_folder_are_those_of_its_files(images, tmp_path):
     assert json.loads((tmp_path / "b" / "config.json").read_text())["class_names"] == ["a", "b"]
     with pytest.raises(InputError, match=r"labels.*'a', 'b'"):
         train(pixels, tmp_path / "b", labels=labels + 1, **{**OPTIONS, "max_steps": 3})
+
+
+@pytest.mark.parametrize("log_dir", ["", None, 5, "s3://b/c"])
+def test_what_is_no_folder_of_a_run_is_refused(images, log_dir):
+    with pytest.raises(InputError, match=rf"{log_dir or 'log_dir'}"):
+        train(images, log_dir, **TRAIN)
+
+
+def test_a_dry_run_describes_the_data(tmp_path, capsys):
+    train(
+        th.rand(4, 1, 8, 8) * 2 - 1, tmp_path / "a", **{**OPTIONS, "dry_run": True, "num_classes": 2}, labels=[0, 1] * 2
+    )
+    out = capsys.readouterr().out
+    assert "data: 4 images of 2 classes" in out and "  lr 0.001" in out and not re.search("--[a-z]", out)
+    assert not (tmp_path / "a").exists()
+
+
+def test_one_run_at_a_time(images, tmp_path, monkeypatch):
+    """Runs share the logger and the random generators of the process."""
+    inner = []
+
+    def within(*_, **__):
+        with pytest.raises(InputError, match="another thread"):
+            train(images, tmp_path / "b", **OPTIONS)
+        inner.append(True)
+
+    monkeypatch.setattr(improved_diffusion.notebook, "train_run", within)
+    for name in ("a", "c"):
+        train(images, tmp_path / name, **OPTIONS)
+    assert inner == [True, True]
 
 
 def test_the_caller_keeps_its_logger_and_random_generators(images, tmp_path):
@@ -392,6 +426,10 @@ def test_a_model_that_enlarges(tmp_path):
 
 def test_pictures():
     assert picture(th.zeros(4, 1, 8, 8)).mode == "L"
+    assert picture(np.zeros((4, 1, 8, 8), np.float32)).tobytes() == picture(th.zeros(4, 1, 8, 8)).tobytes()
+    for other in (th.zeros(3, 8, 8), th.zeros(0, 3, 8, 8), th.zeros(2, 4, 8, 8)):
+        with pytest.raises(InputError, match="samples: "):
+            picture(other)
     rows = picture(th.zeros(4, 3, 8, 8), labels=[0, 0, 0, 1])
     assert rows.mode == "RGB" and rows.width > rows.height
 

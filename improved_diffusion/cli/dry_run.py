@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 from .. import dist_util
 from ..image_datasets import load_data, load_data_once
@@ -13,29 +14,31 @@ from .estimate import advise, estimate_memory, flags_that_fit, forward_flops, mi
 from .run_config import Run
 
 
-def print_dry_run(run: Run, create: Callable) -> None:
+def print_dry_run(run: Run, create: Callable, data: Any = None, spell: Callable[[str], str] = str) -> None:
     """
     Print the summary of a run on rank 0. A collective.
 
     :param create: factory of (model, diffusion).
+    :param data: of the run, if it has no data_dir.
+    :param spell: rewrites the lines that name flags.
     :raises InputError: after the rest, if the data cannot be read.
     """
     if dist_util.rank() == 0:
-        _show_run(run, create)
-    if hasattr(run.options, "data") and run.options.data.data_dir:
-        _show_data(run)
+        _show_run(run, create, spell)
+    if data is not None or (hasattr(run.options, "data") and run.options.data.data_dir):
+        _show_data(run, data, spell)
 
 
-def _show_run(run, create):
+def _show_run(run, create, spell):
     options = run.options
     model, diffusion = on_meta(options, create)
     for note in run.notes:
-        show(note)
+        show(spell(note))
     for field in dataclasses.fields(options):
         group = getattr(options, field.name)
         show(f"{group.title}:")
         for name, value in dataclasses.asdict(group).items():
-            show(f"  --{name} {value!r}" if value in ("", None) else f"  --{name} {value}")
+            show(spell(f"  --{name} {value!r}" if value in ("", None) else f"  --{name} {value}"))
     show(f"parameters: {sum(p.numel() for p in model.parameters()):,}")
     training = hasattr(options, "training")
     flops = forward_flops(model, options) / 1e9
@@ -48,7 +51,7 @@ def _show_run(run, create):
     available = available_memory(dist_util.dev())
     if available is not None:
         advice = advise(flags_that_fit(options, create, available))
-        show(f"memory of {dist_util.dev()}: {mib(available)} free; {advice}")
+        show(spell(f"memory of {dist_util.dev()}: {mib(available)} free; {advice}"))
     steps = diffusion.timestep_map
     sampling = getattr(options, "sampling", None)
     if sampling is not None and sampling.solves:
@@ -58,13 +61,13 @@ def _show_run(run, create):
     show(f"timesteps: {len(steps)} of {diffusion.original_num_steps}: {', '.join(map(str, shown))}")
 
 
-def _show_data(run):
+def _show_data(run, data, spell):
     """Open the data as the run does, on all ranks, and decode an image."""
     options, training = run.options, getattr(run.options, "training", None)
     arguments = dict(image_size=options.model.size, class_names=run.class_names, num_workers=0)
     lines = []
     try:
-        data = options.call(load_data if training else load_data_once, **arguments)
+        data = data or options.call(load_data if training else load_data_once, **arguments)
         x_start, _ = data.dataset[0]
         names = data.dataset.class_names
         classes = f" of {counted(len(names), 'class', 'classes')}" if names else ""
@@ -77,5 +80,5 @@ def _show_data(run):
     finally:
         if dist_util.rank() == 0:
             for line in [*Logger.EARLY, *lines]:  # what opening them noted, then what they are
-                show(line)
+                show(spell(line))
             Logger.EARLY.clear()

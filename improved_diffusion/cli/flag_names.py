@@ -124,6 +124,11 @@ _BY_NAME = {name: answers for names, answers in ANSWERS.items() for name in name
 ALIKE = 0.8  # least difflib ratio of a name that may be a misspelling
 
 
+def answer_to_name(name: str, names: Iterable[str]) -> str:
+    """answer() of names without dashes."""
+    return answer(f"--{name}", [f"--{known}" for known in names])
+
+
 def answer(flag: str, flags: Iterable[str]) -> str:
     """
     What to give in place of a flag that a script does not have, in a few words.

@@ -45,7 +45,7 @@ def train_run(
             resume_checkpoint=checkpoint,
             flags=options.of_the_run(),
             preview=preview,
-            loading_advice=loading_advice(options),
+            loading_advice=spell(loading_advice(options)),
             measures=[measure for measure in measures if measure],
         )
         save_config(get_blob_logdir(), options.script, options, names)

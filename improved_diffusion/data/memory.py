@@ -12,6 +12,7 @@ from ..utils.errors import InputError
 from .images import scale_and_crop
 
 TRIED = 64  # images that notes() looks at
+MOST_CLASSES = 2**24
 
 
 class OwnImages(Dataset):
@@ -26,8 +27,9 @@ class OwnImages(Dataset):
                    does.
     :param image_size: S; default: that of the first image.
     :param image_channels: C; default: that of the first image.
-    :param class_cond: take the labels of a Dataset's items. data.classes names the classes.
+    :param class_cond: take the labels of a Dataset's items. data.classes names the classes, else num_classes.
     :param class_names: of the run that is continued; labels are indices into it.
+    :param num_classes: names of labels are the numbers below this one; default: up to the largest of `labels`.
     :raises InputError: if the first image or the labels are not of this form, or are of other classes; later, if the
                         image with some index is not.
     """
@@ -36,7 +38,7 @@ class OwnImages(Dataset):
 
     def __init__(
         self, data: Any, labels: Any = None, *, image_size: int | None = None, image_channels: int | None = None,
-        class_cond: bool = False, class_names: list[str] | None = None,
+        class_cond: bool = False, class_names: list[str] | None = None, num_classes: int | None = None,
     ):  # fmt: skip
         if not (hasattr(data, "__len__") and hasattr(data, "__getitem__")) or isinstance(data, dict):
             raise InputError(f"the data: is a {type(data).__name__}; give a tensor, an array or a sized Dataset")
@@ -45,7 +47,7 @@ class OwnImages(Dataset):
             raise InputError("the data: is empty; give images")
         self.labels = None if labels is None else _checked_labels(labels, self.num_images)
         self.class_cond = class_cond or labels is not None
-        self.class_names = self._names(class_names) if self.class_cond else None
+        self.class_names = self._names(class_names, num_classes) if self.class_cond else None
         self._own = range(dist_util.rank(), self.num_images, dist_util.world_size())
         first = self._image(0)
         if _is_picture(first):
@@ -60,23 +62,34 @@ class OwnImages(Dataset):
 
         :raises InputError: if one is not of the form.
         """
+        lines, first = [], self._item(0)
         least = min([self[i][0].min().item() for i in range(min(TRIED, len(self)))], default=-1.0)
-        first = self._image(0)
-        if least >= 0 and not _is_picture(first) and first.dtype != th.uint8:
-            return ["WARNING: no value of the images is below 0: black is -1 for this model, not 0"]
-        return []
+        image = self._image(0)
+        if least >= 0 and not _is_picture(image) and image.dtype != th.uint8:
+            lines.append("WARNING: no value of the images is below 0: black is -1 for this model, not 0")
+        if not self.class_cond and len(first) > 1 and _as_index(first[1]) is not None:
+            lines.append("WARNING: the labels of the data are not used; class_cond True uses them")
+        if self.labels is not None and (found := len(self.labels.unique())) < self.labels.max() + 1:
+            unused = f"{found} of the labels from 0 to {self.labels.max()} occur"
+            lines.append(f"WARNING: {unused}; the model has room for all")
+        return lines
 
-    def _names(self, of_the_run):
-        if self.labels is not None:
-            names = list(map(str, range(int(self.labels.max()) + 1)))
-            fits = len(names) <= len(of_the_run or names)
-        elif getattr(self.data, "classes", None) is None:
-            raise InputError("class_cond True: give labels, or data whose attribute classes names the classes")
-        else:
-            names = list(map(str, self.data.classes))
+    def _names(self, of_the_run, num_classes):
+        names = getattr(self.data, "classes", None) if self.labels is None else None
+        if names is not None:
+            names = list(map(str, names))
             fits = of_the_run in (None, names)
+        elif self.labels is None and num_classes is None and of_the_run is None:
+            problem = "give labels or num_classes, or data whose attribute classes names the classes"
+            raise InputError(f"class_cond True: {problem}")
+        else:
+            largest = -1 if self.labels is None else int(self.labels.max())
+            names = list(map(str, range(max(largest + 1, num_classes or 0))))
+            fits = of_the_run is None or largest < len(of_the_run)
+            if fits and num_classes is not None and largest >= num_classes:
+                raise InputError(f"num_classes {num_classes}: the labels go to {largest}")
         if not fits:
-            raise InputError(f"labels: are of the classes {names}; those of the run are {of_the_run}")
+            raise InputError(f"labels: are of the classes {names[:9]}; those of the run are {of_the_run}")
         return of_the_run or names
 
     def __len__(self):
@@ -105,10 +118,7 @@ class OwnImages(Dataset):
         item = self._item(i)
         if len(item) < 2:
             raise InputError(f"class_cond True: item {i} of the data has no label; give (image, label)")
-        try:
-            label = operator.index(item[1])
-        except TypeError:  # such as text
-            label = None
+        label = _as_index(item[1])
         if label is None or not 0 <= label < len(self.class_names):
             raise InputError(f"the label of image {i} of the data is {item[1]}; give 0 to {len(self.class_names) - 1}")
         return label
@@ -130,6 +140,13 @@ class OwnImages(Dataset):
         return x.flip(-1) if flip else x, cond
 
 
+def _as_index(label):
+    try:
+        return operator.index(label)
+    except TypeError:  # such as text
+        return None
+
+
 def _is_picture(image):
     return hasattr(image, "convert")  # PIL's
 
@@ -138,18 +155,21 @@ def _as_tensor(value):
     """value as a tensor, None if it is nothing like one."""
     try:
         # a copy: torch refuses negative strides, and warns of arrays that are not writable
-        return th.as_tensor(np.array(value) if isinstance(value, np.ndarray) else value)
+        found = th.as_tensor(np.array(value) if isinstance(value, np.ndarray) else value)
     except (TypeError, ValueError, RuntimeError):
         return None
+    return None if found.is_complex() or found.layout != th.strided else found
 
 
 def _checked_labels(labels, count):
     found, wanted = _as_tensor(labels), f"give {count} integers from 0, one for each image"
-    if found is None or found.is_floating_point() or found.is_complex():
+    if found is None or found.is_floating_point():
         raise InputError(f"labels: are not integers; {wanted}")
     if found.shape != (count,):
         raise InputError(f"labels: have shape {tuple(found.shape)}; {wanted}")
     found = found.long()
+    if found.max() >= MOST_CLASSES:
+        raise InputError(f"labels: that of image {int(found.argmax())} is {found.max()}; {wanted}")
     if found.min() < 0:
         raise InputError(f"labels: that of image {int(found.argmin())} is {found.min()}; {wanted}")
     return found

@@ -167,9 +167,9 @@ def warnings_of(samples: Statistics, reference: Statistics) -> list[str]:
     for name, found in (("samples", samples), ("reference", reference)):
         dimensions = len(found.moments["features"][0])
         if found.count is not None and found.count <= dimensions:
+            problem = f"{found.count} images of the {name} are no more than the {dimensions} features"
             advice = "compare it with distances of sets of these sizes only"
-            problem = f"are not more than the {dimensions} features: the Fréchet distance is far too large"
-            lines.append(f"{found.count} images of the {name} {problem}; {advice}")
+            lines.append(f"{problem}, so the Fréchet distance is far too large; {advice}")
         kept = len(found.kept.get("features", ()))
         if found.count is not None and 0 < kept < found.count:
             lines.append(f"of the {name}, {kept} of {found.count} images count for all but the Fréchet distance")
@@ -197,4 +197,4 @@ def save_statistics(path: str, found: Statistics) -> None:
         arrays.update(zip(MOMENTS[output], (m.numpy() for m in moments), strict=True))
     if "features" in found.kept:
         arrays["kept"] = found.kept["features"].numpy()
-    write_files(os.path.dirname(path) or ".", {os.path.basename(path): lambda f: np.savez(f, **arrays)})  # type: ignore
+    write_files(os.path.dirname(path), {os.path.basename(path): lambda f: np.savez(f, **arrays)})  # type: ignore

@@ -77,10 +77,12 @@ def write_files(directory: str, writers: dict[str, Callable[[Any], object]], flu
     removed before the first rename, the new one is renamed last. Its whole temporary file marks a set that only lacks
     renames, which rename_files() completes after a crash.
 
+    :param directory: "" for the working directory.
     :param writers: {file name: function that writes to a binary file}.
     :param flush: False skips fsync: ten times faster for small files, but a crash of the machine may truncate them.
     :raises InputError: if a file cannot be written.
     """
+    directory = directory or "."
     staged: dict[str, Any] = {}  # final path -> temporary path, or the content for a URL
     path = bf.join(directory, list(writers)[-1])
     try:

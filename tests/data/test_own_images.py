@@ -52,6 +52,23 @@ def test_labels():
     assert own.class_names == ["0", "1", "2"] and own[0][1]["y"] == 2
 
 
+def test_labels_of_items_without_names_are_numbers():
+    items = Items(zip(UINT8, [0, 1, 1, 0, 1], strict=True))
+    assert OwnImages(items, class_cond=True, num_classes=3).class_names == ["0", "1", "2"]
+    assert OwnImages(UINT8, [0, 1, 0, 0, 0], num_classes=3).class_names == ["0", "1", "2"]
+    with pytest.raises(InputError, match="num_classes 1: .*1"):
+        OwnImages(UINT8, [0, 1, 0, 0, 0], num_classes=1)
+
+
+def test_labels_that_are_not_used_or_not_there_are_noticed():
+    items = Items(zip(UINT8, [0, 1, 1, 0, 1], strict=True))
+    (note,) = OwnImages(items).notes()
+    assert "labels" in note and OwnImages(items, class_cond=True, num_classes=2).notes() == []
+    (note,) = OwnImages(UINT8, [0, 7, 0, 7, 0]).notes()
+    assert "2 of the labels from 0 to 7" in note
+    assert OwnImages(Items((x, "a caption") for x in UINT8)).notes() == []
+
+
 def test_labels_are_indices_into_the_classes_of_a_run():
     items, names = Items(zip(UINT8, [0, 1, 1, 0, 1], strict=True), classes=["cat", "dog"]), ["cat", "dog"]
     assert OwnImages(items, class_cond=True, class_names=names).class_names == names
@@ -113,6 +130,9 @@ def test_arrays_that_are_not_writable(tmp_path):
         (UINT8, dict(labels=["a", "b", "a", "b", "a"]), "labels: .*integers"),
         (UINT8, dict(labels=np.array(["a"] * 5)), "labels: .*integers"),
         (UINT8, dict(labels=th.zeros(5, 2).long()), r"labels: .*\(5, 2\)"),
+        (UINT8, dict(labels=[0, 10**9, 0, 0, 0]), "labels: .*image 1 is 1000000000"),
+        (UINT8.to_sparse(), {}, "image 0 of the data: .*Tensor"),
+        (FLOAT + 0j, {}, "image 0 of the data: .*Tensor"),
         (UINT8, dict(class_cond=True), "class_cond"),
         (Items(list(UINT8), classes=None), dict(class_cond=True), "class_cond"),
     ],

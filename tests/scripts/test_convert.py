@@ -12,6 +12,7 @@ from harness import (
     build,
     build_sr,
     flags,
+    load_script,
     run_script,
     save_weights,
     snapshot,
@@ -97,6 +98,22 @@ def test_a_run_begins_from_them(run, tmp_path):
     words = flags(**{**own, "max_steps": 1}, data_dir=run[1], resume_checkpoint=tmp_path / "a.safetensors")
     assert run_script("image_train", words, tmp_path / "b") == 0
     assert load(tmp_path / "b" / "model000000.pt").keys() == load(run[0] / "model000000.pt").keys()
+
+
+def test_the_commands_of_its_help_run(run, tmp_path, monkeypatch):
+    """In the working directory: names without a folder."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").symlink_to(run[0].parent)
+    words = dict(TINY, image_size=8)
+    save_weights(tmp_path / "guided.pt")
+    for line in load_script("convert").__doc__.splitlines():
+        if line.startswith("    python scripts/convert.py "):
+            line = line.replace("runs/a/ema_0.9999_200000.pt", str(run[0] / "ema_0.9_000004.pt"))
+            line = line.replace("guided.pt --to", "to_guided.pt --to").partition(" -- ")
+            more = ["--", *flags(**{k: v for k, v in words.items() if k in guided_defaults(False)})] if line[1] else []
+            if "--to" not in line[0]:  # this network has class_dropout
+                assert convert(*line[0].split()[2:], *more) == 0
+    assert {"a.safetensors", "b.safetensors"} <= {path.name for path in tmp_path.iterdir()}
 
 
 def test_without_a_config_file(tmp_path, capfd):
