@@ -56,7 +56,7 @@ def test_labels_of_items_without_names_are_numbers():
     items = Items(zip(UINT8, [0, 1, 1, 0, 1], strict=True))
     assert OwnImages(items, class_cond=True, num_classes=3).class_names == ["0", "1", "2"]
     assert OwnImages(UINT8, [0, 1, 0, 0, 0], num_classes=3).class_names == ["0", "1", "2"]
-    with pytest.raises(InputError, match="num_classes 1: .*1"):
+    with pytest.raises(InputError, match=r"num_classes 1: .*1"):
         OwnImages(UINT8, [0, 1, 0, 0, 0], num_classes=1)
 
 
