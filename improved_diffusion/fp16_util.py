@@ -59,9 +59,10 @@ def unflatten_master_params(
 
 
 def zero_grad(model_params: Iterable[th.Tensor]) -> None:
-    """Set the gradients to None, which frees their memory."""
+    """Set the gradients that there are to zero, in place."""
     for param in model_params:
-        param.grad = None
+        if param.grad is not None:
+            param.grad.detach_().zero_()
 
 
 def _flatten(tensors):

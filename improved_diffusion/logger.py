@@ -78,15 +78,23 @@ class Logger:
         self.name2val[key] = old + float(val) * count / total
 
     def getkvs(self):
-        for key, val in (self.pending.local_means() if self.pending else {}).items():
-            self.logkv(key, val)
-        return self.name2val
+        return self._with_pending()[0] if self.pending else self.name2val
+
+    def _with_pending(self):
+        """Copies of name2val and name2cnt, with the means of the steps that are pending."""
+        whole = Logger(self.dir, [])
+        whole.name2val.update(self.name2val)
+        whole.name2cnt.update(self.name2cnt)
+        for key, (mean, count) in (self.pending.read(over_ranks=False) if self.pending else {}).items():
+            whole.logkv_mean(key, mean, count)
+        return whole.name2val, whole.name2cnt
 
     def dumpkvs(self):
         # read tensors only here: it waits for the device
-        row = plain(self.getkvs())
+        values, counts = self._with_pending()
+        row = plain(values)
         if self.comm is not None:
-            row = mpi_weighted_mean(self.comm, {k: (v, self.name2cnt.get(k, 1)) for k, v in row.items()})
+            row = mpi_weighted_mean(self.comm, {k: (v, counts.get(k, 1)) for k, v in row.items()})
         if row and self.level != DISABLED:
             self._write(self._outputs(KVWriter), lambda fmt: fmt.writekvs(row))
         self.warn_of_damage()
@@ -282,7 +290,7 @@ def dumpkvs() -> dict[str, Any]:
 
 
 def getkvs() -> dict[str, Any]:
-    """The values for the next dump: the logger's dict, not a copy."""
+    """The values for the next dump: the logger's dict, but a copy while a TrainLoop has statistics to add."""
     return get_current().getkvs()
 
 

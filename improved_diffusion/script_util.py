@@ -19,7 +19,7 @@ from .networks import NETWORKS
 from .option_groups import rows
 from .options import MAX_CHANNELS, MAX_PIXELS, DiffusionOptions, ModelOptions, SuperResModelOptions
 from .respace import SpacedDiffusion, space_timesteps
-from .unet import SuperResModel, UNetModel  # noqa: F401 (as above)
+from .unet import SuperResModel, UNetModel
 from .utils.errors import InputError
 
 NUM_CLASSES = 1000
@@ -170,7 +170,8 @@ def _create_network(
         _check_heads("num_heads_upsample", num_heads_upsample, [num_channels * mult[level] for level in levels])
     if num_classes is None:
         num_classes = NUM_CLASSES  # not a default: client code assigns to it
-    factory = NETWORKS[network][kind]
+    # client code assigns to the classes here
+    factory = (UNetModel, SuperResModel)[kind] if network == "unet" else NETWORKS[network][kind]
     if class_dropout and not _takes(factory, "class_dropout"):
         raise InputError(f"network {network}: has no class_dropout; give class_dropout 0")
     return factory(
@@ -306,7 +307,7 @@ def create_gaussian_diffusion(
         model_var_type=model_var_type,
         loss_type=loss_type,
         rescale_timesteps=rescale_timesteps,
-        min_snr_gamma=min_snr_gamma if loss_weighting == "min_snr" else None,
+        **({"min_snr_gamma": min_snr_gamma} if loss_weighting == "min_snr" else {}),  # a client's class has none
     )
 
 

@@ -13,6 +13,7 @@ One step, for a batch x_0 and timesteps t drawn by the schedule sampler:
 import contextlib
 import copy
 import functools
+import inspect
 import math
 import os
 import traceback
@@ -30,7 +31,7 @@ from .fp16_util import (
     master_params_to_model_params,
     model_grads_to_master_grads,
     unflatten_master_params,
-    zero_grad,
+    zero_grad,  # noqa: F401 (part of this module, as in the original)
 )
 from .nn import match_gradients, update_ema
 from .resample import LossAwareSampler, UniformSampler
@@ -183,7 +184,7 @@ class TrainLoop:
         self.ddp_model = self.model
         if self.use_ddp:
             devices = [dist_util.dev()] if dist_util.dev().type == "cuda" else None
-            self.ddp_model = DDP(self.model, device_ids=devices, bucket_cap_mb=128)
+            self.ddp_model = DDP(self.model, device_ids=devices, broadcast_buffers=False, bucket_cap_mb=128)
 
     # Clients read and set both: steps of this loop, and those before it where a run of the original is resumed.
     step = property(lambda self: self.position.step, lambda self, step: self.position.move_to(step))
@@ -221,7 +222,10 @@ class TrainLoop:
         """The averages of a rate from the checkpoint, else a copy of the parameters."""
         params = [p.detach() for p in copy.deepcopy(self.master_params)]
         to_master_params = self._state_dict_to_master_params
-        resume.load_average(self._find_checkpoint(), rate, self.resume_step, params, self.model, to_master_params)
+        own = type(self)._state_dict_to_master_params is TrainLoop._state_dict_to_master_params
+        checkpoint = self._find_checkpoint()
+        # a subclass may read files of other networks
+        resume.load_average(checkpoint, rate, self.resume_step, params, self.model, to_master_params, strict=own)
         return params
 
     def _load_optimizer_state(self):
@@ -405,13 +409,16 @@ class TrainLoop:
         """Set the gradients to those of the batch's mean weighted loss (times the loss scale in float16)."""
         # True until something but gradients and random numbers changes, within a step's first passes
         self._computing = self._computing is None
-        zero_grad(self.model_params)
+        for p in self.model_params:
+            p.grad = None  # frees its memory
         device = dist_util.dev()
         batch = batch.to(device, non_blocking=True)
-        cond = {k: v.to(device, non_blocking=True) for k, v in cond.items()}
+        cond = {
+            k: v.to(device, non_blocking=True) if isinstance(v, th.Tensor) else v.to(device) for k, v in cond.items()
+        }
         t, weights = self.schedule_sampler.sample(len(batch), device)
 
-        terms = []
+        terms: list[dict] = []
         for start in range(0, len(batch), self.microbatch):
             part = slice(start, start + self.microbatch)
             last = part.stop >= len(batch)
@@ -422,14 +429,26 @@ class TrainLoop:
                 # a sum over the whole batch's size: a smaller last microbatch weighs less
                 loss = (losses["loss"] * weights[part]).sum() / len(batch)
                 (loss * 2**self.lg_loss_scale if self.use_fp16 else loss).backward()
-            terms.append({k: v.detach() for k, v in losses.items()})
+            # a subclass may have terms that are numbers, or only in some passes
+            ones = th.ones_like(weights[part])
+            terms.append({k: (v.detach() if isinstance(v, th.Tensor) else v) * ones for k, v in losses.items()})
 
-        losses = {k: th.cat([term[k] for term in terms]) for k in terms[0]}
         self._computing = False
+        self._fill_missing_gradients()
         if isinstance(self.schedule_sampler, LossAwareSampler):
-            self.schedule_sampler.update_with_local_losses(t, losses["loss"])
-        self._statistics.add_losses(self.diffusion, t, {k: v * weights for k, v in losses.items()})
+            self.schedule_sampler.update_with_local_losses(t, th.cat([term["loss"] for term in terms]))
+        parts = list(zip(terms, t.split(self.microbatch), weights.split(self.microbatch), strict=True))
+        for key in dict.fromkeys(key for term in terms for key in term):
+            there = [(term[key] * w, ts) for term, ts, w in parts if key in term]
+            values, ts = (th.cat(tensors) for tensors in zip(*there, strict=True))
+            self._statistics.add_losses(self.diffusion, ts, {key: values})
         logger.get_current().pending = self._statistics  # for clients that read or write rows by themselves
+
+    def _fill_missing_gradients(self):
+        """Zeros for parameters that had a gradient in earlier steps: momentum and weight decay still move them."""
+        for p in [] if self.use_fp16 else self.master_params:
+            if p.grad is None and p in self.opt.state:
+                p.grad = th.zeros_like(p)
 
     def optimize_normal(self):
         """Update the parameters and their averages."""
@@ -504,8 +523,10 @@ class TrainLoop:
         """Give the logger the means since the last time, over all ranks."""
         means = self._statistics.read()
         self._check_finite(means)
+        # a client's logger may take no count
+        counted = "count" in inspect.signature(logger.logkv_mean).parameters
         for key, (mean, count) in means.items():
-            logger.logkv_mean(key, mean, count)
+            logger.logkv_mean(key, mean, **({"count": count} if counted else {}))
         if self._progress is not None and means:
             rate = self._progress.rate() * self.global_batch
             logger.logkv("images/s", rate)

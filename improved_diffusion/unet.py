@@ -365,7 +365,7 @@ class UNetModel(nn.Module):
 
         :return: "down" and "up", lists with the output of each block of the encoder and the decoder; "middle".
         """
-        found: dict[str, list] = {"down": [], "middle": [], "up": []}
+        found: dict[str, list] = {"down": [], "up": [], "middle": []}
         self._hidden(x, timesteps, y, lambda part, h: found[part].append(h.type(x.dtype).contiguous()))
         return {**found, "middle": found["middle"][0]}
 

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from ..options import LABELS
-from ..utils.errors import InputError, first_line
+from ..utils.errors import InputError, MissingFileError, first_line
 from ..utils.files import is_inside, is_remote
 from ..utils.streams import counted, printable
 from .images import FORMATS
@@ -36,8 +36,8 @@ class Paths(Sequence):
     Reading a list of str changes its reference counts, which copies it page by page into each worker.
     """
 
-    def __init__(self, paths: Iterable[str]):
-        encoded = [path.encode("utf-8", "surrogatepass") for path in paths]
+    def __init__(self, paths: Iterable[str | os.PathLike[str]]):
+        encoded = [os.fspath(path).encode("utf-8", "surrogatepass") for path in paths]
         self._ends = np.cumsum([0, *map(len, encoded)])
         self._text = np.frombuffer(b"".join(encoded), np.uint8)
 
@@ -73,11 +73,11 @@ def find_images(folder: str) -> tuple[list[str], list[str]]:
     :raises InputError: if the folder is missing, cannot be listed or has no image.
     """
     try:
-        if not bf.isdir(folder):
-            raise InputError(f"{folder}: there is no such folder")
-        files = _list(folder)
+        files = _list(folder) if bf.isdir(folder) else None
     except OSError as e:
         raise InputError(f"{folder}: cannot be listed ({e.filename}: {first_line(e)})") from None
+    if files is None:
+        raise MissingFileError(f"{folder}: there is no such folder")
     notes = files.notes()
     if not files.chosen():
         problem = f"{folder}: holds no images ({', '.join((*ENDINGS, *FURTHER_ENDINGS))})"
@@ -85,13 +85,13 @@ def find_images(folder: str) -> tuple[list[str], list[str]]:
     return files.chosen(), notes
 
 
-def list_images(folder: str) -> list[str]:
+def list_images(data_dir: str) -> list[str]:
     """
     Paths of all images below a folder, depth first, each folder in sorted order.
 
     If links lead in a circle, each folder is listed once.
     """
-    return _list(folder).chosen()
+    return _list(data_dir).chosen()
 
 
 class _Circle(Exception):

@@ -58,10 +58,12 @@ class BatchStream:
         try:
             batch, cond = next(self._epoch)
         except StopIteration:
+            if self._given < len(self._order):
+                raise RuntimeError(f"{type(self.dataset).__name__} raised StopIteration for an image") from None
             self._epoch, self._given = None, 0
             return next(self)
         self._given += 1
-        return batch, cond
+        return [batch, cond]  # a list, as of default_collate: client code assigns to its items
 
     def first(self, count: int):
         """A batch of the dataset's first `count` samples, if there are as many. Leaves the position unchanged."""

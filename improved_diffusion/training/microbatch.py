@@ -8,7 +8,6 @@ import traceback
 import torch as th
 
 from .. import dist_util, logger
-from ..fp16_util import zero_grad
 from ..utils.errors import TrainingError, first_line, is_out_of_memory
 from ..utils.memory import LiveBytes, available_memory
 from .checkpoints import rng_state, set_rng_state
@@ -61,7 +60,8 @@ def _problem(loop, model, batch, cond, size):
         traceback.clear_frames(e.__traceback__)  # they hold activations
         return first_line(e) or "out of memory"
     finally:
-        zero_grad(loop.model_params)
+        for p in loop.model_params:
+            p.grad = None
         if dist_util.dev().type == "cuda":
             th.cuda.empty_cache()  # blocks of other sizes would not be of use
 

@@ -160,12 +160,13 @@ def warn_of_other_checkpoints(checkpoint, directory):
 # ---------------------------------------------------------------- averages and moments
 
 
-def load_average(checkpoint, rate, step, params, model, to_master_params):
+def load_average(checkpoint, rate, step, params, model, to_master_params, strict=True):
     """
     Load the average of an EMA rate into `params`, in place, if the checkpoint has it. All ranks call it.
 
     :param to_master_params: a function from a state dict to tensors like `params`.
-    :raises InputError: if the file does not fit the model.
+    :param strict: refuse a file that does not fit the model.
+    :raises InputError: if the file does not fit.
     """
     name = ema_filename(rate, step)
     path = checkpoint and checkpoint.find(name)
@@ -176,7 +177,8 @@ def load_average(checkpoint, rate, step, params, model, to_master_params):
     @th.no_grad()
     def load():
         state_dict = checkpoint.take(name)
-        check_weights(state_dict, model, path, strict=True)
+        if strict:
+            check_weights(state_dict, model, path, strict=True)
         for mine, value in zip(params, to_master_params(state_dict), strict=True):
             mine.copy_(value)
 

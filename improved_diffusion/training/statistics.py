@@ -56,10 +56,6 @@ class StepStatistics:
                 sums[name] = before[0] + total, before[1] + count
         return {name: (total / count, count) for name, (total, count) in sums.items() if count}
 
-    def local_means(self):
-        """read() of this rank, without the counts."""
-        return {name: mean for name, (mean, _) in self.read(over_ranks=False).items()}
-
     def clear(self):
         self._tables = {}
 

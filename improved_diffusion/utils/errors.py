@@ -13,6 +13,10 @@ class InputError(ValueError):
         return printable(super().__str__())
 
 
+class MissingFileError(InputError, FileNotFoundError):
+    """There is no such file or folder."""
+
+
 class FileAccessError(InputError):
     """The system refuses to read a file or list a folder: its content may be intact."""
 

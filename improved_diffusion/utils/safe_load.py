@@ -10,7 +10,7 @@ import blobfile as bf
 import torch as th
 
 from . import safe_tensors
-from .errors import FileAccessError, InputError, first_line
+from .errors import FileAccessError, InputError, MissingFileError, first_line
 
 
 def read_state_dict(path: str, **kwargs) -> Any:
@@ -25,12 +25,17 @@ def read_state_dict(path: str, **kwargs) -> Any:
 
 
 def read_bytes(path: str) -> bytes:
-    """:raises InputError: if the file cannot be read; a FileAccessError if the system refuses or fails."""
+    """
+    The content of a file.
+
+    :raises InputError: if it is a folder; MissingFileError if it is missing, FileAccessError if the system refuses or
+                        fails.
+    """
     try:
         with bf.BlobFile(path, "rb") as f:
             return f.read()
     except FileNotFoundError:
-        raise InputError(f"{path}: there is no such file") from None
+        raise MissingFileError(f"{path}: there is no such file") from None
     except IsADirectoryError:
         raise InputError(f"{path}: is a directory; give the .pt file in it") from None
     except PermissionError:
