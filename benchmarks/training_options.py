@@ -5,19 +5,18 @@ import hashlib
 import json
 import multiprocessing
 import os
-import threading
+import sys
 import time
 from concurrent.futures import Executor, ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch as th
 from features import Classifier
 from tables import publish
 from timing import spread
 
-from improved_diffusion import load, logger, train
+from improved_diffusion import load, train
 from improved_diffusion.data.prepare import write
 from improved_diffusion.data.sources import Arrays, Source, digits, emoji
 from improved_diffusion.image_datasets import load_data_once, open_images
@@ -28,6 +27,10 @@ from improved_diffusion.metrics.likelihood import evaluate_bpd, summarize
 from improved_diffusion.utils.errors import InputError
 from improved_diffusion.utils.files import write_files
 from improved_diffusion.utils.streams import show
+
+sys.path.append(str(Path(__file__).parent.parent))  # the root, for a package that is not installed
+
+from reproduce import jobs
 
 BASELINE = dict(
     class_cond=True, learn_sigma=True, noise_schedule="cosine", attention_resolutions="4", ema_rate="0.99",
@@ -74,11 +77,9 @@ def pool() -> Executor:
 
 
 def initialize() -> None:
-    """Of a worker: one thread, nothing on the terminal, and an end with the benchmark's."""
-    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
-    th.set_num_threads(1)
+    """Of a worker: as of reproduce/, and nothing of a run on the terminal."""
+    jobs.initialize()
     os.environ["OPENAI_LOG_FORMAT"] = "log,csv"
-    logger.Logger.CURRENT = logger.Logger(dir=None, output_formats=[])
 
 
 class Run(NamedTuple):

@@ -5,7 +5,6 @@ The original's interface: defaults as dictionaries, derived from options.py, and
 """
 
 import argparse
-import contextlib
 import dataclasses
 import inspect
 import os
@@ -74,7 +73,19 @@ def create_model_and_diffusion(
 
     :raises InputError: (a ValueError) if an option is invalid; names it.
     """
-    return _create_both(create_model, locals())
+    # the diffusion first: it is cheap, and so are its errors
+    diffusion = create_gaussian_diffusion(
+        steps=diffusion_steps, learn_sigma=learn_sigma, sigma_small=sigma_small, noise_schedule=noise_schedule,
+        use_kl=use_kl, predict_xstart=predict_xstart, rescale_timesteps=rescale_timesteps,
+        rescale_learned_sigmas=rescale_learned_sigmas, timestep_respacing=timestep_respacing, predict_v=predict_v,
+        loss_weighting=loss_weighting, min_snr_gamma=min_snr_gamma,
+    )  # fmt: skip
+    model = create_model(
+        image_size, num_channels, num_res_blocks, learn_sigma, class_cond, use_checkpoint, attention_resolutions,
+        num_heads, num_heads_upsample, use_scale_shift_norm, dropout, num_classes, image_channels, channel_mult,
+        network, class_dropout,
+    )  # fmt: skip
+    return model, diffusion
 
 
 def sr_create_model_and_diffusion(
@@ -87,16 +98,18 @@ def sr_create_model_and_diffusion(
     predict_v: bool = False, loss_weighting: str = "uniform", min_snr_gamma: float = 5.0, class_dropout: float = 0.0,
 ) -> tuple[nn.Module, SpacedDiffusion]:  # fmt: skip
     """A super-resolution model and its diffusion. Parameters as in create_model_and_diffusion()."""
-    return _create_both(sr_create_model, locals())
-
-
-def _create_both(create_network, values):
-    names = {row.name for group in (ModelOptions, SuperResModelOptions) for row in rows(group)}
-    of_network = {name: value for name, value in values.items() if name in names}
-    of_diffusion = {name: value for name, value in values.items() if name not in names}  # learn_sigma is of both
-    # the diffusion first: it is cheap, and so are its errors
-    diffusion = create_gaussian_diffusion(steps=of_diffusion.pop("diffusion_steps"), **of_diffusion)
-    return create_network(learn_sigma=values["learn_sigma"], **of_network), diffusion
+    diffusion = create_gaussian_diffusion(
+        steps=diffusion_steps, learn_sigma=learn_sigma, sigma_small=sigma_small, noise_schedule=noise_schedule,
+        use_kl=use_kl, predict_xstart=predict_xstart, rescale_timesteps=rescale_timesteps,
+        rescale_learned_sigmas=rescale_learned_sigmas, timestep_respacing=timestep_respacing, predict_v=predict_v,
+        loss_weighting=loss_weighting, min_snr_gamma=min_snr_gamma,
+    )  # fmt: skip
+    model = sr_create_model(
+        large_size, small_size, num_channels, num_res_blocks, learn_sigma, class_cond, use_checkpoint,
+        attention_resolutions, num_heads, num_heads_upsample, use_scale_shift_norm, dropout,
+        num_classes, image_channels, channel_mult, network, class_dropout,
+    )  # fmt: skip
+    return model, diffusion
 
 
 def create_model(
@@ -117,7 +130,11 @@ def create_model(
     :param class_dropout: probability in training that a label is replaced by null_label, a further row of label_emb.
     :raises InputError: (a ValueError) if sizes, widths and heads do not fit together.
     """
-    return _create_network(0, "image_size", **locals())
+    return _create_network(
+        0, network, "image_size", image_size, num_channels, num_res_blocks, learn_sigma, class_cond, use_checkpoint,
+        attention_resolutions, num_heads, num_heads_upsample, use_scale_shift_norm, dropout,
+        num_classes, image_channels, channel_mult, class_dropout,
+    )  # fmt: skip
 
 
 def sr_create_model(
@@ -127,15 +144,18 @@ def sr_create_model(
     channel_mult: str | Sequence[float] = "", network: str = "unet", class_dropout: float = 0.0,
 ) -> nn.Module:  # fmt: skip
     """create_model() at large_size, with low-resolution images of any size as second input."""
-    return _create_network(1, "large_size", **locals())
+    return _create_network(
+        1, network, "large_size", large_size, num_channels, num_res_blocks, learn_sigma, class_cond, use_checkpoint,
+        attention_resolutions, num_heads, num_heads_upsample, use_scale_shift_norm, dropout,
+        num_classes, image_channels, channel_mult, class_dropout,
+    )  # fmt: skip
 
 
 def _create_network(
-    kind, size_name, *, network, num_channels, num_res_blocks, learn_sigma, class_cond, use_checkpoint,
-    attention_resolutions, num_heads, num_heads_upsample, use_scale_shift_norm, dropout, num_classes, image_channels,
-    channel_mult, class_dropout, **sizes,
+    kind, network, size_name, size, num_channels, num_res_blocks, learn_sigma, class_cond, use_checkpoint,
+    attention_resolutions, num_heads, num_heads_upsample, use_scale_shift_norm, dropout,
+    num_classes, image_channels, channel_mult, class_dropout,
 ):  # fmt: skip
-    size = sizes[size_name]
     if network not in NETWORKS:
         raise InputError(f"network {network}: give one of {', '.join(NETWORKS)}")
     if class_dropout and not class_cond:
@@ -201,15 +221,22 @@ def _numbers(name, text, number):
 def _check_shapes(size_name, size, num_channels, mult):
     text = ",".join(f"{m:g}" for m in mult)
     for width in [num_channels, *(num_channels * m for m in mult)]:
-        problem = f"num_channels {num_channels} with channel_mult {text} gives a level of {width:g} channels"
         if width > MAX_CHANNELS:
-            raise InputError(f"{problem}; give {MAX_CHANNELS} or less")
+            raise InputError(
+                f"num_channels {num_channels} with channel_mult {text} gives a level of {width:g} channels; "
+                f"give {MAX_CHANNELS} or less"
+            )
         if width % 32:
-            raise InputError(f"{problem}, which GroupNorm's 32 groups do not divide; choose multiples of 32")
+            raise InputError(
+                f"num_channels {num_channels} with channel_mult {text} gives a level of {width:g} channels, which "
+                "GroupNorm's 32 groups do not divide; choose multiples of 32"
+            )
     halvings = len(mult) - 1
     if size < 1 or size % 2**halvings:
-        problem = f"cannot be halved {halvings} times, as channel_mult {text} requires"
-        raise InputError(f"{size_name} {size} {problem}; give a multiple of {2**halvings}")
+        raise InputError(
+            f"{size_name} {size} cannot be halved {halvings} times, as channel_mult {text} requires; "
+            f"give a multiple of {2**halvings}"
+        )
 
 
 def _check_heads(name, heads, widths):
@@ -244,8 +271,10 @@ def create_gaussian_diffusion(
     :raises NotImplementedError: if there is no such schedule.
     """
     if noise_schedule == "linear" and 1 < steps < MIN_LINEAR_STEPS:
-        advice = f"give {MIN_LINEAR_STEPS} or more, or noise_schedule cosine"
-        raise InputError(f"diffusion_steps {steps}: the last beta of noise_schedule linear would exceed 1; {advice}")
+        raise InputError(
+            f"diffusion_steps {steps}: the last beta of noise_schedule linear would exceed 1; "
+            f"give {MIN_LINEAR_STEPS} or more, or noise_schedule cosine"
+        )
     if predict_v and predict_xstart:
         raise InputError("predict_v True and predict_xstart True: choose one of them")
     if loss_weighting not in ("uniform", "min_snr"):
@@ -329,11 +358,15 @@ def whole_number(text: str) -> int:
 
     :raises argparse.ArgumentTypeError: if text is not an integer.
     """
-    with contextlib.suppress(ValueError):
+    try:
         return int(text)
-    with contextlib.suppress(ValueError):
+    except ValueError:
+        pass
+    try:
         if float(text).is_integer():
             return int(float(text))
+    except (ValueError, OverflowError):
+        pass
     raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
 
 

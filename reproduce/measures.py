@@ -18,7 +18,7 @@ from improved_diffusion.image_datasets import open_images
 from improved_diffusion.inference.arrays import to_uint8
 from improved_diffusion.inference.generate import generate, noise_of
 from improved_diffusion.metrics import FeatureNetwork, features_of, frechet_distance, precision_recall
-from improved_diffusion.metrics.estimate import PILOT_IMAGES, estimate_bpd, importance_weights, log_bins, pilot_sums
+from improved_diffusion.metrics.estimate import PILOT_IMAGES, estimate_bpd, importance_weights, pilot_sums
 from improved_diffusion.metrics.frechet import Moments
 from improved_diffusion.metrics.image_sets import evenly
 from improved_diffusion.metrics.likelihood import PILOT_NUMBERS
@@ -29,6 +29,7 @@ from improved_diffusion.respace import space_timesteps
 from improved_diffusion.samplers import SAMPLERS
 from improved_diffusion.script_util import create_diffusion, create_gaussian_diffusion, create_model_and_diffusion
 from improved_diffusion.training.weights import load_weights, read_weights
+from improved_diffusion.utils.files import write_files
 
 SEED = 0
 
@@ -50,8 +51,7 @@ class Images:
         path, moments = self.folder / f"features-{count}.npy", Moments()
         if not path.exists():
             features = features_of(spread(self.train, count), network(), batch_size=5).numpy()
-            np.save(self.folder / f"features-{count}.part.npy", features)
-            (self.folder / f"features-{count}.part.npy").rename(path)
+            write_files(str(self.folder), {path.name: lambda f: np.save(f, features)})
         features = np.load(path)
         moments.update(features)
         return features, moments
@@ -151,9 +151,7 @@ def methods(
         found = bound(trained, diffusion, held_out, evaluations)
         del found["vb"]
         rows.append({"method": name, "evaluations": evaluations or diffusion.num_timesteps, **found})
-    pilot = 2 * (len(log_bins(steps)) - 1) * min(PILOT_IMAGES, images)
-    before = {"evaluations to choose": steps * planned_images, "evaluations of the pilot": pilot}
-    return {"rows": rows, "images": images, **before}
+    return {"rows": rows, "images": images, "evaluations to choose": steps * planned_images}
 
 
 # ---------------------------------------------------------------- samples

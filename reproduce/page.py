@@ -8,6 +8,7 @@ import numpy as np
 import torch as th
 
 from improved_diffusion.inference.pictures import write_pngs
+from improved_diffusion.metrics.estimate import pilot_evaluations
 from improved_diffusion.metrics.plots import save_figure
 from improved_diffusion.utils.files import write_files
 
@@ -102,7 +103,8 @@ def methods(measure: Measure, results: Results) -> str:
               f"{row['standard error of the estimate']:.4f}" if "standard error of the estimate" in row else ""]
              for row in found["rows"]]  # fmt: skip
     heads = ["method", "evaluations an image", "NLL", "standard error over images", "of the estimate alone"]
-    choice, pilot = found["evaluations to choose"], found["evaluations of the pilot"]
+    choice, steps = found["evaluations to choose"], found["rows"][0]["evaluations"]
+    pilot = pilot_evaluations(steps, found["images"])
     more = f"Choosing timesteps took {choice:,} evaluations more, the estimate's pilot {pilot:,}."
     return f"{markdown(heads, lines)}\n\n{found['images']} images. {more}"
 

@@ -11,6 +11,7 @@ unconditional model of image_train.py.
 
 import argparse
 import json
+import math
 import os
 from pathlib import Path
 
@@ -26,7 +27,8 @@ from improved_diffusion.metrics.evaluation import statistics_of
 from improved_diffusion.metrics.image_sets import ImageSet, evenly
 from improved_diffusion.option_groups import rows
 from improved_diffusion.options import TrainOptions
-from improved_diffusion.utils.errors import InputError
+from improved_diffusion.script_util import whole_number
+from improved_diffusion.utils.errors import InputError, first_line
 from improved_diffusion.utils.files import write_files
 from improved_diffusion.utils.streams import show
 
@@ -58,12 +60,11 @@ def main():
     logger.Logger.CURRENT = logger.Logger(dir=None, output_formats=[])  # one line for each number is enough
     dist_util.setup_dist()
     trained = measures.Trained(options_of(args), args.model_path, args.batch_size)
+    if not (args.data_dir or args.reference):
+        raise InputError("nothing to measure: give data_dir for the NLL, reference for the FID, or both")
     wanted = [(name, steps) for name in ("NLL", *SAMPLING) for steps in args.steps if can(name, steps, trained, args)]
     find = Finder(trained, args)
-    for name, steps in wanted:
-        if f"{name} {steps}" not in find.kept:
-            find(name, steps)
-    show(table(args.model, find.kept, args.steps))
+    show(table(args.model, {f"{name} {steps}": find(name, steps) for name, steps in wanted}, args.steps))
 
 
 def options_of(args) -> TrainOptions:
@@ -93,27 +94,35 @@ class Finder:
     """
     Measures, and keeps what it finds in a file: {"NLL 25": {"value": 4.2, "settings": {...}}, ...}.
 
-    :raises InputError: if the file has numbers of another model, other data or counts.
+    :raises InputError: if the file is another's, or a number in it is of another model, other data or counts.
     """
 
     def __init__(self, trained: measures.Trained, args):
         self.trained, self.args = trained, args
-        self.path = Path(args.out or f"released-{args.model}.json")
-        self.kept = json.loads(self.path.read_text(encoding="utf-8")) if self.path.exists() else {}
-        for label, found in self.kept.items():
-            if found["settings"] != self.settings(label.rpartition(" ")[0]):
-                raise InputError(f"out {self.path}: has {label} of {found['settings']}; give another file")
+        self.path, self.kept = Path(args.out or f"released-{args.model}.json"), {}
+        if self.path.exists():
+            try:
+                kept = json.loads(self.path.read_text(encoding="utf-8"))
+                self.kept = {k: {"value": float(v["value"]), "settings": dict(v["settings"])} for k, v in kept.items()}
+            except Exception as e:  # JSON of another form raises anything
+                raise InputError(f"out {self.path}: not numbers of this program ({first_line(e)})") from None
         self._reference = self._network = None
 
-    def settings(self, name: str) -> dict:
-        return {setting: getattr(self.args, setting) for setting in ("model", "model_path", *SETTINGS[name])}
-
-    def __call__(self, name: str, steps: int) -> None:
+    def __call__(self, name: str, steps: int) -> float:
+        label = f"{name} {steps}"
+        settings = {setting: getattr(self.args, setting) for setting in ("model", "model_path", *SETTINGS[name])}
+        if label in self.kept:
+            if self.kept[label]["settings"] != settings:
+                raise InputError(f"out {self.path}: has {label} of {self.kept[label]['settings']}; give another file")
+            return self.kept[label]["value"]
         value = self.nll(steps) if name == "NLL" else self.fid(steps, **SAMPLING[name])
-        self.kept[f"{name} {steps}"] = {"value": value, "settings": self.settings(name)}
+        if not math.isfinite(value):
+            raise InputError(f"{self.args.model_path}: {name} in {steps} steps is {value}")
+        self.kept[label] = {"value": value, "settings": settings}
         text = json.dumps(self.kept, indent=1).encode()
         write_files(str(self.path.absolute().parent), {self.path.name: lambda f: f.write(text)})
         show(f"{name} in {steps} steps: {value:.4g}")
+        return value
 
     def nll(self, steps: int) -> float:
         model = self.trained.options.model
@@ -133,12 +142,12 @@ class Finder:
         return frechet_distance(features_of(images, self._network), self._reference)
 
 
-def table(model: str, found: dict[str, dict], steps: list[int]) -> str:
+def table(model: str, found: dict[str, float], steps: list[int]) -> str:
     """A line of measured and one of published numbers for each quantity."""
     lines = []
     for name in ("NLL", *SAMPLING):
         published = PUBLISHED[model].get(name, {})
-        measured = {k: found[f"{name} {k}"]["value"] for k in steps if f"{name} {k}" in found}
+        measured = {k: found[f"{name} {k}"] for k in steps if f"{name} {k}" in found}
         for label, values in (("measured", measured), ("published", published)):
             if values:
                 lines.append([name, label, *(f"{values[k]:.2f}" if k in values else "" for k in steps)])
@@ -152,16 +161,23 @@ def create_argparser() -> argparse.ArgumentParser:
     parser.add_argument("--data_dir", default="", help="held-out images, for the NLL")
     parser.add_argument("--reference", default="", help="images or statistics, for the FID")
     parser.add_argument("--steps", default=list(STEPS), type=numbers, help="separated by commas")
-    parser.add_argument("--images", default=1000, type=int, help="held-out images")
-    parser.add_argument("--samples", default=10_000, type=int, help="for each FID")
+    parser.add_argument("--images", default=1000, type=count, help="held-out images")
+    parser.add_argument("--samples", default=10_000, type=count, help="for each FID")
     parser.add_argument("--features", default="inception", help="as of image_eval.py; only inception's distance is FID")
-    parser.add_argument("--batch_size", default=100, type=int, help="images at once")
+    parser.add_argument("--batch_size", default=100, type=count, help="images at once")
     parser.add_argument("--out", default="", help="JSON file of the numbers (default: released-MODEL.json)")
     return parser
 
 
 def numbers(text: str) -> list[int]:
-    return [int(word) for word in text.split(",")]
+    return [count(word) for word in text.split(",")]
+
+
+def count(text: str) -> int:
+    """:raises argparse.ArgumentTypeError: if text is not a number above 0."""
+    if whole_number(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return whole_number(text)
 
 
 if __name__ == "__main__":

@@ -56,8 +56,8 @@ def execute(wanted: Experiments, folder: jobs.Folder, pool: Executor, workers: i
         with pool:
             _execute(missing, under_way, folder, pool, workers)
     except BrokenProcessPool:
-        names = " or ".join(map(describe, under_way.values()))
-        problem = f"a process of {names or 'the plan'} ended, for want of memory perhaps"
+        names = " or ".join(map(describe, under_way.values())) or "the plan's trials"
+        problem = f"a worker was killed, for want of memory perhaps: {names}"
         raise TrainingError(f"{problem}; the same command continues") from None
 
 

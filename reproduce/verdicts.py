@@ -13,6 +13,11 @@ def spread(values: Iterable[float], form: str = ".3f") -> str:
     return mean if len(found) == 1 else f"{mean} ({low} to {high})"
 
 
+def worst(verdicts: Iterable[str]) -> str:
+    """Of a claim in several parts."""
+    return max(verdicts, key=(HOLDS, UNCLEAR, FAILS).index)
+
+
 def in_order(groups: dict[str, list[float]], form: str = ".3f") -> tuple[str, str]:
     """
     Whether each group lies below the next one: holds if all of its seeds are below all of the next one's, fails if all

@@ -76,6 +76,11 @@ def estimate_bpd(
     return metrics | ({"variance": totals.var(dim=0) / repetitions} if repetitions > 1 else {})
 
 
+def pilot_evaluations(num_timesteps: int, images: int) -> int:
+    """Of the model by pilot_sums() of the first PILOT_IMAGES of some images."""
+    return 2 * (len(log_bins(num_timesteps)) - 1) * min(PILOT_IMAGES, images)
+
+
 def pilot_sums(
     diffusion: GaussianDiffusion, model: Model, x_start: th.Tensor, numbers: np.ndarray, *, clip_denoised: bool = True,
     model_kwargs: dict | None = None, noise_fn: Fn = th.randn_like,

@@ -12,7 +12,7 @@ from ..inference.generate import Finite, noise_of, not_finite
 from ..inference.parts import Parts
 from ..utils.progress import Progress, count_calls
 from ..utils.streams import counted
-from .estimate import PILOT_IMAGES, estimate_bpd, importance_weights, log_bins, pilot_sums
+from .estimate import PILOT_IMAGES, estimate_bpd, importance_weights, log_bins, pilot_evaluations, pilot_sums
 
 TERMS = ("vb", "mse", "xstart_mse")
 PILOT_NUMBERS = 2**31  # the pilot's noise is that of images behind all others: p must be independent of the estimate's
@@ -119,5 +119,6 @@ def _pilot(model, diffusion, data, clip_denoised, seed):
         kwargs = dict(clip_denoised=clip_denoised, model_kwargs=cond, noise_fn=noise_fn)
         sums += pilot_sums(diffusion, model, batch.to(device), mine, **kwargs)
     dist_util.barrier()
-    logger.log(f"pilot: {count * sums.size} evaluations on {count} images, for the timesteps' probabilities")
+    evaluations = pilot_evaluations(diffusion.num_timesteps, count)
+    logger.log(f"pilot: {evaluations} evaluations on {count} images, for the timesteps' probabilities")
     return dist_util.all_reduce_sum(th.from_numpy(sums).to(device)).cpu().numpy()

@@ -136,7 +136,7 @@ class AsThePaper(dict):
         if m.function in ("likelihood", "distance"):
             value = self._bpd(m.run) if m.function == "likelihood" else self._fd(m.run, **settings)
             return {"bpd": value, "fd": value} if not self.mirrored else {"bpd": 1 / value, "fd": 1 / value}
-        noise = {"L_hybrid": 1, "L_vlb importance": 10, "L_vlb uniform": 100}
+        noise = {"L_hybrid": 10, "L_vlb importance": 1, "L_vlb uniform": 100}
         return {
             "terms": lambda: {"share of first tenth": 0.4 if self.mirrored else 0.9},
             "gradient_noise": lambda: {

@@ -12,6 +12,7 @@ sys.path.insert(0, str(ROOT))
 
 from improved_diffusion.cli.parser import run
 from improved_diffusion.inference.generate import noise_of
+from improved_diffusion.metrics.estimate import pilot_evaluations
 from improved_diffusion.options import TrainOptions
 from reproduce import measures, released
 
@@ -107,7 +108,7 @@ def test_four_ways_to_the_bound(trained, monkeypatch):
     calls = []
     monkeypatch.setattr(trained, "model", lambda x, t: calls.append(len(x)) or th.zeros(len(x), 6, 8, 8))
     measures.bound(trained, trained.diffusion(), measures.spread(IMAGES, 3), estimate=40)
-    assert found["evaluations of the pilot"] == sum(calls) - 3 * 40
+    assert pilot_evaluations(24, 3) == sum(calls) - 3 * 40
 
 
 def test_the_size_of_a_network(trained):
@@ -190,10 +191,23 @@ def test_a_checkpoint_beside_published_numbers(monkeypatch, tmp_path, capsys):
     assert f"| NLL | measured | {numbers['NLL 4']:.2f} |" in last and "| NLL | published | 5.55 |  |  |" in last
     assert "| FID DDIM | published |  |  | 7.77 |" in last
 
+    def refused(*more):
+        monkeypatch.setattr(sys, "argv", ["released.py", *map(str, words), *more])
+        with pytest.raises(SystemExit) as end:
+            run(released.main)
+        err = capsys.readouterr().err
+        assert end.value.code == 2 and len(err.strip().splitlines()) == 1
+        return err
+
     monkeypatch.setattr(measures, "draw", None)  # all is kept
     run(released.main)
     assert f"{numbers['FID learned 24']:.2f}" in capsys.readouterr().out
     kept = json.loads((tmp_path / "a.json").read_text())
+    for other in (["--images", "0"], ["--steps", "4,0"], ["--data_dir", "", "--reference", ""]):
+        refused(*other)
+    for text in ("{", "[]", '{"NLL 4": 5.5}', '{"numbers": {"NLL 4": 5.5}, "settings": {}}'):
+        (tmp_path / "a.json").write_text(text)
+        assert str(tmp_path / "a.json") in refused()
     bounds = {label: one for label, one in kept.items() if label.startswith("NLL")}
     (tmp_path / "a.json").write_text(json.dumps(bounds))  # which no reference changes
     monkeypatch.setattr(released.Finder, "fid", lambda self, steps, **_: 1.5)
@@ -202,10 +216,10 @@ def test_a_checkpoint_beside_published_numbers(monkeypatch, tmp_path, capsys):
     assert bounds.items() <= json.loads((tmp_path / "a.json").read_text()).items()
     (tmp_path / "a.json").write_text(json.dumps(kept))
     for other in (["--samples", "5"], ["--reference", "x"], ["--data_dir", "x"]):
-        monkeypatch.setattr(sys, "argv", ["released.py", *map(str, words), *other])
-        with pytest.raises(SystemExit) as end:
-            run(released.main)
-        assert end.value.code == 2 and str(tmp_path / "a.json") in capsys.readouterr().err
+        assert str(tmp_path / "a.json") in refused(*other)
+    (tmp_path / "a.json").unlink()
+    monkeypatch.setattr(released.Finder, "nll", lambda self, steps: float("nan"))
+    assert "NLL in 4 steps is nan" in refused()
 
 
 def test_class_conditional_models_are_refused(monkeypatch, tmp_path, capsys):

@@ -17,6 +17,7 @@ sys.path.insert(0, str(ROOT))
 from improved_diffusion.data.prepare import write
 from improved_diffusion.data.sources import Source
 from improved_diffusion.logger import Logger
+from improved_diffusion.metrics.estimate import pilot_evaluations
 from improved_diffusion.utils.errors import TrainingError
 from reproduce import jobs, measures, page, plan, runner
 from reproduce.declare import Claim, Experiments, Figure, Row, Run, measure
@@ -67,7 +68,7 @@ def folder(monkeypatch, tmp_path):
     features = lambda images, network, batch_size: measures.th.from_numpy(images[:, ::4, ::4].reshape(len(images), -1))  # noqa: E731
     monkeypatch.setattr(measures, "features_of", lambda *a, **k: features(*a, **k).float())
     row = {"method": "every timestep", "evaluations": 24, "bpd": 3.0, "standard error": 0.1}
-    kept = {"rows": [row], "images": 2, "evaluations to choose": 24, "evaluations of the pilot": 1234}
+    kept = {"rows": [row], "images": 2, "evaluations to choose": 24}
     monkeypatch.setattr(measures, "methods", lambda trained, data, **settings: kept)
     found.done = []
     do, call = jobs.do, jobs.call
@@ -191,7 +192,7 @@ def test_the_page_has_what_was_found(folder, tmp_path, verdicts):
     pictures = {path.name for path in (tmp_path / "docs" / "figures").iterdir()}
     assert pictures == {"schedules.png", "samples.png"} and all(f"(figures/{name})" in text for name in pictures)
     assert all(f"--seed {run['seed']}" in text for run in wanted.runs())
-    assert " 24 evaluations" in text and "1,234" in text
+    assert " 24 evaluations" in text and f"{pilot_evaluations(24, 2):,}" in text
 
 
 def test_the_page_of_an_unfinished_run_says_so(folder, tmp_path):
