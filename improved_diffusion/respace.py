@@ -143,11 +143,7 @@ def visiting(diffusion: GaussianDiffusion, timesteps: Sequence[int]) -> SpacedDi
 
 
 def indices_of(timesteps: Sequence[int], timestep_map: Sequence[int]) -> list[int]:
-    """
-    Where timesteps are in a timestep_map.
-
-    :raises ValueError: if they are empty, do not decrease strictly, or are not in it.
-    """
+    """Indices of timesteps in a timestep_map. :raises ValueError: if empty, not strictly decreasing, or not in it."""
     times = [int(t) for t in timesteps]
     if not times or times != sorted(set(times) & set(timestep_map), reverse=True):
         known = f"the diffusion's {len(timestep_map)}"

@@ -5,6 +5,7 @@ The original's interface: defaults as dictionaries, derived from options.py, and
 """
 
 import argparse
+import contextlib
 import dataclasses
 import inspect
 import os
@@ -222,22 +223,15 @@ def _numbers(name, text, number):
 def _check_shapes(size_name, size, num_channels, mult):
     text = ",".join(f"{m:g}" for m in mult)
     for width in [num_channels, *(num_channels * m for m in mult)]:
+        problem = f"num_channels {num_channels} with channel_mult {text} gives a level of {width:g} channels"
         if width > MAX_CHANNELS:
-            raise InputError(
-                f"num_channels {num_channels} with channel_mult {text} gives a level of {width:g} channels; "
-                f"give {MAX_CHANNELS} or less"
-            )
+            raise InputError(f"{problem}; give {MAX_CHANNELS} or less")
         if width % 32:
-            raise InputError(
-                f"num_channels {num_channels} with channel_mult {text} gives a level of {width:g} channels, which "
-                "GroupNorm's 32 groups do not divide; choose multiples of 32"
-            )
+            raise InputError(f"{problem}, which GroupNorm's 32 groups do not divide; choose multiples of 32")
     halvings = len(mult) - 1
     if size < 1 or size % 2**halvings:
-        raise InputError(
-            f"{size_name} {size} cannot be halved {halvings} times, as channel_mult {text} requires; "
-            f"give a multiple of {2**halvings}"
-        )
+        problem = f"cannot be halved {halvings} times, as channel_mult {text} requires"
+        raise InputError(f"{size_name} {size} {problem}; give a multiple of {2**halvings}")
 
 
 def _check_heads(name, heads, widths):
@@ -272,10 +266,8 @@ def create_gaussian_diffusion(
     :raises NotImplementedError: if there is no such schedule.
     """
     if noise_schedule == "linear" and 1 < steps < MIN_LINEAR_STEPS:
-        raise InputError(
-            f"diffusion_steps {steps}: the last beta of noise_schedule linear would exceed 1; "
-            f"give {MIN_LINEAR_STEPS} or more, or noise_schedule cosine"
-        )
+        advice = f"give {MIN_LINEAR_STEPS} or more, or noise_schedule cosine"
+        raise InputError(f"diffusion_steps {steps}: the last beta of noise_schedule linear would exceed 1; {advice}")
     if predict_v and predict_xstart:
         raise InputError("predict_v True and predict_xstart True: choose one of them")
     if loss_weighting not in ("uniform", "min_snr"):
@@ -359,15 +351,11 @@ def whole_number(text: str) -> int:
 
     :raises argparse.ArgumentTypeError: if text is not an integer.
     """
-    try:
+    with contextlib.suppress(ValueError):
         return int(text)
-    except ValueError:
-        pass
-    try:
+    with contextlib.suppress(ValueError):
         if float(text).is_integer():
             return int(float(text))
-    except (ValueError, OverflowError):
-        pass
     raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
 
 

@@ -16,14 +16,7 @@ if __name__ == "__main__":
 from improved_diffusion import dist_util, logger
 from improved_diffusion.cli.parser import create_parser, logging_to, parse_flags, run
 from improved_diffusion.inference.arrays import save_json
-from improved_diffusion.metrics.evaluation import (
-    check_new_file,
-    check_statistics,
-    compare,
-    save_statistics,
-    statistics_of,
-    warnings_of,
-)
+from improved_diffusion.metrics import evaluation
 from improved_diffusion.metrics.features import FeatureNetwork
 from improved_diffusion.metrics.image_sets import open_pair
 from improved_diffusion.options import EvalOptions
@@ -34,30 +27,30 @@ def main():
     dist_util.setup_dist()
     chosen = options.evaluation
     if chosen.save_stats:
-        check_new_file(chosen.save_stats)
+        evaluation.check_new_file(chosen.save_stats)
     pair = options.call(open_pair)
     for images in pair:
-        check_statistics(images, chosen.features)
+        evaluation.check_statistics(images, chosen.features)
     network = FeatureNetwork(chosen.features, chosen.feature_weights)
 
     with logging_to(options.general.log_dir):
-        samples, reference = (statistics_of(images, network) for images in pair)
+        samples, reference = (evaluation.statistics_of(images, network) for images in pair)
         if dist_util.rank() == 0:
             if chosen.save_stats:
-                save_statistics(chosen.save_stats, reference)
+                evaluation.save_statistics(chosen.save_stats, reference)
                 logger.log(f"saved {chosen.save_stats}")
             report(samples, reference, chosen)
 
 
 def report(samples, reference, chosen):
     """Log a table, and write metrics.json."""
-    found = compare(samples, reference)
+    found = evaluation.compare(samples, reference)
     table = {
         "samples": f"{count(samples)} images, {chosen.samples}",
         "reference": f"{count(reference)} images, {chosen.reference}",
         **{name: f"{value:.5g}" for name, value in found.items()},
     }
-    for line in warnings_of(samples, reference):
+    for line in evaluation.warnings_of(samples, reference):
         logger.warn(line)
     for name, text in table.items():
         logger.log(f"{name:<{max(map(len, table))}}  {text}")

@@ -35,12 +35,8 @@ def main():
 
     model, diffusion = options.call(sr_create_model_and_diffusion)
     configure_compute(model, use_bf16=options.compute.use_bf16, compile=options.compute.compile)
-    data = load_superres_data(
-        large_size=options.model.large_size,
-        small_size=options.model.small_size,
-        class_names=this_run.class_names,
-        **options.arguments_of(load_data),
-    )
+    sizes = dict(large_size=options.model.large_size, small_size=options.model.small_size)
+    data = load_superres_data(**sizes, class_names=this_run.class_names, **options.arguments_of(load_data))
     enlarged_from = functools.partial(low_res, options.model.small_size)
     names = data.dataset.class_names
     held_out = create_validation(options, diffusion, names, enlarged_from)

@@ -108,10 +108,8 @@ def load_base_samples(
     :raises InputError: if the file is missing, or its arrays are not of these types and shapes.
     """
     if path and (is_image(path) or bf.isdir(path)):
-        dataset = open_images(
-            path, size, num_classes is not None, channels, num_classes, class_names, limit=num_samples,
-            skip_damaged=skip_damaged,
-        )  # fmt: skip
+        which: dict[str, Any] = dict(class_names=class_names, limit=num_samples, skip_damaged=skip_damaged)
+        dataset = open_images(path, size, num_classes is not None, channels, num_classes, **which)
         return np.stack([dataset.pixels(i) for i in range(len(dataset))]), dataset.local_classes
 
     file = f"base_samples {path}"

@@ -13,23 +13,12 @@ from .. import dist_util, logger
 from ..data.loader import BatchStream
 from ..resample import LossSecondMomentResampler
 from ..utils.streams import counted
-from .checkpoints import (
-    ema_filename,
-    is_in,
-    newest_step,
-    optimizer_filename,
-    read_newest_set,
-    refuse_cut_off,
-    rng_state,
-    set_rng_state,
-    state_filename,
-    step_in,
-)
+from . import checkpoints
 from .contents import MOMENTS, check_state, check_weights, optimizer_in
 from .weights import check_fits
 
 # The global random generators as a part with a state_dict()
-RNG = types.SimpleNamespace(state_dict=rng_state, load_state_dict=set_rng_state)
+RNG = types.SimpleNamespace(state_dict=checkpoints.rng_state, load_state_dict=checkpoints.set_rng_state)
 
 
 class Checkpoint:
@@ -42,7 +31,7 @@ class Checkpoint:
 
     def __init__(self, path, contents=None):
         self.path = path
-        self.step = step_in(path)  # None for weights that belong to no run: a new one begins at them
+        self.step = checkpoints.step_in(path)  # None for weights that belong to no run: a new one begins at them
         self.state = None  # of the run, on all ranks, once read_state() has read it
         self._contents = contents or {}
 
@@ -83,7 +72,7 @@ class Checkpoint:
 
     def is_in(self, directory):
         """Whether this is a run's checkpoint in a folder."""
-        return self.step is not None and is_in(self.path, directory)
+        return self.step is not None and checkpoints.is_in(self.path, directory)
 
     def read_state(self, data, schedule_sampler):
         """
@@ -93,7 +82,7 @@ class Checkpoint:
         :raises InputError: if it is not what a run writes.
         """
 
-        name = state_filename(self.step)
+        name = checkpoints.state_filename(self.step)
 
         def read():
             contents = self.take(name)
@@ -133,7 +122,7 @@ def find_checkpoint(resume_checkpoint, directory):
         if isinstance(resume_checkpoint, str):
             checkpoint = Checkpoint(resume_checkpoint) if resume_checkpoint else None
         if checkpoint is not None and checkpoint.step is not None:
-            dist_util.broadcast_from_rank_0(refuse_cut_off, checkpoint.path, checkpoint.step)
+            dist_util.broadcast_from_rank_0(checkpoints.refuse_cut_off, checkpoint.path, checkpoint.step)
         return checkpoint
     found = dist_util.broadcast_from_rank_0(_newest_checkpoint, directory)
     if found is None:
@@ -144,13 +133,13 @@ def find_checkpoint(resume_checkpoint, directory):
 
 
 def _newest_checkpoint(directory):
-    found = read_newest_set(directory)
+    found = checkpoints.read_newest_set(directory)
     return found and Checkpoint(*found)
 
 
 def warn_of_other_checkpoints(checkpoint, directory):
     """Warn if `directory`, where a run saves, holds newer checkpoints than the one that it continues."""
-    newest = dist_util.broadcast_from_rank_0(newest_step, directory)
+    newest = dist_util.broadcast_from_rank_0(checkpoints.newest_step, directory)
     if newest is not None and newest > (checkpoint.step if checkpoint and checkpoint.is_in(directory) else -1):
         problem = f"{directory} has checkpoints up to step {newest} that this run does not continue"
         outcome = "it will overwrite some of them, and resume_checkpoint auto would take the newest"
@@ -168,7 +157,7 @@ def load_average(checkpoint, rate, step, params, model, to_master_params, strict
     :param strict: refuse a file that does not fit the model.
     :raises InputError: if the file does not fit.
     """
-    name = ema_filename(rate, step)
+    name = checkpoints.ema_filename(rate, step)
     path = checkpoint and checkpoint.find(name)
     if not path:
         logger.log(f"there is no checkpoint of EMA {rate}: it starts at the model's parameters")
@@ -196,7 +185,7 @@ def load_optimizer(opt, checkpoint, step, may_be_empty=False, report=()):
     :param report: which changes to log, of lr and weight_decay.
     :raises InputError: if the contents do not fit.
     """
-    name = optimizer_filename(step)
+    name = checkpoints.optimizer_filename(step)
     path = checkpoint and checkpoint.find(name)
     if not path:
         logger.log("there is no checkpoint of the optimizer: it starts without moments")
