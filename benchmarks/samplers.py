@@ -83,9 +83,7 @@ class Bench:
         if not args.quick and (network := lite0()):
             self.features["lite0"] = functools.partial(features_of, network=network)
         if not self.features:
-            raise InputError(
-                f"--data_dir {args.data_dir}: has no classes; pip install improved-diffusion[metrics] for features"
-            )
+            raise InputError(f"--data_dir {args.data_dir}: has no classes; pip install '.[metrics]' for features")
         self.of_data = {name: function(self.images) for name, function in self.features.items()}
         self.path = self._path(run.weights)
         self.rows = self._read()

@@ -225,11 +225,11 @@ _seed: int | None = None  # the argument of seed_everything()
 
 
 def seed_everything(seed: int | None) -> None:
-    """Seed the global generators of torch, numpy and random with seed + rank. None does nothing."""
+    """Seed the global generators of torch, numpy and random, differently on each rank. None does nothing."""
     global _seed
     _seed = seed
     if seed is not None:
-        _seed_generators(seed + rank())
+        _seed_generators(mixed_seed(seed, rank()) if rank() else seed)
 
 
 def reseed(step: int) -> None:

@@ -25,6 +25,7 @@ from .utils.files import is_remote
 from .utils.streams import counted
 
 _list_image_files_recursively = list_images  # the original's name
+NO_CLASSES = "name files CLASS_NUMBER.jpg, put each class in a folder, or give class_cond False"
 
 
 def load_data(
@@ -146,6 +147,8 @@ def _open_dataset(
         raise InputError("no data_dir: give a folder of images, or packed images")
     share = slice(None, limit) if whole else slice(dist_util.rank(), limit, dist_util.world_size())
     one_file = whole and is_image(data_dir)
+    if is_image(data_dir) and not whole:
+        raise InputError(f"{data_dir}: is an image; give its folder")
     packed, labels, names = is_packed(data_dir) and not one_file, None, None
     if packed:
         images, labels, names = read_packed(data_dir, with_labels=class_cond)
@@ -168,8 +171,11 @@ def _open_dataset(
     if class_cond:
         if num_classes is not None and len(names) > num_classes:
             origin = "" if packed else ", by its file names or folders"
-            found = f"{len(names)} classes ({', '.join(names[:3])}, ...){origin}"
-            raise InputError(f"{data_dir}: has {found}, but num_classes is {num_classes}")
+            found = f"{len(names)} classes ({', '.join(names[:3])}{', ...' * (len(names) > 3)}){origin}"
+            advice = f"; {NO_CLASSES}" if len(names) == len(images) else ""
+            raise InputError(f"{data_dir}: has {found}, but num_classes is {num_classes}{advice}")
+        if len(names) == len(images) > 2:
+            logger.note(f"WARNING: {data_dir}: each image is a class of its own, by its file name; {NO_CLASSES}")
         if class_names is not None:  # labels become indices into class_names
             if unknown := set(names) - set(class_names):
                 known = f"{', '.join(class_names[:5])}{', ...' if len(class_names) > 5 else ''}"

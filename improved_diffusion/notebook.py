@@ -51,7 +51,7 @@ from .script_util import configure_compute, create_diffusion, create_model_and_d
 from .training.checkpoints import model_filename, newest_average, parse_name, rng_state, set_rng_state
 from .training.stopping import StoppedBySignal
 from .training.weights import is_young, load_weights, read_weights
-from .utils.errors import InputError
+from .utils.errors import InputError, MissingFileError
 from .utils.files import user_path
 from .utils.log_formats import KVWriter
 from .utils.streams import show
@@ -321,8 +321,10 @@ def load(path: str | os.PathLike, **options: Any) -> Trained:
     if bf.isdir(file):
         config_and_path = read_config(file), bf.join(file, CONFIG)
         file = _newest_weights(file, (config_and_path[0] or {"flags": {}})["flags"])
-    else:
+    elif bf.exists(file):
         config_and_path = config_of(file)
+    else:
+        raise MissingFileError(f"{file}: is not there; give the folder of a run, or a file of weights")
     found, _ = config_and_path
     enlarges = "large_size" in (found["flags"] if found else options)
     defaults = SuperResSampleOptions() if enlarges else SampleOptions()

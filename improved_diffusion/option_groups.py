@@ -10,6 +10,7 @@ What an option is: a field of a frozen dataclass, with a default, help, and its 
 """
 
 import dataclasses
+import math
 import typing
 from dataclasses import dataclass
 from typing import Any
@@ -48,6 +49,8 @@ class Valid:
                 return False
         if self.required:
             return value != ""
+        if isinstance(value, float) and not math.isfinite(value):
+            return False
         return value is None or (value in self.choices if self.choices else self._in_range(value))
 
     def _in_range(self, value):

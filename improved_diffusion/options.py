@@ -28,6 +28,8 @@ S = TypeVar("S", bound="ScriptOptions")
 
 MAX_PIXELS = 2**16  # of an image's side
 MAX_CHANNELS = 2**16  # of a level
+MAX_SAMPLES = 2**31
+MIN_LINEAR_STEPS = 20  # the linear schedule ends at beta = 20 / steps, which is at most 1
 
 
 # ---------------------------------------------------------------- groups
@@ -109,6 +111,13 @@ class DiffusionOptions(Group):
     rescale_learned_sigmas: bool = option(True, "weigh the bound in the hybrid loss as if there were 1000 timesteps")
     predict_v: bool = option(False, "the model predicts the velocity, v = sqrt(abar) noise - sqrt(1 - abar) x_start")
 
+    def __post_init__(self):
+        super().__post_init__()
+        steps = self.diffusion_steps
+        if self.noise_schedule == "linear" and steps == MIN_LINEAR_STEPS and not self.predict_v:
+            problem = "noise_schedule linear ends at beta = 1, and x_start is not in the noise"
+            raise InputError(f"diffusion_steps {steps}: {problem}; give {steps + 1} or more, or predict_v True")
+
 
 MICROBATCH_HELP = "images per forward pass, to save memory; -1 = batch_size; auto = what fits, measured at the start"
 
@@ -183,7 +192,7 @@ GUIDANCE_INTERVAL_HELP = "noise levels with guidance, LOW,HIGH in sigma = sqrt((
 @dataclass(frozen=True)
 class SamplingOptions(WeightsOptions):
     batch_size: int = option(16, "images per batch on each rank", minimum=1, maximum=2**24)
-    num_samples: int = option(10000, "number of images to draw", minimum=1, maximum=2**31)
+    num_samples: int = option(10000, "number of images to draw", minimum=1, maximum=MAX_SAMPLES)
     sampler: str = option("ancestral", " or ".join(SAMPLERS), choices=tuple(SAMPLERS))
     use_ddim: bool = option(False, "same as sampler ddim")
     sampling_steps: int = option(0, "evaluations of the model by a solver (all but ancestral, ddim); 0 = 20", minimum=0)
@@ -299,7 +308,7 @@ class GeneralOptions(OutputFolderOptions):
 
 @dataclass(frozen=True)
 class TrainGeneralOptions(GeneralOptions):
-    config: str = path_option("config.json of another run: defaults of all flags but those of this group")
+    config: str = path_option("another run, or its config.json: defaults of all flags but those of this group")
     overwrite: bool = option(False, "start over in the folder of another run, whose files move to a subfolder")
 
 

@@ -18,14 +18,20 @@ from torch import nn
 from . import gaussian_diffusion as gd
 from .networks import NETWORKS
 from .option_groups import rows
-from .options import MAX_CHANNELS, MAX_PIXELS, DiffusionOptions, ModelOptions, SuperResModelOptions
+from .options import (
+    MAX_CHANNELS,
+    MAX_PIXELS,
+    MIN_LINEAR_STEPS,
+    DiffusionOptions,
+    ModelOptions,
+    SuperResModelOptions,
+)
 from .respace import SpacedDiffusion, space_timesteps
 from .unet import SuperResModel, UNetModel
 from .utils.errors import InputError
 
 NUM_CLASSES = 1000
 MAX_LEVELS = MAX_PIXELS.bit_length()  # more cannot be halved
-MIN_LINEAR_STEPS = 20  # the linear schedule ends at beta = 20 / steps, which is at most 1
 
 CHANNEL_MULT = {  # by image size: width of each level in num_channels
     32: (1, 2, 2, 2),
@@ -266,7 +272,7 @@ def create_gaussian_diffusion(
     :raises NotImplementedError: if there is no such schedule.
     """
     if noise_schedule == "linear" and 1 < steps < MIN_LINEAR_STEPS:
-        advice = f"give {MIN_LINEAR_STEPS} or more, or noise_schedule cosine"
+        advice = f"give {MIN_LINEAR_STEPS + 1} or more, or noise_schedule cosine"
         raise InputError(f"diffusion_steps {steps}: the last beta of noise_schedule linear would exceed 1; {advice}")
     if predict_v and predict_xstart:
         raise InputError("predict_v True and predict_xstart True: choose one of them")

@@ -48,7 +48,8 @@ def time_grid(lam: np.ndarray, steps: int, spacing: str = "lam") -> list[int]:
     """
     first = _first(lam)
     if first < 1:
-        raise InputError(f"sampling_steps {steps}: a solver needs 2 timesteps of half log-SNR {LAM_MIN} or more")
+        problem = f"a solver needs 2 timesteps of half log-SNR {LAM_MIN} or more"
+        raise InputError(f"diffusion_steps {len(lam)}: {problem}; give sampler ancestral or ddim")
     if not 1 <= steps <= first:
         raise InputError(f"sampling_steps {steps}: give 1 to {first}, the timesteps between noise and data")
     if spacing not in SPACINGS:
@@ -96,14 +97,17 @@ def solve(
     :param eta: noise, 0 to 1.
     :param corrector: the order of UniC, for eta = 0; 0 = none.
     :param exact: coefficients that integrate a polynomial in lam exactly. The usual ones are better at few steps.
-    :raises ValueError: for a corrector with noise, and as time_grid().
+    :raises ValueError: for a corrector with noise, an order or eta out of range, and as time_grid().
     """
+    if not (1 <= order <= 3 and 0 <= corrector <= 3 and 0 <= eta <= 1):
+        valid = "give order 1 to 3, corrector 0 to 3 and eta 0 to 1"
+        raise ValueError(f"order={order}, corrector={corrector}, eta={eta}: {valid}")
     if corrector and eta:
         raise ValueError(f"eta={eta}: a corrector integrates the ODE, eta=0")
     lam = half_log_snr(diffusion)
     timestep_map = list(getattr(diffusion, "timestep_map", range(len(lam))))  # the model's timesteps
     if timesteps is None:
-        times = time_grid(lam, steps or default_steps(diffusion), spacing)
+        times = time_grid(lam, default_steps(diffusion) if steps is None else steps, spacing)
         lams = [float(lam[t]) for t in times]
     else:
         times = indices_of(timesteps, timestep_map)

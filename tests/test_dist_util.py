@@ -73,7 +73,7 @@ def test_seeds(monkeypatch, seed):
     assert not set(on_rank_1) & set(got)
     monkeypatch.delenv("RANK")
     dist_util.seed_everything(seed + 1)
-    assert draws() == on_rank_1
+    assert not set(on_rank_1) & set(draws())  # ranks of neighbouring seeds differ too
 
 
 def test_no_seed():

@@ -37,7 +37,7 @@ def test_the_readme_names_each_command_and_extra():
     assert commands and names
     (paragraph,) = re.findall(r"has them as commands too:(.*?)\.", README, flags=re.DOTALL)
     assert sorted(re.findall(r"`(?:improved-diffusion)?(-[a-z-]+)`", paragraph)) == sorted(commands)
-    (listed,) = re.findall(r"```\n(pip install -e \..*?Further extras:.*?)\.", README, flags=re.DOTALL)
+    (listed,) = re.findall(r"```\n(pip install -e \..*?Further extras:.*?)\.\s", README, flags=re.DOTALL)
     assert [name for name in names if name not in listed] == []
 
 
@@ -155,12 +155,23 @@ def known_flags():
 
 @documents
 def test_flags_that_are_named_exist(document):
-    launchers = {"nproc_per_node", "nnodes", "node_rank", "master_addr", "max_restarts", "ntasks", "gpus"}
+    launchers = {
+        "nproc_per_node",
+        "nnodes",
+        "node_rank",
+        "master_addr",
+        "max_restarts",
+        "ntasks",
+        "gpus",
+        "no",
+    }  # --no-python
     benchmarks = re.findall(r"^    (\w+)=", (ROOT / "benchmarks/run.py").read_text(), flags=re.MULTILINE)
     reproduce = [
         flag for path in (ROOT / "reproduce").glob("*.py") for flag in re.findall(r'"--(\w+)"', path.read_text())
     ]
-    text = re.sub(r"^#SBATCH.*|`--requeue`|--kill-on-bad-exit", "", TEXTS[document], flags=re.MULTILINE)  # Slurm's
+    text = re.sub(
+        r"^#SBATCH.*|`--requeue`|--kill-on-bad-exit|--index-url", "", TEXTS[document], flags=re.MULTILINE
+    )  # Slurm's
     named = set(re.findall(r"(?<![\w-])--([a-z]\w+)", text))
     assert named <= known_flags() | launchers | {
         *benchmarks,

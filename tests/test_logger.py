@@ -338,7 +338,7 @@ def test_tensorboard_missing(tmp_path, monkeypatch):
     with pytest.raises(ValueError) as caught:
         logger.configure(tmp_path, ["tensorboard"])
     assert "OPENAI_LOG_FORMAT tensorboard" in str(caught.value)
-    assert "pip install improved-diffusion[tensorboard]" in str(caught.value)
+    assert "pip install '.[tensorboard]'" in str(caught.value)
     assert Logger.CURRENT is None
 
 

@@ -347,7 +347,7 @@ def test_a_linear_schedule_of_20_steps_ends_in_pure_noise():
         (dict(num_channels=64, channel_mult="1,1.5", num_heads=64), ["num_heads 64", "96 channels"]),  # in the middle
         (dict(num_heads=0), ["num_heads 0"]),
         (dict(num_channels=32, num_heads_upsample=3, attention_resolutions="32"), ["num_heads_upsample 3", "64 chan"]),
-        (dict(noise_schedule="linear", diffusion_steps=19), ["diffusion_steps 19", "20", "cosine"]),
+        (dict(noise_schedule="linear", diffusion_steps=19), ["diffusion_steps 19", "21", "cosine"]),
         (dict(timestep_respacing="2000"), ["timestep_respacing 2000", "1000"]),
         (dict(timestep_respacing="ddim999"), ["ddim999", "ddim1000"]),
         (dict(timestep_respacing="many"), ["timestep_respacing 'many'", "ddim50"]),

@@ -91,7 +91,7 @@ def test_a_process_without_a_step_from_noise_to_data(abar):
         loss_type=gd.LossType.MSE,
     )
     for steps in (None, 1):
-        with pytest.raises(InputError, match=r"^sampling_steps \d: .* 2 timesteps"):
+        with pytest.raises(InputError, match=r"^diffusion_steps \d: .* 2 timesteps"):
             solve(process, lambda x, t: x, th.zeros(1, 2), steps=steps)
 
 

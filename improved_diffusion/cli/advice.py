@@ -28,6 +28,9 @@ def doubts(options: ScriptOptions, given: Collection[str] = ()) -> list[str]:
         gamma, weighting = options.training.min_snr_gamma, options.training.loss_weighting
         if "min_snr_gamma" in given and weighting != "min_snr":
             lines.append(f"WARNING: --min_snr_gamma {gamma} changes nothing without --loss_weighting min_snr")
+        if options.diffusion.predict_xstart and options.diffusion.learn_sigma:
+            problem = "the bound outweighs the squared error until x_start is precise, and the images are not learned"
+            lines.append(f"WARNING: --predict_xstart True with --learn_sigma True: {problem}; give --predict_v True")
         warmup = options.training.lr_warmup_steps
         limits = options.training.max_steps, options.training.lr_anneal_steps
         end = min(filter(None, limits), default=warmup)
@@ -44,8 +47,12 @@ def _attention(resolutions, size, channel_mult, given):
     sizes = [size // 2**level for level in range(len(mult))]
     try:
         missing = [r for r in map(int, resolutions.split(",")) if size // r not in [2**i for i in range(len(mult))]]
+        rounded = [r for r in map(int, resolutions.split(",")) if size % r and r not in missing]
     except (ValueError, ZeroDivisionError):  # refused when the network is built
         return []
+    if "attention_resolutions" in given and rounded:
+        shown, taken = (",".join(map(str, sizes)) for sizes in (rounded, [size // (size // r) for r in rounded]))
+        return [f"WARNING: --attention_resolutions {shown}: no level has this size; taken as {taken}"]
     if not missing or not ("attention_resolutions" in given or len(missing) == len(resolutions.split(","))):
         return []
     shown, there = ",".join(map(str, missing)), ", ".join(map(str, sizes))

@@ -47,12 +47,13 @@ def flags_of_another(path: str, options: ScriptOptions) -> dict[str, Any]:
     """
     The values in the config.json of another run, as defaults of a new one.
 
-    :param path: the file.
+    :param path: the file, or its folder.
     :param options: of the new run's script.
     :raises InputError: if the file is missing, damaged, of another script, or has an invalid value.
     """
     known = {row.name: row for row in rows(type(options))}
     own = {row.name for row in rows(type(options.general))}
+    path = bf.join(path, CONFIG) if bf.isdir(path) else path
     values = {name: value for name, value in _read(path)["flags"].items() if name not in (*OF_ITS_RUN, *own)}
     if unknown := sorted(values.keys() - known.keys()):
         raise InputError(f"{path}: {', '.join(unknown)}: no flag of this script; use the script of that run")
@@ -73,6 +74,8 @@ def _read(path, advice="give the config.json of a run"):
     try:
         with bf.BlobFile(path, "rb") as f:
             text = f.read()
+    except FileNotFoundError:
+        raise InputError(f"{path}: there is no such file; {advice}") from None
     except OSError as e:
         raise InputError(f"{path}: not the flags of a run ({type(e).__name__}: {e}); {advice}") from None
     return _parse(text, path, advice)

@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import sys
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -54,6 +55,9 @@ class FlagParser(argparse.ArgumentParser):
     """A parser without abbreviations. A bad flag exits with status 2 after one line."""
 
     def __init__(self, **kwargs):
+        kwargs.setdefault(
+            "formatter_class", argparse.RawDescriptionHelpFormatter
+        )  # keeps commands on lines of their own
         super().__init__(allow_abbrev=False, **kwargs)
 
     def parse_args(self, args=None, namespace=None):
@@ -91,7 +95,7 @@ def create_parser(options: ScriptOptions, description: str | None) -> FlagParser
         costs = "; ".join(f"{name}: {cost}" for name, cost in COSTS.items())
         epilog += " The presets, with their parameters, memory to train with one image in a pass, and operations of a "
         epilog += f"forward pass of an image: {costs}."
-    parser = FlagParser(description=description, epilog=epilog)
+    parser = FlagParser(description=description, epilog=textwrap.fill(epilog, 100))
     general, *others = (getattr(options, field.name) for field in dataclasses.fields(options))
     for group in [*others, general]:
         flags = parser.add_argument_group(group.title)
@@ -329,7 +333,7 @@ def _with_flag(message):
     """Prefix a library's message, which starts with an option ("lr 0: ") or its value ("a.pt: "), with the flag."""
     words = [part for word in sys.argv[1:] for part in (word.split("=", 1) if word.startswith("--") else [word])]
     flags = [(flag, value) for flag, value in itertools.pairwise(words) if flag.startswith("--")]
-    if any(message.startswith(f"{flag[2:]} ") for flag, _ in flags):
+    if any(message.startswith((f"{flag[2:]} ", f"{flag[2:]}:")) for flag, _ in flags):
         return f"--{message}"
     values = [(flag, streams.printable(os.path.expanduser(value))) for flag, value in flags]
     matches = [flag for flag, value in values if message.startswith(f"{value}:")]

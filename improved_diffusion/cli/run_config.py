@@ -134,7 +134,30 @@ def from_config(flags, config, path):
             _check_null_label(saved, value)
         elif saved != value and name not in FREE:
             notes.append(f"WARNING: --{name} {value} is given; the model was trained with {saved}")
+    _check_attention({**values, **taken}, saved_flags, path)
     return Run(flags.options.replace(**taken), config["class_names"], tuple(notes))
+
+
+def _check_attention(values, saved, path):
+    """:raises InputError: if another image size alone makes another network of the same flags."""
+    name, same = "large_size" if "large_size" in values else "image_size", ("attention_resolutions", "channel_mult")
+    if any(values[flag] != saved.get(flag) for flag in same) or not isinstance(saved.get(name), int):
+        return
+    now, before = (_network_at(size, *(values[flag] for flag in same)) for size in (values[name], saved[name]))
+    if now != before:
+        problem = f"the model was trained with {saved[name]}, by {path}, and has attention at {values[same[0]]} pixels"
+        raise InputError(f"{name} {values[name]}: {problem}; leave it out, or give attention_resolutions too")
+
+
+def _network_at(size, resolutions, channel_mult):
+    """The widths of the levels, and which have attention."""
+    mult = channel_mult or CHANNEL_MULT.get(size, ())
+    return mult, _attention_levels(size, resolutions, len(mult.split(",") if channel_mult else mult))
+
+
+def _attention_levels(size, resolutions, levels):
+    sizes = {int(word) for word in resolutions.split(",") if word.strip().isdecimal()}
+    return {level for level in range(levels) if size // 2**level in sizes}
 
 
 def _check_null_label(saved, value):
@@ -198,9 +221,7 @@ def _as_options(inferred, size, attention_resolutions):
         found["num_classes"] = inferred["num_classes"]
     mult = inferred["channel_mult"]
     found["channel_mult"] = "" if CHANNEL_MULT.get(size) == mult else ",".join(f"{m:g}" for m in mult)
-    sizes = {int(word) for word in attention_resolutions.split(",") if word.strip().isdecimal()}
-    levels = {level for level in range(len(mult)) if size // 2**level in sizes}
-    if levels != inferred["attention_levels"]:
+    if _attention_levels(size, attention_resolutions, len(mult)) != inferred["attention_levels"]:
         # without attention: the size of a level that does not exist
         levels = inferred["attention_levels"] or {len(mult)}
         found["attention_resolutions"] = ",".join(str(size // 2**level) for level in sorted(levels))

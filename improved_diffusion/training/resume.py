@@ -126,7 +126,7 @@ def find_checkpoint(resume_checkpoint, directory):
         return checkpoint
     found = dist_util.broadcast_from_rank_0(_newest_checkpoint, directory)
     if found is None:
-        logger.log(f"no complete checkpoint in {directory}: a new run starts")
+        logger.log(f"no checkpoint in {directory} yet: a new run starts")
         # the row of step 0, if that is all: a run logged it and ended before its first checkpoint
         logger.get_current().drop_from("step", 0, unless_above=0)
     return found
@@ -247,7 +247,7 @@ class CheckpointIO:
                 try:
                     self.parts[name].load_state_dict(state)
                 except (ValueError, KeyError) as e:
-                    logger.warn(f"the {name.replace('_', ' ')} cannot continue where it was: {e}")
+                    logger.warn(f"WARNING: the {name.replace('_', ' ')} cannot continue where it was: {e}")
 
     def state_dict(self):
         """Plain values and tensors; a list of one entry a rank of what differs between ranks. All ranks call it."""

@@ -12,7 +12,7 @@ from typing import Any
 
 import blobfile as bf
 
-from .errors import InputError, first_line, is_dead_worker_error
+from .errors import InputError, first_line, is_dead_worker_error, is_out_of_memory
 from .streams import show
 
 try:
@@ -107,7 +107,7 @@ def write_files(directory: str, writers: dict[str, Callable[[Any], object]], flu
                 with contextlib.suppress(OSError):
                     os.remove(temporary)
         # for a full disk torch.save raises RuntimeError
-        if isinstance(e, (OSError, RuntimeError)) and not is_dead_worker_error(e):
+        if isinstance(e, (OSError, RuntimeError)) and not (is_dead_worker_error(e) or is_out_of_memory(e)):
             raise _cannot_be_written(path, e) from e
         raise
 

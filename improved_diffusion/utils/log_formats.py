@@ -357,7 +357,7 @@ def _library(format):
     try:
         return importlib.import_module(LIBRARIES[format])
     except ImportError as e:
-        install = f"pip install improved-diffusion[{format}]"
+        install = f"pip install '.[{format}]'"
         raise InputError(f"OPENAI_LOG_FORMAT {format} needs {LIBRARIES[format]}: {install}") from e
 
 

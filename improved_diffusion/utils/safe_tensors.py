@@ -64,6 +64,6 @@ def _library(path) -> Any:
     try:
         import safetensors.torch
     except ImportError:
-        install = "pip install improved-diffusion[safetensors]"
+        install = "pip install '.[safetensors]'"
         raise InputError(f"{path}: needs the package safetensors: {install}") from None
     return safetensors.torch

@@ -568,7 +568,7 @@ def test_a_library_that_is_not_installed(monkeypatch, tmp_path, capfd, module, w
     monkeypatch.setitem(sys.modules, module, None)
     monkeypatch.chdir(tmp_path)
     assert prepare(*words, "out") == 2
-    assert f"pip install improved-diffusion{extra}" in capfd.readouterr().err
+    assert f"pip install '.{extra}'" in capfd.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

@@ -97,7 +97,7 @@ def test_the_run_leaves_its_log_and_two_checkpoints(done):
 def test_without_an_extra_it_says_so_at_once(tmp_path, missing):
     done = run_example("--out_dir", tmp_path / "new", code=f"sys.modules[{missing!r}] = None")
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
-    assert missing in done.stderr and "pip install improved-diffusion[demo]" in done.stderr
+    assert missing in done.stderr and "pip install '.[demo]'" in done.stderr
     assert not (tmp_path / "new").exists()
 
 

@@ -232,7 +232,7 @@ def where_it_began(lines):
     for line in lines:
         if found := re.fullmatch(r"loading model from checkpoint: .*/model(\d+)\.pt\.\.\.", line):
             return int(found[1])
-        if line.startswith("no complete checkpoint in "):
+        if line.startswith("no checkpoint in "):
             return None
     return "unsaid"
 

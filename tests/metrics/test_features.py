@@ -87,7 +87,7 @@ def test_weights_are_for_inception():
 @pytest.mark.parametrize(
     ("module", "name", "named"),
     [
-        ("efficientnet_lite_pytorch", "lite0", r"features lite0: .*improved-diffusion\[metrics\]"),
+        ("efficientnet_lite_pytorch", "lite0", r"features lite0: .*pip install '\.\[metrics\]'"),
         ("torch_fidelity.feature_extractor_inceptionv3", "inception", "features inception: .*torch-fidelity"),
     ],
 )

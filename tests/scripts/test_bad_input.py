@@ -29,7 +29,7 @@ CASES = [  # scripts, flags that differ from those that work, what the line must
     # the folder of images
     (READING, dict(data_dir=None), ["--data_dir", "a folder of images"]),
     (READING, dict(data_dir="nowhere"), ["nowhere: there is no such folder"]),
-    (READING, dict(data_dir="images/a_000.png"), ["images/a_000.png: not packed images"]),
+    (READING, dict(data_dir="images/a_000.png"), ["images/a_000.png: is an image"]),
     (READING, dict(data_dir="base.npz"), ["base.npz: not packed images", "holds no images", "arr_0, arr_1"]),
     (READING, dict(data_dir="other.npz"), ["other.npz: ", "4x4 with 3", "8x8 with 3"]),
     (READING, dict(data_dir="gone.npz"), ["gone.npz: ", "No such file"]),
@@ -65,7 +65,8 @@ CASES = [  # scripts, flags that differ from those that work, what the line must
     (["super_res_train", "super_res_sample"], dict(small_size=16), ["--small_size 16", "1 to large_size (8)"]),
     # the diffusion
     (ALL, dict(noise_schedule="sigmoid"), ["--noise_schedule sigmoid", "linear or cosine"]),
-    (ALL, dict(noise_schedule="linear", diffusion_steps=19), ["diffusion_steps 19", "20 or more", "cosine"]),
+    (ALL, dict(noise_schedule="linear", diffusion_steps=19), ["diffusion_steps 19", "21 or more", "cosine"]),
+    (ALL, dict(noise_schedule="linear", diffusion_steps=20), ["diffusion_steps 20", "21 or more", "predict_v"]),
     (ALL, dict(diffusion_steps=0), ["--diffusion_steps 0", "1 to"]),
     (TRAINING, dict(schedule_sampler="loss"), ["--schedule_sampler loss", "uniform or loss-second-moment"]),
     (ALL, dict(timestep_respacing="25"), ["timestep_respacing 25", "at most 24"]),

@@ -165,7 +165,7 @@ def test_the_library_prints_nothing(tmp_path, capfd):
 def test_without_matplotlib(tmp_path, capfd, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert plot(log(tmp_path / "a")) == 2
-    refused(capfd, "pip install improved-diffusion[demo]")
+    refused(capfd, "pip install '.[demo]'")
 
 
 def refused(capfd, says):

@@ -239,7 +239,7 @@ def test_resumed_by_itself_and_few_checkpoints_kept(tmp_path, images, script):
     assert progress(tmp_path / "parts") == progress(tmp_path / "whole")
     log = (tmp_path / "parts" / "log.txt").read_text()
     assert "max_steps is 6 from here on, and was 3 in the checkpoint" in log
-    assert f"no complete checkpoint in {tmp_path / 'parts'}: a new run starts" in log
+    assert f"no checkpoint in {tmp_path / 'parts'} yet: a new run starts" in log
     assert re.search(r"^rank 0 of 1, on \S+ of \S+; started by no launcher$", log, re.M)
     flags_kept = th.load(tmp_path / "parts" / "state000006.pt", weights_only=True)["flags"]
     assert flags_kept["max_steps"] == 6 and flags_kept["seed"] == 1 and flags_kept["data_dir"] == str(images)

@@ -426,7 +426,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_over(tmp_path):
     loop = train(tmp_path, resume_checkpoint="auto")
     assert [row["step"] for row in read_rows(tmp_path)] == [0, 1, 2]
     assert (loop.step, checkpoint_names(tmp_path)) == (3, checkpoint_names_of(0, 3))
-    assert lines_of(tmp_path).count(f"no complete checkpoint in {tmp_path}: a new run starts") == 2
+    assert lines_of(tmp_path).count(f"no checkpoint in {tmp_path} yet: a new run starts") == 2
 
 
 def test_the_newest_is_of_the_folder_for_checkpoints(tmp_path, monkeypatch):

@@ -57,5 +57,5 @@ def test_without_the_package_a_line_names_what_to_install(tmp_path, monkeypatch)
     monkeypatch.setitem(sys.modules, "safetensors", None)
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
     for act in (lambda: read_state_dict(path), lambda: encode(path, TENSORS, {})):
-        with pytest.raises(InputError, match=r"a\.safetensors: .*pip install improved-diffusion\[safetensors\]"):
+        with pytest.raises(InputError, match=r"a\.safetensors: .*pip install '\.\[safetensors\]'"):
             act()

@@ -83,7 +83,7 @@ def test_what_fails_is_one_line(runs, tmp_path, monkeypatch):
         make_output_format("wandb", str(tmp_path / "b"))
     assert "wandb: no API key" in str(refusal.value) and "\n" not in str(refusal.value)
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(InputError, match=r"wandb .*pip install improved-diffusion\[wandb\]"):
+    with pytest.raises(InputError, match=r"wandb .*pip install '\.\[wandb\]'"):
         logger.configure(tmp_path, ["wandb"])
 
 
