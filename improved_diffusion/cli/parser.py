@@ -55,9 +55,8 @@ class FlagParser(argparse.ArgumentParser):
     """A parser without abbreviations. A bad flag exits with status 2 after one line."""
 
     def __init__(self, **kwargs):
-        kwargs.setdefault(
-            "formatter_class", argparse.RawDescriptionHelpFormatter
-        )  # keeps commands on lines of their own
+        # keeps commands on lines of their own
+        kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(allow_abbrev=False, **kwargs)
 
     def parse_args(self, args=None, namespace=None):

@@ -46,10 +46,8 @@ def draw_terms(runs: dict[str, np.ndarray]):
     """
     figure = new_figure(12, 4.5)
     titles = ("terms of the bound, bits/dim", "sum of the terms up to t, bits/dim")
-    left, right = (
-        figure.add_subplot(1, 2, i + 1, title=title, xlabel="step of the chain, from t = 0")
-        for i, title in enumerate(titles)
-    )
+    labels = dict(xlabel="step of the chain, from t = 0")  # which may have been respaced
+    left, right = (figure.add_subplot(1, 2, i + 1, title=title, **labels) for i, title in enumerate(titles))
     for label, vb in runs.items():
         terms, t = vb[::-1], np.arange(1, len(vb) + 1)  # from 1, as in the paper
         look = dict(label=literal(label), marker="." if len(vb) == 1 else "")

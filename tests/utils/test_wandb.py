@@ -33,6 +33,7 @@ class Run:
 def runs(monkeypatch):
     """The runs that wandb.init() has made, in order."""
     made = []
+    monkeypatch.setattr(logger.Logger, "CURRENT", logger.Logger.CURRENT)  # else the next test logs to a closed one
     module = types.ModuleType("wandb")
     module.Error, module.Image = type("Error", (Exception,), {}), lambda pixels: ("image", pixels.shape)
     module.init = lambda **arguments: made.append(Run(**arguments)) or made[-1]
