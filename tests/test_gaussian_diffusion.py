@@ -330,6 +330,10 @@ def test_the_velocity_where_no_signal_is_left():
         th.testing.assert_close(loop(model, (2, 3), device="cpu"), x_start, rtol=0, atol=1e-3)
     assert all(v.isfinite().all() for v in d.calc_bpd_loop(model, x_start).values())
     assert d.training_losses(model, x_start, th.tensor([18, 19]))["mse"].max() < 1e-10
+    betas = np.append(np.linspace(1e-4, 0.02, 20)[:-1], 1.0)  # at which the root of DDIM's noise rounds to below 0
+    d = type(d)(betas=betas, **{name: getattr(d, name) for name in ("model_mean_type", "model_var_type", "loss_type")})
+    out = d.ddim_sample(point_model(d, x_start), th.randn(2, 3), th.tensor([19, 19]), eta=1.0)
+    assert out["sample"].isfinite().all()
 
 
 @pytest.mark.parametrize(("v", "table"), [(-1.0, "posterior_log_variance_clipped"), (1.0, "betas")])

@@ -18,7 +18,7 @@ from packaging.version import Version
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from improved_diffusion import image_datasets
+from improved_diffusion import image_datasets, logger
 from improved_diffusion.data import images as image_files
 from improved_diffusion.data.packed import read_packed
 from improved_diffusion.data.prepare import write
@@ -652,6 +652,30 @@ def test_as_many_classes_as_there_are_labels_are_enough(tmp_path, num_classes):
         data_dir=str(tmp_path), batch_size=6, image_size=8, class_cond=True, num_classes=num_classes, num_workers=0
     )
     assert sorted(next(iter(data))[1]["y"].tolist()) == [0, 0, 1, 1, 2, 2]
+
+
+def test_images_that_are_classes_of_their_own_are_noticed(tmp_path, monkeypatch):
+    """As photographs named IMG1.png and so on are."""
+    for i in range(4):
+        Image.new("RGB", (8, 8), (i, i, i)).save(tmp_path / f"IMG{i}.png")
+    notes = []
+    monkeypatch.setattr(logger, "note", notes.append)
+    words = dict(data_dir=str(tmp_path), batch_size=2, image_size=8, class_cond=True)
+    load_data(**words)
+    assert any(note.startswith("WARNING") and "class of its own" in note for note in notes)
+    with pytest.raises(InputError, match=r"num_classes is 2.*CLASS_NUMBER"):
+        load_data(**words, num_classes=2)
+    (tmp_path / "IMG1.png").rename(tmp_path / "IMG0.png_1.png")
+    notes.clear()
+    load_data(**words)
+    assert not notes
+
+
+def test_an_image_is_no_folder(tmp_path):
+    path = tmp_path / "a.png"
+    Image.new("RGB", (8, 8)).save(path)
+    with pytest.raises(InputError, match=r"a\.png: is an image"):
+        load_data(data_dir=str(path), batch_size=1, image_size=8)
 
 
 def test_fewer_images_than_a_batch_are_refused_with_the_numbers(monkeypatch, greys):

@@ -80,6 +80,8 @@ def test_a_default_has_the_declared_type_and_is_valid(row):
         ("preview_samples", 0, -1),
         ("seed", None, -1),
         ("lr", 1e-9, 0.0),
+        ("lr", 1.0, float("inf")),
+        ("diffusion_steps", 21, 20),  # of the linear schedule: beta = 1
         ("fp16_scale_growth", 1e-3, 1e6),
         ("grad_clip", 0.5, float("nan")),
         ("lr_warmup_steps", 100, -1),

@@ -80,6 +80,15 @@ def test_the_end_of_a_cosine_schedule_has_no_signal(T, schedule, first):
     assert time_grid(half_log_snr(diffusion(T, schedule)), 10)[0] == first
 
 
+def test_an_order_or_noise_out_of_range_is_refused():
+    process = diffusion(8)
+    for wrong in (dict(order=0), dict(order=4), dict(corrector=4), dict(eta=-1.0), dict(eta=float("nan"))):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            solve(process, lambda x, t: x, th.zeros(1, 2), steps=3, **wrong)
+    with pytest.raises(InputError, match="sampling_steps 0"):
+        solve(process, lambda x, t: x, th.zeros(1, 2), steps=0)
+
+
 @pytest.mark.parametrize("abar", [[0.001], [1e-6], [1e-6, 1e-7]], ids=str)
 def test_a_process_without_a_step_from_noise_to_data(abar):
     """One timestep, or none with signal."""

@@ -1,6 +1,7 @@
 """--config: a new run with the flags of another."""
 
 import json
+import os
 import sys
 
 import pytest
@@ -95,11 +96,18 @@ def test_other_files_are_refused_in_one_line(monkeypatch, capfd, tmp_path, text,
         path.write_text(text)
     err = refused(monkeypatch, capfd, "--config", path, "--data_dir", "x")
     assert f"--config {path}: " in err and part in err
-    assert "--config" in refused(monkeypatch, capfd, "--config", tmp_path, "--data_dir", "x")  # the folder
+    assert "--config" in refused(monkeypatch, capfd, "--config", tmp_path / "none", "--data_dir", "x")
 
 
 def test_a_run_of_the_other_training_script_is_refused(monkeypatch, capfd, other):
     assert "image_size" in refused(monkeypatch, capfd, "--config", other[0], options=SuperResTrainOptions())
+
+
+def test_the_folder_of_a_run_is_as_good(monkeypatch, other):
+    path, folder = other[0], os.path.dirname(other[0])
+    assert (
+        parse(monkeypatch, "--config", folder).options.training == parse(monkeypatch, "--config", path).options.training
+    )
 
 
 def test_a_resumed_run_keeps_its_own_flags(monkeypatch, other, tmp_path):

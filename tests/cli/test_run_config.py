@@ -97,6 +97,17 @@ def test_a_network_of_another_size_than_the_weights_is_refused_before_it_is_buil
     assert values["num_classes"] == 2
 
 
+@pytest.mark.parametrize("given", [dict(image_size=16), dict(image_size=16, dropout=0.1)])
+def test_an_image_size_of_another_network_is_refused_by_name(tmp_path, given):
+    save(tmp_path, **{**TINY, "channel_mult": "1,2", "attention_resolutions": "4"}, image_size=8)
+    with pytest.raises(InputError, match=r"^image_size 16: .*with 8.*config\.json.*attention_resolutions"):
+        settle(tmp_path / "ema_0.9_000050.pt", **given)
+    values, _ = settle(tmp_path / "ema_0.9_000050.pt", image_size=16, attention_resolutions="8")
+    assert values["image_size"] == 16
+    save(tmp_path, **TINY, image_size=8)  # one level, without attention
+    settle(tmp_path / "ema_0.9_000050.pt", image_size=16)
+
+
 def test_a_folder_of_that_name(tmp_path):
     (tmp_path / "config.json").mkdir()
     with pytest.raises(InputError, match=r"config\.json: not the flags of a run"):

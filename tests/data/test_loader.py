@@ -286,6 +286,21 @@ def test_a_state_of_other_data_is_refused_with_the_numbers(other, message):
         BatchStream(**{**settings, **other}).load_state_dict(state)
 
 
+def test_a_data_set_that_raises_stop_iteration_ends_no_epoch_early():
+    """torch's DataLoader takes it for the end of the epoch."""
+
+    class Ending(Dataset):
+        def __len__(self):
+            return 8
+
+        def __getitem__(self, i):
+            return next(iter([])) if i == 5 else (th.zeros(1), {})
+
+    stream = BatchStream(Ending(), 2, False, 0)
+    with pytest.raises(RuntimeError, match="Ending raised StopIteration"):
+        [next(stream) for _ in range(8)]
+
+
 @pytest.mark.parametrize("cls", ["stream", "once"])
 @pytest.mark.parametrize("gpu", [False, True])
 @pytest.mark.parametrize("wanted", [False, True])

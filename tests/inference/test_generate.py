@@ -644,6 +644,7 @@ def test_classes_by_their_names():
     ("classes", "num_samples", "names", "message"),
     [
         ("10", 2, None, "classes: '10' is .* 0 to 9"),
+        ("0:99999999999999", None, None, "classes 0:99999999999999: "),
         ("-1", 2, None, "'-1' is .*"),
         ("3,", 2, None, "'' is .*"),
         ("cat", 2, None, "'cat' is .*"),

@@ -53,6 +53,12 @@ def observe(monkeypatch):
     return events
 
 
+def test_a_name_alone_is_of_the_working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_files("", {"a": writer(b"new")})
+    assert contents(tmp_path) == {"a": "new"}
+
+
 def test_folders_are_made(tmp_path):
     """As the original does, whose blobfile makes them."""
     write_files(str(tmp_path / "a" / "b"), {"x": writer(b"1")})
@@ -83,10 +89,11 @@ def test_no_leftover_counts(tmp_path):
         (RuntimeError("unexpected pos 64 vs 0\nand a traceback"), InputError, "unexpected pos 64 vs 0"),
         (RuntimeError(), InputError, ""),
         (RuntimeError("DataLoader worker (pid 12) is killed by signal: Killed. "), RuntimeError, None),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), RuntimeError, None),
         (KeyboardInterrupt(), KeyboardInterrupt, None),
         (TypeError("a bug"), TypeError, None),
     ],
-    ids=["full", "torch", "wordless", "worker", "interrupt", "bug"],
+    ids=["full", "torch", "wordless", "worker", "memory", "interrupt", "bug"],
 )
 def test_a_failure_changes_nothing(tmp_path, there, failed, error, raised, reason):
     for name, content in there.items():
