@@ -92,7 +92,7 @@ def solve(
 
     :param timesteps: at which to evaluate the network; the last step ends without noise. Default: of steps and spacing.
     :param steps: evaluations of the network; default: 20, or as many as there are timesteps for.
-    :param spacing: see time_grid(). The last step ends at the noise of t = 0.
+    :param spacing: see time_grid(). The last step ends at the noise of t = 0, sqrt(1 - abar_0), and leaves it.
     :param order: 1 to 3, of the predictor. The first and the last steps have less.
     :param eta: noise, 0 to 1.
     :param corrector: the order of UniC, for eta = 0; 0 = none.
