@@ -18,19 +18,20 @@ def worst(verdicts: Iterable[str]) -> str:
     return max(verdicts, key=(HOLDS, UNCLEAR, FAILS).index)
 
 
-def in_order(groups: dict[str, list[float]], form: str = ".3f") -> tuple[str, str]:
+def in_order(groups: dict[str, list[float]], form: str = ".3f", error: float = 0.0) -> tuple[str, str]:
     """
     Whether each group lies below the next one: holds if all of its seeds are below all of the next one's, fails if all
     are above in some pair of neighbours.
 
     :param groups: {label: a value for each seed}, lowest first as claimed.
+    :param error: of a ratio of two values, which a difference has to exceed.
     """
     values = list(groups.values())
     pairs = list(itertools.pairwise(values))
     found = ", ".join(f"{label} {spread(group, form)}" for label, group in groups.items())
-    if all(max(low) < min(high) for low, high in pairs):
+    if all(max(low) * (1 + error) < min(high) for low, high in pairs):
         return found, HOLDS
-    return found, FAILS if any(min(low) > max(high) for low, high in pairs) else UNCLEAR
+    return found, FAILS if any(min(low) > max(high) * (1 + error) for low, high in pairs) else UNCLEAR
 
 
 def about_equal(groups: dict[str, list[float]], share: float, form: str = ".3f") -> tuple[str, str]:

@@ -102,6 +102,7 @@ def test_a_result_belongs_to_its_settings(tmp_path):
 def test_in_order(groups, verdict):
     found, judged = in_order(dict(zip("abc", groups, strict=False)), form=".0f")
     assert judged == verdict
+    assert in_order(dict(zip("abc", groups, strict=False)), error=9.0)[1] == UNCLEAR
     assert all(f"{label} " in found for label in "abc"[: len(groups)])
 
 
