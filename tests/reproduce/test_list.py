@@ -170,8 +170,8 @@ class AsThePaper(dict):
         if samples == FULL.skip_samples:
             return 100 * (1 + skip * cosine)
         if samples == FULL.few_samples:
-            of_chain = 50 + 20_000 / evaluations**2 + 40 * bool(fixed)
-            return {"ddim": 80, "unipc": 60, "dpm++2m-sde": 55, "ancestral": of_chain}[sampler]
+            of_chain = 50 + 14_000 / evaluations**2 + 40 * bool(fixed)
+            return {"ddim": 78, "unipc": 60, "dpm++2m-sde": 55, "ancestral": of_chain}[sampler]
         return 60 - 10 * cosine + 20 * ("use_kl" in flags) - 4 * len(flags["channel_mult"])
 
 
