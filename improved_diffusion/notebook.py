@@ -8,8 +8,8 @@ A run in a few lines of Python, as for a notebook:
     samples = load("runs/a").sample(16, classes="3,7")        # [16, C, H, W]
     picture(samples)
 
-Options have the names and limits of the scripts' flags, and their defaults but for those that the data or the model
-tell. The folders are those of the scripts: a run that begins here continues there.
+Options have the names, limits and defaults of the scripts' flags; sizes and classes default to those of the images.
+The folders are those of the scripts: a run that begins here continues there.
 """
 
 import contextlib
@@ -81,8 +81,8 @@ def train(data: Any, log_dir: str | os.PathLike, *, labels: Any = None, **option
     A run in log_dir is continued, unless overwrite=True. The caller's logger and random generators stay as they are;
     without a seed, torch's generator draws one.
 
-    :param data: a folder of images, or what OwnImages takes: [N, C, S, S], uint8 or floats in [-1, 1], or a Dataset.
-                 A new run has its image_size, image_channels and num_classes, unless they are given.
+    :param data: a folder of images, or what OwnImages takes: [N, C, S, S], uint8 or floats in [-1, 1], or a Dataset. Of
+                 these, not of a folder, a new run takes image_size, image_channels and num_classes by default.
     :param labels: [N], integers: the model is class-conditional. For a folder the flag of this name.
     :param options: the flags of image_train.py, such as max_steps=1000, lr=2e-4, channel_mult="1,2".
     :return: log_dir.

@@ -66,7 +66,7 @@ def split(words: list[str]) -> tuple[list[str], list[str]]:
 
 def check_new(out: str, config: dict | None, for_guided: bool, described: str) -> None:
     """
-    :param described: the weights that the config is of, if it was not read with them.
+    :param described: a file that the config describes, given by flags.
     :raises InputError: if a file is in the way, a config would be of other weights, or the name ends otherwise.
     """
     endings = (".pt",) if for_guided else (".pt", safe_tensors.ENDING)

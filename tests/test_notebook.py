@@ -208,7 +208,7 @@ def test_runs_without_a_seed_differ_and_follow_the_callers(images, tmp_path):
 
 
 def test_the_logger_of_a_caller_outlives_a_run(images, tmp_path, monkeypatch):
-    """Also the one that the first line of a program has made, and when a run's cannot be closed."""
+    """Also the default logger, and if the run's cannot be closed."""
     monkeypatch.setenv("OPENAI_LOGDIR", str(tmp_path / "default"))
     logger.log("before")
     own = Logger.CURRENT

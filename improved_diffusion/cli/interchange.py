@@ -150,8 +150,8 @@ def to_guided(options: SampleOptions) -> tuple[str, list[str]]:
     values["channel_mult"] = "" if size != 32 and mult == CHANNEL_MULT.get(size) else text
     defaults = {**(SuperResSampleOptions() if super_res else SampleOptions()).values(), "channel_mult": ""}
     seen = {"channel_mult", "num_classes"} | ({"sigma_small"} if values["learn_sigma"] else set())
-    for name in values.keys() - guided.keys() - seen:
-        if values[name] != defaults[name]:
+    for name in values:
+        if name not in guided.keys() | seen and values[name] != defaults[name]:
             raise InputError(f"{name} {values[name]}: guided-diffusion has no such option")
     shown = [name for name in guided if name in values and (name in SIZES or values[name] != guided[name])]
     notes = []

@@ -28,7 +28,7 @@ def train_run(
     :param data: as from load_data().
     :param preview, measures: see TrainLoop; a measure that is None is left out.
     :param outputs: further ones of the logger.
-    :param spell: rewrites the lines of this room, for callers that have options instead of flags.
+    :param spell: rewrites the lines that name flags, for callers that have options instead.
     :raises InputError: if the folder is of another run, or the checkpoint to continue from does not fit.
     """
     options, names = run.options, data.dataset.class_names

@@ -30,8 +30,8 @@ class OwnImages(Dataset):
     :param class_cond: take the labels of a Dataset's items. data.classes names the classes, else num_classes.
     :param class_names: of the run that is continued; labels are indices into it.
     :param num_classes: names of labels are the numbers below this one; default: up to the largest of `labels`.
-    :raises InputError: if the first image or the labels are not of this form, or are of other classes; later, if the
-                        image with some index is not.
+    :raises InputError: if the first image or the labels are not of this form, or are of other classes. Other images
+                        are checked when they are read.
     """
 
     default_workers = 0

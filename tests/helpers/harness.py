@@ -228,7 +228,7 @@ def save_weights(path, super_resolution=False, fill=None, noise=0.0, **changed):
     The weights of a new TINY model, with some flags changed.
 
     :param fill: a number for all of them.
-    :param noise: of this deviation is added: some layers begin at zero.
+    :param noise: standard deviation of noise that is added, since some layers begin at zero.
     :return: the path.
     """
     if super_resolution:
