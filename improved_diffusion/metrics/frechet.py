@@ -72,7 +72,8 @@ def frechet_distance(a: "Features | Moments | tuple", b: "Features | Moments | t
         raise InputError(f"features of {len(mean1)} and of {len(mean2)} dimensions have no distance")
     # The eigenvalues of C1 C2 are the squares of these: no root of a rounding error where C1 or C2 is singular.
     roots = th.linalg.svdvals(_root(cov1) @ _root(cov2))
-    return float((mean1 - mean2).square().sum() + cov1.trace() + cov2.trace() - 2 * roots.sum())
+    found = float((mean1 - mean2).square().sum() + cov1.trace() + cov2.trace() - 2 * roots.sum())
+    return max(found, 0.0)  # rounding may be below 0
 
 
 def check_features(a: Features, b: Features) -> tuple[th.Tensor, th.Tensor]:
