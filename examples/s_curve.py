@@ -48,7 +48,7 @@ def main():
         import matplotlib  # noqa: F401 (used at the end: check before training)
         import sklearn  # noqa: F401
     except ImportError as e:
-        raise InputError(f"{e.name} is missing: pip install improved-diffusion[demo]") from None
+        raise InputError(f"{e.name} is missing: pip install '.[demo]'") from None
     logger.configure(dir=args.out_dir, format_strs=["log", "csv"])
     dist_util.seed_everything(args.seed)
 

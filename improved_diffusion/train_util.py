@@ -184,7 +184,7 @@ class TrainLoop:
         self.ddp_model = self.model
         if self.use_ddp:
             devices = [dist_util.dev()] if dist_util.dev().type == "cuda" else None
-            self.ddp_model = DDP(self.model, device_ids=devices, broadcast_buffers=False, bucket_cap_mb=128)
+            self.ddp_model = DDP(self.model, device_ids=devices, bucket_cap_mb=128)
 
     # Clients read and set both: steps of this loop, and those before it where a run of the original is resumed.
     step = property(lambda self: self.position.step, lambda self, step: self.position.move_to(step))
