@@ -41,7 +41,7 @@ demo/progress.png: $(WEIGHTS)
 $(WEIGHTS): $(LAST_DIGIT)
 	$(PY) scripts/image_train.py $(DIGITS) --data_dir demo/digits --log_dir demo/run --resume_checkpoint auto \
 		--batch_size 32 --lr 2e-3 --lr_anneal_steps 1000 --ema_rate 0.99 --save_interval 500 --log_interval 100 --seed 0
-	@touch --no-create $@ && test -f $@ || { echo "the training stopped early; make demo continues it"; exit 1; }
+	@touch -c $@ && test -f $@ || { echo "the training stopped early; make demo continues it, make clean forgets it"; exit 1; }
 
 $(LAST_DIGIT): .venv/demo
 	$(PY) scripts/prepare.py digits demo/digits

@@ -77,7 +77,7 @@ def pool() -> Executor:
 
 
 def initialize() -> None:
-    """Of a worker: as of reproduce/, and nothing of a run on the terminal."""
+    """Initialize a worker as reproduce/ does, without output on the terminal."""
     jobs.initialize()
     os.environ["OPENAI_LOG_FORMAT"] = "log,csv"
 

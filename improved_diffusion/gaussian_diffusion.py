@@ -220,8 +220,10 @@ class GaussianDiffusion(ForwardProcess):
         alpha_bar_prev = at(self.alphas_cumprod_prev, t, x.shape)
         sigma = eta * th.sqrt((1 - alpha_bar_prev) / (1 - alpha_bar)) * th.sqrt(1 - alpha_bar / alpha_bar_prev)
         noise = noise_fn(x)
-        along_eps = th.sqrt((1 - alpha_bar_prev - sigma**2).clamp(min=0))  # rounding may be below 0
-        mean = out["pred_xstart"] * th.sqrt(alpha_bar_prev) + along_eps * eps
+        square = 1 - alpha_bar_prev - sigma**2
+        if eta <= 1:
+            square = square.clamp(min=0)  # rounding may be below
+        mean = out["pred_xstart"] * th.sqrt(alpha_bar_prev) + th.sqrt(square) * eps
         return {"sample": mean + _unless_first(t, x) * sigma * noise, "pred_xstart": out["pred_xstart"]}
 
     def ddim_reverse_sample(

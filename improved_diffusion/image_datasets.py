@@ -172,10 +172,10 @@ def _open_dataset(
         if num_classes is not None and len(names) > num_classes:
             origin = "" if packed else ", by its file names or folders"
             found = f"{len(names)} classes ({', '.join(names[:3])}{', ...' * (len(names) > 3)}){origin}"
-            advice = f"; {NO_CLASSES}" if len(names) == len(images) else ""
+            advice = f"; {NO_CLASSES}" if len(names) == len(images) and not packed else ""
             raise InputError(f"{data_dir}: has {found}, but num_classes is {num_classes}{advice}")
-        if len(names) == len(images) > 2:
-            logger.note(f"WARNING: {data_dir}: each image is a class of its own, by its file name; {NO_CLASSES}")
+        if len(names) == len(images) > 2 and class_names is None and not packed and labels_by != "folder":
+            logger.note(f"WARNING: {data_dir}: each image is a class of its own; {NO_CLASSES}")
         if class_names is not None:  # labels become indices into class_names
             if unknown := set(names) - set(class_names):
                 known = f"{', '.join(class_names[:5])}{', ...' if len(class_names) > 5 else ''}"

@@ -45,7 +45,7 @@ from .inference.preview import create_preview
 from .logger import Logger
 from .metrics.sample_distance import create_sample_distance
 from .metrics.validation import create_validation
-from .option_groups import Option, coerce, rows
+from .option_groups import Option, check, coerce, rows
 from .options import SampleOptions, SuperResSampleOptions, SuperResTrainOptions, TrainOptions
 from .script_util import configure_compute, create_diffusion, create_model_and_diffusion, sr_create_model_and_diffusion
 from .training.checkpoints import model_filename, newest_average, parse_name, rng_state, set_rng_state
@@ -112,7 +112,7 @@ def train(data: Any, log_dir: str | os.PathLike, *, labels: Any = None, **option
         run = resumed(flags)
         batches = None
         if in_python:
-            own = _own_data(data, labels, run)
+            own = _own_data(data, labels, run, given)
             run = dataclasses.replace(run, notes=(*run.notes, *own.notes()))
             batches = run.options.call(load_dataset, dataset=own, data_dir="the data")
         if run.options.general.dry_run:
@@ -138,18 +138,20 @@ def _train(run, batches):
 def _defaults_of(data, labels, given):
     """The options of a new run on images from Python."""
     sizes = {name: given.get(name) for name in ("image_size", "image_channels", "num_classes")}
-    own = OwnImages(data, labels, **sizes, class_cond=given.get("class_cond", False))
+    named = labels is not None or getattr(data, "classes", None) is not None or "num_classes" in given
+    own = OwnImages(data, labels, **sizes, class_cond=named and given.get("class_cond", False))
     classes = {"num_classes": len(own.class_names)} if own.class_names else {}
     return TrainOptions().replace(image_size=own.size, image_channels=own.channels, **classes)
 
 
-def _own_data(data, labels, run):
+def _own_data(data, labels, run, given):
     """Images from Python with the sizes and classes of a run."""
     model = run.options.model
     if labels is not None and not model.class_cond:
         raise InputError("labels: are given, but class_cond is False")
-    names = ("image_size", "image_channels", "num_classes", "class_cond")
-    own = OwnImages(data, labels, **{name: getattr(model, name) for name in names}, class_names=run.class_names)
+    sizes = {name: getattr(model, name) for name in ("image_size", "image_channels", "class_cond")}
+    sizes |= dict(num_classes=given.get("num_classes"), class_names=run.class_names)
+    own = OwnImages(data, labels, **sizes)
     if len(own.class_names or ()) > model.num_classes:
         raise InputError(f"num_classes {model.num_classes}: the data has {len(own.class_names)} classes")
     return own
@@ -165,7 +167,10 @@ def _typed(known: Iterable[Option], values: dict[str, Any]) -> dict[str, Any]:
     for name in values:
         if name not in by_name:
             raise InputError(f"{name}: no such option; {answer_to_name(name, by_name)}")
-    return {name: coerce(row, _as_text(row, values[name])) for name, row in by_name.items() if name in values}
+    typed = {name: coerce(row, _as_text(row, values[name])) for name, row in by_name.items() if name in values}
+    for name, value in typed.items():
+        check(by_name[name], value)
+    return typed
 
 
 def _as_text(row, value):
@@ -198,10 +203,10 @@ def _apart():
     :raises InputError: within another run of the process: both would share the logger and the generators.
     """
     if not _ONE_RUN.acquire(blocking=False):
-        raise InputError("train() has not ended in another thread; give each run a process of its own")
-    logger, rng = Logger.CURRENT, rng_state()
-    Logger.CURRENT = None
+        raise InputError("another train() is running in this process; give each run a process of its own")
+    logger, rng, seed = Logger.CURRENT, rng_state(), dist_util._seed
     try:
+        Logger.CURRENT = None
         yield
     except StoppedBySignal as e:
         if e.signal == "SIGINT" and not _in_ipython():
@@ -212,6 +217,7 @@ def _apart():
         of_run, Logger.CURRENT = Logger.CURRENT, logger
         Logger.EARLY.clear()  # of a run that did not begin
         set_rng_state(rng)
+        dist_util._seed = seed
         _ONE_RUN.release()
         if of_run not in (None, Logger.DEFAULT):
             of_run.close()

@@ -114,8 +114,9 @@ class DiffusionOptions(Group):
     def __post_init__(self):
         super().__post_init__()
         steps = self.diffusion_steps
-        if self.noise_schedule == "linear" and steps == MIN_LINEAR_STEPS and not self.predict_v:
-            problem = "noise_schedule linear ends at beta = 1, and x_start is not in the noise"
+        of_noise = not (self.predict_v or self.predict_xstart)
+        if self.noise_schedule == "linear" and steps == MIN_LINEAR_STEPS and of_noise:
+            problem = "noise_schedule linear ends at beta = 1, where predicted noise tells nothing of x_start"
             raise InputError(f"diffusion_steps {steps}: {problem}; give {steps + 1} or more, or predict_v True")
 
 

@@ -177,9 +177,9 @@ def _create_network(
         _check_heads("num_heads_upsample", num_heads_upsample, [num_channels * mult[level] for level in levels])
     if num_classes is None:
         num_classes = NUM_CLASSES  # not a default: client code assigns to it
-    # client code assigns to the classes here
+    # looked up here, since forks replace script_util.UNetModel
     factory = (UNetModel, SuperResModel)[kind] if network == "unet" else NETWORKS[network][kind]
-    if class_dropout and not _takes(factory, "class_dropout"):
+    if class_dropout and not takes(factory, "class_dropout"):
         raise InputError(f"network {network}: has no class_dropout; give class_dropout 0")
     return factory(
         in_channels=image_channels,
@@ -198,7 +198,8 @@ def _create_network(
     )
 
 
-def _takes(function, name):
+def takes(function: Any, name: str) -> bool:
+    """Whether a function has a parameter of this name, or **kwargs."""
     parameters = inspect.signature(function).parameters
     return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
@@ -305,7 +306,8 @@ def create_gaussian_diffusion(
         model_var_type=model_var_type,
         loss_type=loss_type,
         rescale_timesteps=rescale_timesteps,
-        **({"min_snr_gamma": min_snr_gamma} if loss_weighting == "min_snr" else {}),  # a client's class has none
+        # omitted by default: a fork's SpacedDiffusion may not take it
+        **({"min_snr_gamma": min_snr_gamma} if loss_weighting == "min_snr" else {}),
     )
 
 

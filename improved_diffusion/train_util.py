@@ -13,7 +13,6 @@ One step, for a batch x_0 and timesteps t drawn by the schedule sampler:
 import contextlib
 import copy
 import functools
-import inspect
 import math
 import os
 import traceback
@@ -35,6 +34,7 @@ from .fp16_util import (
 )
 from .nn import match_gradients, update_ema
 from .resample import LossAwareSampler, UniformSampler
+from .script_util import takes
 from .training import checkpoints, resume
 from .training.checkpoints import find_ema_checkpoint, parse_resume_step_from_filename  # noqa: F401 (the original's)
 from .training.microbatch import largest_microbatch
@@ -56,6 +56,12 @@ INITIAL_LOG_LOSS_SCALE = 20.0
 MAX_OVERFLOWS_IN_A_ROW = 20
 # The flag under which the state file has [microbatch, batch_size] of microbatch auto
 MEASURED = "measured_microbatch"
+
+
+def _per_sample(value, like):
+    """A loss term as a tensor [N], detached: subclasses of the diffusion may have numbers."""
+    value = value.detach() if isinstance(value, th.Tensor) else value
+    return value if isinstance(value, th.Tensor) and value.shape == like.shape else value * th.ones_like(like)
 
 
 class TrainLoop:
@@ -312,7 +318,7 @@ class TrainLoop:
     def _write_row(self):
         try:
             logger.dumpkvs()
-        except InputError:  # a full disk: that of the checkpoints may be another
+        except InputError:  # the log's disk is full; checkpoints may be on another
             if dist_util.world_size() == 1:  # else the others do not know
                 with contextlib.suppress(InputError):
                     self._save_news()
@@ -418,6 +424,7 @@ class TrainLoop:
         """Set the gradients to those of the batch's mean weighted loss (times the loss scale in float16)."""
         # True until something but gradients and random numbers changes, within a step's first passes
         self._computing = self._computing is None
+        had = [] if self.use_fp16 else [p for p in self.model_params if p.grad is not None]
         for p in self.model_params:
             p.grad = None  # frees its memory
         device = dist_util.dev()
@@ -438,26 +445,20 @@ class TrainLoop:
                 # a sum over the whole batch's size: a smaller last microbatch weighs less
                 loss = (losses["loss"] * weights[part]).sum() / len(batch)
                 (loss * 2**self.lg_loss_scale if self.use_fp16 else loss).backward()
-            # a subclass may have terms that are numbers, or only in some passes
-            ones = th.ones_like(weights[part])
-            terms.append({k: (v.detach() if isinstance(v, th.Tensor) else v) * ones for k, v in losses.items()})
+            terms.append({k: _per_sample(v, weights[part]) for k, v in losses.items()})
 
-        self._computing = False
-        self._fill_missing_gradients()
-        if isinstance(self.schedule_sampler, LossAwareSampler):
-            self.schedule_sampler.update_with_local_losses(t, th.cat([term["loss"] for term in terms]))
-        parts = list(zip(terms, t.split(self.microbatch), weights.split(self.microbatch), strict=True))
-        for key in dict.fromkeys(key for term in terms for key in term):
-            there = [(term[key] * w, ts) for term, ts, w in parts if key in term]
-            values, ts = (th.cat(tensors) for tensors in zip(*there, strict=True))
-            self._statistics.add_losses(self.diffusion, ts, {key: values})
-        logger.get_current().pending = self._statistics  # for clients that read or write rows by themselves
-
-    def _fill_missing_gradients(self):
-        """Zeros for parameters that had a gradient in earlier steps: momentum and weight decay still move them."""
-        for p in [] if self.use_fp16 else self.master_params:
-            if p.grad is None and p in self.opt.state:
+        for p in had:
+            if p.grad is None:  # not used in this step: momentum and weight decay still move it, as in the original
                 p.grad = th.zeros_like(p)
+        losses = {k: th.cat([term[k] for term in terms]) for k in terms[0] if all(k in term for term in terms)}
+        self._computing = False
+        if isinstance(self.schedule_sampler, LossAwareSampler):
+            self.schedule_sampler.update_with_local_losses(t, losses["loss"])
+        self._statistics.add_losses(self.diffusion, t, {k: v * weights for k, v in losses.items()})
+        for term, ts, w in zip(terms, t.split(self.microbatch), weights.split(self.microbatch), strict=True):
+            of_some = {k: v * w for k, v in term.items() if k not in losses}
+            self._statistics.add_losses(self.diffusion, ts, of_some)
+        logger.get_current().pending = self._statistics  # for clients that read or write rows by themselves
 
     def optimize_normal(self):
         """Update the parameters and their averages."""
@@ -532,8 +533,7 @@ class TrainLoop:
         """Give the logger the means since the last time, over all ranks."""
         means = self._statistics.read()
         self._check_finite(means)
-        # a client's logger may take no count
-        counted = "count" in inspect.signature(logger.logkv_mean).parameters
+        counted = takes(logger.logkv_mean, "count")  # a fork's logger may not
         for key, (mean, count) in means.items():
             logger.logkv_mean(key, mean, **({"count": count} if counted else {}))
         if self._progress is not None and means:

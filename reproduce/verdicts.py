@@ -14,7 +14,7 @@ def spread(values: Iterable[float], form: str = ".3f") -> str:
 
 
 def worst(verdicts: Iterable[str]) -> str:
-    """Of a claim in several parts."""
+    """The verdict of a claim with several parts."""
     return max(verdicts, key=(HOLDS, UNCLEAR, FAILS).index)
 
 

@@ -19,7 +19,7 @@ from training import assert_same, checkpoint_names
 from training import load as read
 
 import improved_diffusion
-from improved_diffusion import load, logger, picture, train
+from improved_diffusion import dist_util, load, logger, picture, train
 from improved_diffusion.inference.arrays import to_uint8
 from improved_diffusion.logger import Logger
 from improved_diffusion.train_util import TrainLoop
@@ -125,6 +125,7 @@ def test_values_of_python_are_taken(tmp_path):
         (dict(learn_sigma=1), "learn_sigma 1"),
         (dict(batch_size=5), "the data: 4 images"),
         (dict(num_classes=2, labels=[0, 1, 2, 0]), "num_classes 2"),
+        (dict(num_classes=2**40, labels=[0, 1, 2, 0]), f"num_classes {2**40}"),
         (dict(preset="none"), "preset none"),
         (dict(class_dropout=0.1), "class_dropout 0.1"),
         (dict(class_cond=False, labels=[0, 1, 2, 0]), "labels"),
@@ -176,7 +177,7 @@ def test_one_run_at_a_time(images, tmp_path, monkeypatch):
     inner = []
 
     def within(*_, **__):
-        with pytest.raises(InputError, match="another thread"):
+        with pytest.raises(InputError, match="another"):
             train(images, tmp_path / "b", **OPTIONS)
         inner.append(True)
 
@@ -184,6 +185,26 @@ def test_one_run_at_a_time(images, tmp_path, monkeypatch):
     for name in ("a", "c"):
         train(images, tmp_path / name, **OPTIONS)
     assert inner == [True, True]
+
+
+def test_a_data_set_without_names_is_continued(images, tmp_path):
+    pixels, labels = pixels_of(images)
+    items = th.utils.data.TensorDataset(pixels, labels)
+    own = {k: v for k, v in OPTIONS.items() if k not in ("num_classes", "image_size")}
+    with pytest.raises(InputError, match=r"class_cond True: .*num_classes"):
+        train(items, tmp_path, **own)
+    train(items, tmp_path, num_classes=3, **{**own, "max_steps": 1})
+    train(items, tmp_path, **{**own, "max_steps": 2})
+    assert json.loads((tmp_path / "config.json").read_text())["class_names"] == ["0", "1", "2"]
+
+
+def test_the_seed_of_a_run_is_not_the_callers(images, tmp_path):
+    dist_util.seed_everything(None)
+    for seed in (None, 3):
+        train(images, tmp_path / str(seed), **{**OPTIONS, "seed": seed, "max_steps": 1})
+        before = th.get_rng_state()
+        dist_util.reseed(5)  # does nothing without a seed
+        assert th.equal(th.get_rng_state(), before)
 
 
 def test_the_caller_keeps_its_logger_and_random_generators(images, tmp_path):

@@ -28,9 +28,10 @@ def doubts(options: ScriptOptions, given: Collection[str] = ()) -> list[str]:
         gamma, weighting = options.training.min_snr_gamma, options.training.loss_weighting
         if "min_snr_gamma" in given and weighting != "min_snr":
             lines.append(f"WARNING: --min_snr_gamma {gamma} changes nothing without --loss_weighting min_snr")
-        if options.diffusion.predict_xstart and options.diffusion.learn_sigma:
+        if values["predict_xstart"] and values["learn_sigma"] and not (values["use_kl"] or values["predict_v"]):
             problem = "the bound outweighs the squared error until x_start is precise, and the images are not learned"
-            lines.append(f"WARNING: --predict_xstart True with --learn_sigma True: {problem}; give --predict_v True")
+            advice = "give --learn_sigma False, or --predict_v True instead of --predict_xstart True"
+            lines.append(f"WARNING: --predict_xstart True with --learn_sigma True: {problem}; {advice}")
         warmup = options.training.lr_warmup_steps
         limits = options.training.max_steps, options.training.lr_anneal_steps
         end = min(filter(None, limits), default=warmup)

@@ -144,15 +144,21 @@ def _check_attention(values, saved, path):
     if any(values[flag] != saved.get(flag) for flag in same) or not isinstance(saved.get(name), int):
         return
     now, before = (_network_at(size, *(values[flag] for flag in same)) for size in (values[name], saved[name]))
-    if now != before:
-        problem = f"the model was trained with {saved[name]}, by {path}, and has attention at {values[same[0]]} pixels"
-        raise InputError(f"{name} {values[name]}: {problem}; leave it out, or give attention_resolutions too")
+    if now != before and values["network"] == "unet":
+        mult, levels = before
+        sizes = ",".join(str(values[name] // 2**level) for level in sorted(levels)) or str(
+            values[name] // 2 ** len(mult)
+        )
+        needed = f"attention_resolutions {sizes}"
+        needed += f" and channel_mult {','.join(f'{m:g}' for m in mult)}" if now[0] != mult else ""
+        problem = f"the model was trained with {saved[name]}, by {path}"
+        raise InputError(f"{name} {values[name]}: {problem}; leave it out, or give {needed} too")
 
 
 def _network_at(size, resolutions, channel_mult):
     """The widths of the levels, and which have attention."""
-    mult = channel_mult or CHANNEL_MULT.get(size, ())
-    return mult, _attention_levels(size, resolutions, len(mult.split(",") if channel_mult else mult))
+    mult = [float(m) for m in channel_mult.split(",")] if channel_mult else list(CHANNEL_MULT.get(size, ()))
+    return mult, _attention_levels(size, resolutions, len(mult))
 
 
 def _attention_levels(size, resolutions, levels):

@@ -68,10 +68,9 @@ class OwnImages(Dataset):
         if least >= 0 and not _is_picture(image) and image.dtype != th.uint8:
             lines.append("WARNING: no value of the images is below 0: black is -1 for this model, not 0")
         if not self.class_cond and len(first) > 1 and _as_index(first[1]) is not None:
-            lines.append("WARNING: the labels of the data are not used; class_cond True uses them")
+            lines.append("the second entries of the items are not used; class_cond True takes them as labels")
         if self.labels is not None and (found := len(self.labels.unique())) < self.labels.max() + 1:
-            unused = f"{found} of the labels from 0 to {self.labels.max()} occur"
-            lines.append(f"WARNING: {unused}; the model has room for all")
+            lines.append(f"WARNING: labels 0 to {self.labels.max()}: only {found} of them occur")
         return lines
 
     def _names(self, of_the_run, num_classes):
@@ -96,7 +95,10 @@ class OwnImages(Dataset):
         return len(self._own)
 
     def _item(self, i):
-        item = self.data[i]
+        try:
+            item = self.data[i]
+        except StopIteration:  # which would end an epoch
+            raise InputError(f"image {i} of the data: raised StopIteration") from None
         return item if isinstance(item, (tuple, list)) else (item,)
 
     def _image(self, i):

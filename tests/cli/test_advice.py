@@ -32,7 +32,8 @@ from improved_diffusion.options import LikelihoodScriptOptions, SampleOptions, S
         (TrainOptions, dict(attention_resolutions="32,8"), []),
         (TrainOptions, dict(attention_resolutions="31,8"), ["--attention_resolutions 31:", "32"]),
         (TrainOptions, dict(predict_xstart=True), []),
-        (TrainOptions, dict(predict_xstart=True, learn_sigma=True), ["--predict_xstart True", "--predict_v True"]),
+        (TrainOptions, dict(predict_xstart=True, learn_sigma=True), ["--predict_xstart True", "--learn_sigma False"]),
+        (TrainOptions, dict(predict_xstart=True, learn_sigma=True, use_kl=True), []),
         (TrainOptions, dict(attention_resolutions="16,x"), []),  # refused later
         (TrainOptions, dict(attention_resolutions="0"), []),
         (TrainOptions, dict(image_size=8, channel_mult="1,2"), []),  # a default that gives some

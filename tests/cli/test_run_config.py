@@ -106,6 +106,12 @@ def test_an_image_size_of_another_network_is_refused_by_name(tmp_path, given):
     assert values["image_size"] == 16
     save(tmp_path, **TINY, image_size=8)  # one level, without attention
     settle(tmp_path / "ema_0.9_000050.pt", image_size=16)
+    save(tmp_path, num_channels=32, image_size=64, attention_resolutions="16,8", channel_mult="")  # of other widths
+    with pytest.raises(InputError, match="attention_resolutions 32,16 and channel_mult 1,2,3,4"):
+        settle(tmp_path / "ema_0.9_000050.pt", image_size=128)
+    changed = dict(image_size=128, attention_resolutions="32,16", channel_mult="1,2,3,4")
+    models = [build(num_channels=32, **more)[0] for more in ({}, changed)]
+    assert models[0].state_dict().keys() == models[1].state_dict().keys()
 
 
 def test_a_folder_of_that_name(tmp_path):

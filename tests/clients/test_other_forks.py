@@ -98,6 +98,17 @@ def test_a_parameter_that_a_step_does_not_use_moves_by_its_momentum():
     assert run(check) != run(skip)
 
 
+def test_a_frozen_parameter_stays_after_resuming(tmp_path):
+    """Its moments are in the optimizer's file."""
+    train(tmp_path, weight_decay=0.1)
+    net = TinyNet()
+    net.conv.bias.requires_grad_(False)
+    checkpoint = str(tmp_path / "model000003.pt")
+    loop = train(tmp_path / "more", model=net, resume_checkpoint=checkpoint, max_steps=6, weight_decay=0.1)
+    assert th.equal(loop.model.conv.bias, load(checkpoint)["conv.bias"])
+    assert not th.equal(loop.model.conv.weight, load(checkpoint)["conv.weight"])
+
+
 def test_gradients_are_set_to_zero():
     p = th.nn.Parameter(th.ones(2))
     p.grad = kept = th.ones(2)

@@ -63,9 +63,9 @@ def test_labels_of_items_without_names_are_numbers():
 def test_labels_that_are_not_used_or_not_there_are_noticed():
     items = Items(zip(UINT8, [0, 1, 1, 0, 1], strict=True))
     (note,) = OwnImages(items).notes()
-    assert "labels" in note and OwnImages(items, class_cond=True, num_classes=2).notes() == []
+    assert "class_cond True" in note and OwnImages(items, class_cond=True, num_classes=2).notes() == []
     (note,) = OwnImages(UINT8, [0, 7, 0, 7, 0]).notes()
-    assert "2 of the labels from 0 to 7" in note
+    assert "labels 0 to 7: only 2" in note
     assert OwnImages(Items((x, "a caption") for x in UINT8)).notes() == []
 
 
