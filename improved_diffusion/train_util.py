@@ -44,7 +44,7 @@ from .training.statistics import StepStatistics, log_loss_dict  # noqa: F401 (th
 from .training.stopping import stop_run, try_next
 from .training.waiting import Waiting
 from .training.weights import copy_with, is_young, load_weights
-from .utils.errors import InputError, is_out_of_memory
+from .utils.errors import is_out_of_memory
 from .utils.files import checkpoint_url
 from .utils.progress import Progress
 from .utils.streams import show_at_once
@@ -301,7 +301,7 @@ class TrainLoop:
                 save_due = self.position.save_due(self.save_interval)
                 measured = save_due and self._measure(stop)
                 if self.step % self.log_interval == 0 or measured:
-                    self._write_row()
+                    logger.dumpkvs()
                 if save_due:
                     self._save()
                     if self.step > 0 and dist_util.any_rank(bool(os.environ.get("DIFFUSION_TRAINING_TEST"))):
@@ -312,17 +312,8 @@ class TrainLoop:
                 if self._measure(stop):
                     logger.logkv("step", self.position.label())
                     logger.logkv("samples", self.position.label() * self.global_batch)
-                    self._write_row()
+                    logger.dumpkvs()
                 self._save()
-
-    def _write_row(self):
-        try:
-            logger.dumpkvs()
-        except InputError:  # the log's disk is full; checkpoints may be on another
-            if dist_util.world_size() == 1:  # else the others do not know
-                with contextlib.suppress(InputError):
-                    self._save_news()
-            raise
 
     def _measure(self, stop):
         """Give the logger what the measures return, or save if one fails. :return: whether there is anything."""

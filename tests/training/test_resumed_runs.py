@@ -237,25 +237,6 @@ def test_a_full_disk_deletes_nothing(tmp_path, monkeypatch):
     assert checkpoint_names(tmp_path) == before == checkpoint_names_of(3)
 
 
-def test_a_log_that_is_full_loses_no_step(tmp_path, monkeypatch):
-    """Where the checkpoints are on another disk."""
-
-    def full(self, kvs):
-        raise InputError("progress.csv: cannot be written (No space left on device)")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(logger.CSVOutputFormat, "writekvs", full)
-        with pytest.raises(InputError, match=r"progress\.csv"):
-            train(tmp_path, max_steps=9, log_interval=3)
-    assert checkpoint_names(tmp_path) == checkpoint_names_of(0)
-    calls = []
-    patch = lambda self, kvs: full(self, kvs) if len(calls) else calls.append(kvs)  # noqa: E731
-    monkeypatch.setattr(logger.CSVOutputFormat, "writekvs", patch)
-    with pytest.raises(InputError, match=r"progress\.csv"):
-        train(tmp_path / "b", max_steps=9, log_interval=3)
-    assert checkpoint_names(tmp_path / "b") == checkpoint_names_of(0, 3)
-
-
 # ---------------------------------------------------------------- stopped by a signal
 
 
