@@ -104,7 +104,7 @@ def train(data: Any, log_dir: str | os.PathLike, *, labels: Any = None, **option
     given.setdefault("resume_checkpoint", "" if given.get("overwrite") else "auto")
     dist_util.setup_dist()
     drawn = int(th.randint(2**63 - 1, ())) if given.get("seed") is None else None
-    with _apart():
+    with _alone(), _apart():
         flags = with_defaults(_defaults_of(data, labels, given) if in_python else TrainOptions(), given)
         check_outside(flags.options, folder)
         seed = flags.options.compute.seed
@@ -116,7 +116,7 @@ def train(data: Any, log_dir: str | os.PathLike, *, labels: Any = None, **option
             run = dataclasses.replace(run, notes=(*run.notes, *own.notes()))
             batches = run.options.call(load_dataset, dataset=own, data_dir="the data")
         if run.options.general.dry_run:
-            print_dry_run(run, create_model_and_diffusion, batches, spell=named_as_in_python)
+            print_dry_run(run, create_model_and_diffusion, batches, lambda line: show(named_as_in_python(line)))
         else:
             _train(run, batches or run.options.call(load_data, class_names=run.class_names))
     return folder
@@ -196,14 +196,19 @@ def _known(options, *names):
 
 
 @contextlib.contextmanager
-def _apart():
-    """
-    Keep the caller's logger and random generators out of a run, and end it by an interruption as Python does.
-
-    :raises InputError: within another run of the process: both would share the logger and the generators.
-    """
+def _alone():
+    """:raises InputError: within another run of the process: both would share the logger and the generators."""
     if not _ONE_RUN.acquire(blocking=False):
         raise InputError("another train() is running in this process; give each run a process of its own")
+    try:
+        yield
+    finally:
+        _ONE_RUN.release()
+
+
+@contextlib.contextmanager
+def _apart():
+    """Keep the caller's logger and random generators out of a run, and end it by an interruption as Python does."""
     logger, rng, seed = Logger.CURRENT, rng_state(), dist_util._seed
     try:
         Logger.CURRENT = None
@@ -218,7 +223,6 @@ def _apart():
         Logger.EARLY.clear()  # of a run that did not begin
         set_rng_state(rng)
         dist_util._seed = seed
-        _ONE_RUN.release()
         if of_run not in (None, Logger.DEFAULT):
             of_run.close()
 

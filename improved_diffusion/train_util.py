@@ -40,7 +40,7 @@ from .training.checkpoints import find_ema_checkpoint, parse_resume_step_from_fi
 from .training.microbatch import largest_microbatch
 from .training.position import Position
 from .training.signals import StopSignals
-from .training.statistics import StepStatistics, log_loss_dict  # noqa: F401 (the second is the original's)
+from .training.statistics import StepStatistics, log_loss_dict, per_sample  # noqa: F401 (the second: the original's)
 from .training.stopping import stop_run, try_next
 from .training.waiting import Waiting
 from .training.weights import copy_with, is_young, load_weights
@@ -56,12 +56,6 @@ INITIAL_LOG_LOSS_SCALE = 20.0
 MAX_OVERFLOWS_IN_A_ROW = 20
 # The flag under which the state file has [microbatch, batch_size] of microbatch auto
 MEASURED = "measured_microbatch"
-
-
-def _per_sample(value, like):
-    """A loss term as a tensor [N], detached: subclasses of the diffusion may have numbers."""
-    value = value.detach() if isinstance(value, th.Tensor) else value
-    return value if isinstance(value, th.Tensor) and value.shape == like.shape else value * th.ones_like(like)
 
 
 class TrainLoop:
@@ -425,7 +419,7 @@ class TrainLoop:
         }
         t, weights = self.schedule_sampler.sample(len(batch), device)
 
-        terms: list[dict] = []
+        passes = []
         for start in range(0, len(batch), self.microbatch):
             part = slice(start, start + self.microbatch)
             last = part.stop >= len(batch)
@@ -436,19 +430,17 @@ class TrainLoop:
                 # a sum over the whole batch's size: a smaller last microbatch weighs less
                 loss = (losses["loss"] * weights[part]).sum() / len(batch)
                 (loss * 2**self.lg_loss_scale if self.use_fp16 else loss).backward()
-            terms.append({k: _per_sample(v, weights[part]) for k, v in losses.items()})
+            passes.append((part, per_sample(losses, weights[part])))
 
         for p in had:
             if p.grad is None:  # not used in this step: momentum and weight decay still move it, as in the original
                 p.grad = th.zeros_like(p)
-        losses = {k: th.cat([term[k] for term in terms]) for k in terms[0] if all(k in term for term in terms)}
         self._computing = False
         if isinstance(self.schedule_sampler, LossAwareSampler):
-            self.schedule_sampler.update_with_local_losses(t, losses["loss"])
-        self._statistics.add_losses(self.diffusion, t, {k: v * weights for k, v in losses.items()})
-        for term, ts, w in zip(terms, t.split(self.microbatch), weights.split(self.microbatch), strict=True):
-            of_some = {k: v * w for k, v in term.items() if k not in losses}
-            self._statistics.add_losses(self.diffusion, ts, of_some)
+            self.schedule_sampler.update_with_local_losses(t, th.cat([losses["loss"] for _, losses in passes]))
+        for part, losses in passes:
+            weighted = {k: v * weights[part] for k, v in losses.items()}
+            self._statistics.add_losses(self.diffusion, t[part], weighted, share=len(t[part]) / len(t))
         logger.get_current().pending = self._statistics  # for clients that read or write rows by themselves
 
     def optimize_normal(self):

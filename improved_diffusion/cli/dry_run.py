@@ -14,31 +14,31 @@ from .estimate import advise, estimate_memory, flags_that_fit, forward_flops, mi
 from .run_config import Run
 
 
-def print_dry_run(run: Run, create: Callable, data: Any = None, spell: Callable[[str], str] = str) -> None:
+def print_dry_run(run: Run, create: Callable, data: Any = None, show: Callable[[str], object] = show) -> None:
     """
     Print the summary of a run on rank 0. A collective.
 
     :param create: factory of (model, diffusion).
     :param data: of the run, if it has no data_dir.
-    :param spell: rewrites the lines that name flags.
+    :param show: called with each line.
     :raises InputError: after the rest, if the data cannot be read.
     """
     if dist_util.rank() == 0:
-        _show_run(run, create, spell)
+        _show_run(run, create, show)
     if data is not None or (hasattr(run.options, "data") and run.options.data.data_dir):
-        _show_data(run, data, spell)
+        _show_data(run, data, show)
 
 
-def _show_run(run, create, spell):
+def _show_run(run, create, show):
     options = run.options
     model, diffusion = on_meta(options, create)
     for note in run.notes:
-        show(spell(note))
+        show(note)
     for field in dataclasses.fields(options):
         group = getattr(options, field.name)
         show(f"{group.title}:")
         for name, value in dataclasses.asdict(group).items():
-            show(spell(f"  --{name} {value!r}" if value in ("", None) else f"  --{name} {value}"))
+            show(f"  --{name} {value!r}" if value in ("", None) else f"  --{name} {value}")
     show(f"parameters: {sum(p.numel() for p in model.parameters()):,}")
     training = hasattr(options, "training")
     flops = forward_flops(model, options) / 1e9
@@ -51,7 +51,7 @@ def _show_run(run, create, spell):
     available = available_memory(dist_util.dev())
     if available is not None:
         advice = advise(flags_that_fit(options, create, available))
-        show(spell(f"memory of {dist_util.dev()}: {mib(available)} free; {advice}"))
+        show(f"memory of {dist_util.dev()}: {mib(available)} free; {advice}")
     steps = diffusion.timestep_map
     sampling = getattr(options, "sampling", None)
     if sampling is not None and sampling.solves:
@@ -61,7 +61,7 @@ def _show_run(run, create, spell):
     show(f"timesteps: {len(steps)} of {diffusion.original_num_steps}: {', '.join(map(str, shown))}")
 
 
-def _show_data(run, data, spell):
+def _show_data(run, data, show):
     """Open the data as the run does, on all ranks, and decode an image."""
     options, training = run.options, getattr(run.options, "training", None)
     arguments = dict(image_size=options.model.size, class_names=run.class_names, num_workers=0)
@@ -80,5 +80,5 @@ def _show_data(run, data, spell):
     finally:
         if dist_util.rank() == 0:
             for line in [*Logger.EARLY, *lines]:  # what opening them noted, then what they are
-                show(spell(line))
+                show(line)
             Logger.EARLY.clear()

@@ -146,9 +146,9 @@ def _check_attention(values, saved, path):
     now, before = (_network_at(size, *(values[flag] for flag in same)) for size in (values[name], saved[name]))
     if now != before and values["network"] == "unet":
         mult, levels = before
-        sizes = ",".join(str(values[name] // 2**level) for level in sorted(levels)) or str(
-            values[name] // 2 ** len(mult)
-        )
+        sizes = ",".join(
+            str(values[name] // 2**level) for level in sorted(levels or {len(mult)})
+        )  # of none: no level's
         needed = f"attention_resolutions {sizes}"
         needed += f" and channel_mult {','.join(f'{m:g}' for m in mult)}" if now[0] != mult else ""
         problem = f"the model was trained with {saved[name]}, by {path}"

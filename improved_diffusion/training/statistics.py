@@ -19,19 +19,20 @@ class StepStatistics:
         value = value.detach().double()
         self._accumulate(key, th.stack([value, th.ones_like(value)])[None])
 
-    def add_losses(self, diffusion, ts, losses):
+    def add_losses(self, diffusion, ts, losses, share=1.0):
         """
         Add losses per sample: their mean over the batch, and over the samples in each quarter of the timesteps.
 
         :param ts: [N] timesteps.
         :param losses: {name: [N]}.
+        :param share: of the step's batch: a step counts once, for any batch size and in any number of parts.
         """
         quartile = 4 * ts // diffusion.num_timesteps
         for key, values in losses.items():
             values = values.detach().double()
             rows = th.stack([values, th.ones_like(values)], dim=1)  # (N, 2)
             quartiles = rows.new_zeros(4, 2).index_add_(0, quartile, rows)
-            overall = th.stack([values.mean(), rows[0, 1]])  # a step counts once, for any batch size
+            overall = share * th.stack([values.mean(), rows[0, 1]])
             self._accumulate(key, th.cat([overall[None], quartiles]))
 
     def _accumulate(self, key, rows):
@@ -88,6 +89,16 @@ class StepStatistics:
         totals = {key: sum(state[key] for state in states if key in state) for state in states for key in state}
         rank_0 = dist_util.rank() == 0
         self.load_state_dict({key: table if rank_0 else th.zeros_like(table) for key, table in totals.items()})
+
+
+def per_sample(losses, like):
+    """
+    The terms of a loss as tensors [N], detached: subclasses of a diffusion may return numbers too.
+
+    :param like: [N].
+    """
+    found = {name: v.detach() if isinstance(v, th.Tensor) else v for name, v in losses.items()}
+    return {name: v if getattr(v, "shape", None) == like.shape else v * th.ones_like(like) for name, v in found.items()}
 
 
 def log_loss_dict(diffusion, ts, losses):

@@ -44,14 +44,14 @@ def test_terms_that_are_numbers_or_not_always_there(tmp_path, microbatch):
         def training_losses(self, model, x_start, t, model_kwargs=None):
             terms = super().training_losses(model, x_start, t, model_kwargs)
             more = {"topo": 0.25, "reg": terms["mse"].mean(), "one": terms["mse"].new_ones(1)}
-            if len(t) % 2 == 0 and t[0] >= 0:
+            if len(t) == 1:  # the last of passes of three
                 more["sometimes"] = th.full_like(terms["mse"], 2.0)
             return {**terms, **more, "loss": terms["loss"] + more["reg"]}
 
     train(tmp_path, diffusion=Terms(), microbatch=microbatch, max_steps=3)
     for row in read_rows(tmp_path):
         assert row["topo"] == 0.25 and row["one"] == 1 and row["reg"] == pytest.approx(row["mse"], rel=1e-5)
-        assert row.get("sometimes", 2.0) == 2.0
+        assert row.get("sometimes") == (2.0 if microbatch == 3 else None)
 
 
 def test_a_loss_that_is_one_number(tmp_path):
@@ -76,26 +76,19 @@ def test_a_parameter_that_a_step_does_not_use_moves_by_its_momentum():
             self.calls += 1
             return x * (self.a * self.b if self.calls == 1 else self.a)
 
-    def run(after):
-        loop = make_loop(model=TwoParts(), diffusion=NoiselessDiffusion(), weight_decay=0.1, ema_rate="0.9")
-        th.manual_seed(0)
-        np.random.seed(0)
-        with logger.scoped_configure(format_strs=[]):
-            for step in range(4):
-                x = th.full((4, 3, 8, 8), 0.5)
-                x[..., 0] = -1
-                loop.forward_backward(x, {})
-                after(loop, step)
-                loop.optimize_normal()
-        return loop.model.b.item()
-
-    def check(loop, step):
-        assert loop.model.b.grad is not None  # copied code squares it
-
-    def skip(loop, step):
-        loop.model.b.grad = loop.model.b.grad if step == 0 else None
-
-    assert run(check) != run(skip)
+    loop, gradients = make_loop(model=TwoParts(), diffusion=NoiselessDiffusion(), weight_decay=0.1), []
+    x = th.linspace(-1, 1, 8).expand(4, 3, 8, 8)
+    with logger.scoped_configure(format_strs=[]):
+        for _ in range(4):
+            loop.forward_backward(x, {})
+            gradients.append(loop.model.b.grad.clone())
+            loop.optimize_normal()
+    assert gradients[0] != 0 and gradients[1:] == [0, 0, 0]
+    alone = th.nn.Parameter(th.ones(1))
+    optimizer = th.optim.AdamW([alone], lr=loop.lr, weight_decay=0.1)
+    for alone.grad in gradients:
+        optimizer.step()
+    th.testing.assert_close(loop.model.b, alone)
 
 
 def test_a_frozen_parameter_stays_after_resuming(tmp_path):

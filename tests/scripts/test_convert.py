@@ -1,6 +1,8 @@
 """convert.py: safetensors with their config and back, and guided-diffusion's networks, by recorded answers."""
 
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -100,20 +102,20 @@ def test_a_run_begins_from_them(run, tmp_path):
     assert load(tmp_path / "b" / "model000000.pt").keys() == load(run[0] / "model000000.pt").keys()
 
 
-def test_the_commands_of_its_help_run(run, tmp_path, monkeypatch):
+def test_the_commands_of_its_help_run(tmp_path, monkeypatch):
     """In the working directory: names without a folder."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "runs").symlink_to(run[0].parent)
-    words = dict(TINY, image_size=8)
-    save_weights(tmp_path / "guided.pt")
-    for line in load_script("convert").__doc__.splitlines():
-        if line.startswith("    python scripts/convert.py "):
-            line = line.replace("runs/a/ema_0.9999_200000.pt", str(run[0] / "ema_0.9_000004.pt"))
-            line = line.replace("guided.pt --to", "to_guided.pt --to").partition(" -- ")
-            more = ["--", *flags(**{k: v for k, v in words.items() if k in guided_defaults(False)})] if line[1] else []
-            if "--to" not in line[0]:  # this network has class_dropout
-                assert convert(*line[0].split()[2:], *more) == 0
-    assert {"a.safetensors", "b.safetensors"} <= {path.name for path in tmp_path.iterdir()}
+    commands = re.findall(r"^    python scripts/convert.py (.*)", load_script("convert").__doc__, flags=re.MULTILINE)
+    own, (there, back, to_guided, from_guided) = dict(TINY, image_size=8), map(str.split, commands)
+    (tmp_path / "runs" / "a").mkdir(parents=True)
+    save_weights(there[0])
+    Path("runs/a/config.json").write_text(json.dumps({"flags": own, "class_names": None}))
+    known = flags(**{name: value for name, value in own.items() if name in guided_defaults(super_res=False)})
+    for words in (there, back, to_guided, [*from_guided[: from_guided.index("--") + 1], *known]):
+        assert convert(*words) == 0
+    for name in ("a.safetensors", back[1], "b.safetensors"):
+        assert config_of(name)[0]["flags"]["image_size"] == 8
+    assert_same(load(to_guided[1]), load(there[0]))
 
 
 def test_without_a_config_file(tmp_path, capfd):
