@@ -219,13 +219,16 @@ def test_the_caller_keeps_its_logger_and_random_generators(images, tmp_path):
 
 def test_runs_without_a_seed_differ_and_follow_the_callers(images, tmp_path):
     unseeded = {name: value for name, value in OPTIONS.items() if name != "seed"} | {"max_steps": 1}
-    weights = {}
+    weights, states = {}, {}
     for name, seed in (("a", 1), ("b", None), ("c", 1)):
         if seed is not None:
             th.manual_seed(seed)
         train(images, tmp_path / name, **unseeded)
         weights[name] = read(tmp_path / name / "model000000.pt")["input_blocks.0.0.weight"]
+        states[name] = read(tmp_path / name / "state000000.pt")["rng"]  # of numpy and random too
     assert th.equal(weights["a"], weights["c"]) and not th.equal(weights["a"], weights["b"])
+    assert_same(states["a"], states["c"])
+    assert all(str(states["a"][0][key]) != str(states["b"][0][key]) for key in ("numpy", "python", "torch"))
 
 
 def test_the_logger_of_a_caller_outlives_a_run(images, tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ from harness import random_images, save_npz, write_images
 from PIL import Image
 
 from improved_diffusion.data.packed import write_packed
-from improved_diffusion.metrics.image_sets import ImageSet, open_pair
+from improved_diffusion.metrics.image_sets import ImageSet, evenly, open_pair
 from improved_diffusion.utils.errors import InputError
 
 
@@ -72,6 +72,16 @@ def test_ranks_share_the_images(tmp_path, on_ranks, kind, size):
         for numbers, batch in parts:
             found.update(zip(numbers.tolist(), batch, strict=True))
     assert sorted(found) == list(range(7)) and all((found[i] == x[i]).all() for i in found)
+
+
+@pytest.mark.parametrize("of", [1, 7, 100])
+def test_indices_that_are_spread_evenly(of):
+    for count in (1, of // 2 + 1, of, 2 * of):
+        found = evenly(count, of)
+        gaps = np.diff(found)
+        assert len(found) == min(count, of) and found[0] >= 0 and found[-1] < of
+        assert len(found) < 2 or (gaps.min() >= 1 and gaps.max() - gaps.min() <= 1)
+        assert abs(found[0] - (of - 1 - found[-1])) <= 1  # as far from either end
 
 
 def test_a_folder_is_scaled_to_the_size_of_the_other_set(tmp_path):

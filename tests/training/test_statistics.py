@@ -222,6 +222,20 @@ def test_ranks_that_are_not_finite_are_known_to_all(on_ranks, bad):
     assert on_ranks(3, work) == [list(bad)] * 3
 
 
+@pytest.mark.parametrize("sizes", [(4,), (3, 1), (1, 1, 2)])
+def test_a_batch_in_passes_is_one_step(sizes):
+    """Also for a term that only some of them have."""
+    ts, values = th.tensor([0, 3, 5, 7]), th.tensor([1.0, 2.0, 4.0, 8.0])
+    whole, parts = StepStatistics(), StepStatistics()
+    whole.add_losses(Steps(8), ts, {"loss": values})
+    for i, (t, v) in enumerate(zip(ts.split(sizes), values.split(sizes), strict=True)):
+        last = {"last": th.full_like(v, 3.0)} if i == len(sizes) - 1 else {}
+        parts.add_losses(Steps(8), t, {"loss": v, **last}, share=len(t) / 4)
+    found, want = parts.read(), whole.read()
+    assert all(found[key] == pytest.approx(want[key]) for key in want)
+    assert found["last"] == pytest.approx((3.0, sizes[-1] / 4))
+
+
 def test_a_rank_without_a_mean_among_others(on_ranks):
     """It takes part, and nobody waits in vain."""
     found = on_ranks(3, lambda rank: (StepStatistics() if rank == 1 else statistics_of(1.0)).ranks_not_finite("loss"))
